@@ -1,0 +1,1 @@
+"""Tuned and reproducible expert GEMMs for Mixture-of-Experts models."""

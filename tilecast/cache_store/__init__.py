@@ -1,0 +1,1 @@
+"""The `Store` contract on SQL and in memory, and the exported file."""

@@ -1,0 +1,50 @@
+"""Canonical JSON and SHA-256: how every key and digest in Tilecast is made.
+
+The same value gives the same bytes on every machine: keys sorted, no white space, ASCII only,
+floats as Python's shortest round-trip form, NaN and infinities refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+from tilecast.errors import InputError
+
+type_names = {dict: "object", list: "list", str: "string", int: "integer", float: "number", bool: "boolean"}
+
+Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
+
+
+def canonical_json(value: Json) -> str:
+    """Return the one JSON text of `value`.
+
+    Raises ValueError for NaN and infinities, TypeError for what JSON has no form for.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def digest(value: Json) -> str:
+    """Return the SHA-256 of `value`'s canonical JSON as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()
+
+
+def fields_of(value: object, expected: Mapping[str, type | tuple[type, ...]], what: str) -> dict[str, object]:
+    """Check that parsed JSON `value` is an object with exactly the `expected` fields and types.
+
+    `what` names the thing in messages. A bool never passes for an int. Raises InputError.
+    """
+    if not isinstance(value, dict):
+        raise InputError(f"{what}: expected an object, got {type(value).__name__}")
+    missing = sorted(set(expected) - set(value))
+    extra = sorted(set(value) - set(expected))
+    if missing or extra:
+        raise InputError(f"{what}: missing fields {missing}, unknown fields {extra}")
+    for name, kind in expected.items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        seen = value[name]
+        if (isinstance(seen, bool) and bool not in kinds) or not isinstance(seen, kinds):
+            wanted = " or ".join(type_names.get(k, "null") for k in kinds)
+            raise InputError(f"{what}: field {name!r} is {seen!r}, expected {wanted}")
+    return value

@@ -1,0 +1,1 @@
+"""Running expert layers: the table in use, agreement between ranks, parallel layers."""

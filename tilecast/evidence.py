@@ -1,0 +1,330 @@
+"""What was measured and what was decided: measurements, choices, decisions and the table of them.
+
+All types here are frozen, validated when they are built, and have one canonical JSON form and digest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, cast
+
+from tilecast.canonical import Json, canonical_json, digest, fields_of
+from tilecast.environment import Environment
+from tilecast.errors import InputError
+from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, GemmName, TileConfig, check_int, check_name
+
+POLICIES = ("reproducible", "fastest")
+STATUSES = ("ok", "compile_error", "resource", "timeout", "runtime_error", "wrong_result", "unstable")
+CERTIFICATES = ("none", "static", "model", "hardware")
+"""How surely a numerics class is known, weakest first (docs/numerics.md)."""
+
+TABLE_FORMAT = 1
+"""Version of a table's JSON form."""
+
+
+def _check_time(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise InputError(f"{what} is {value!r}, expected a finite time in microseconds above 0")
+
+
+def percentile(samples_us: tuple[float, ...] | list[float], percent: float) -> float:
+    """Return the linearly interpolated percentile (0 to 100) of at least one sample, in µs."""
+    ordered = sorted(samples_us)
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One config timed on one rank in one round.
+
+    The natural key is (environment, gemm, tokens, routing, config, rank, run, round): storing the same
+    key twice keeps the first. `samples_us` is empty unless the status is `ok` or `unstable`.
+    `error_ratio` is the error against the float64 oracle divided by same-dtype torch's error; None where
+    the config was not checked in this round. `detail` says why a status is not `ok`.
+    """
+
+    environment: str
+    gemm: ExpertGemm
+    tokens: int
+    config: TileConfig
+    status: str = "ok"
+    samples_us: tuple[float, ...] = ()
+    routing: str = "uniform"
+    numerics: str = ""
+    error_ratio: float | None = None
+    rank: int = 0
+    world_size: int = 1
+    run: int = 0
+    round: int = 0
+    detail: str = ""
+    measured_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Validate; raises InputError."""
+        check_name("status", self.status, STATUSES)
+        check_int("tokens", self.tokens, 1)
+        check_int("world size", self.world_size, 1)
+        check_int("rank", self.rank, 0, self.world_size - 1)
+        check_int("run", self.run, 0, 1 << 31)
+        check_int("round", self.round, 0, 1 << 31)
+        object.__setattr__(self, "samples_us", tuple(float(sample) for sample in self.samples_us))
+        for sample in self.samples_us:
+            _check_time("sample", sample)
+        if self.status == "ok" and not self.samples_us:
+            raise InputError("a measurement with status ok needs at least one sample")
+        if self.error_ratio is not None and not (math.isfinite(self.error_ratio) and self.error_ratio >= 0):
+            raise InputError(f"error ratio is {self.error_ratio!r}, expected a finite number of at least 0")
+
+    @property
+    def p20_us(self) -> float:
+        """20th percentile of the samples in µs; infinity without samples."""
+        return percentile(self.samples_us, 20) if self.samples_us else math.inf
+
+    @property
+    def p50_us(self) -> float:
+        """Median of the samples in µs; infinity without samples."""
+        return percentile(self.samples_us, 50) if self.samples_us else math.inf
+
+    @property
+    def p80_us(self) -> float:
+        """80th percentile of the samples in µs; infinity without samples."""
+        return percentile(self.samples_us, 80) if self.samples_us else math.inf
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the natural key."""
+        return digest(
+            {
+                "environment": self.environment,
+                "layer": self.gemm.layer.digest,
+                "gemm": self.gemm.name,
+                "tokens": self.tokens,
+                "routing": self.routing,
+                "config": self.config.digest,
+                "rank": self.rank,
+                "run": self.run,
+                "round": self.round,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was decided for one GEMM, with the evidence. Times are medians in µs.
+
+    `noise` is the relative spread that a win had to exceed; `numerics` the config's class key.
+    A config equal to `default` means that the default was kept.
+    """
+
+    config: TileConfig
+    p50_us: float
+    default: TileConfig
+    default_us: float
+    runner_up: TileConfig | None = None
+    runner_up_us: float | None = None
+    noise: float = 0.0
+    numerics: str = ""
+
+    def __post_init__(self) -> None:
+        """Validate; raises InputError."""
+        _check_time("chosen config's time", self.p50_us)
+        _check_time("default's time", self.default_us)
+        if (self.runner_up is None) != (self.runner_up_us is None):
+            raise InputError("a runner-up needs a time, and a time needs a runner-up")
+        if self.runner_up_us is not None:
+            _check_time("runner-up's time", self.runner_up_us)
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise InputError(f"noise is {self.noise!r}, expected a finite number of at least 0")
+
+    @property
+    def margin(self) -> float | None:
+        """How much slower the runner-up is, as a fraction of the chosen config's time."""
+        return None if self.runner_up_us is None else self.runner_up_us / self.p50_us - 1
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON form."""
+        return {
+            "config": self.config.to_json(),
+            "p50_us": float(self.p50_us),
+            "default": self.default.to_json(),
+            "default_us": float(self.default_us),
+            "runner_up": None if self.runner_up is None else self.runner_up.to_json(),
+            "runner_up_us": None if self.runner_up_us is None else float(self.runner_up_us),
+            "noise": float(self.noise),
+            "numerics": self.numerics,
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> Choice:
+        """Build from parsed JSON. Raises InputError."""
+        none = type(None)
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "config": dict, "p50_us": (float, int), "default": dict, "default_us": (float, int),
+            "runner_up": (dict, none), "runner_up_us": (float, int, none), "noise": (float, int), "numerics": str,
+        }  # fmt: skip
+        parsed: Any = dict(fields_of(value, kinds, "choice"))
+        for name in ("config", "default", "runner_up"):
+            parsed[name] = None if parsed[name] is None else TileConfig.from_json(parsed[name])
+        return cls(**parsed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """For one (environment, layer, bucket, policy, routing): the up and down configs, with the evidence."""
+
+    environment: str
+    layer: ExpertLayer
+    bucket: Bucket
+    policy: str
+    up: Choice
+    down: Choice
+    routing: str = "uniform"
+    certificate: str = "none"
+
+    def __post_init__(self) -> None:
+        """Validate; raises InputError."""
+        check_name("policy", self.policy, POLICIES)
+        check_name("certificate", self.certificate, CERTIFICATES)
+        if len(self.environment) != 64:
+            raise InputError(f"environment digest is {self.environment!r}, expected 64 hexadecimal digits")
+
+    @property
+    def tuned_us(self) -> float:
+        """Sum of both chosen configs' medians in µs."""
+        return self.up.p50_us + self.down.p50_us
+
+    @property
+    def default_us(self) -> float:
+        """Sum of both default configs' medians in µs."""
+        return self.up.default_us + self.down.default_us
+
+    def choice(self, gemm: GemmName) -> Choice:
+        """Return the choice for `up` or `down`."""
+        return self.up if gemm == "up" else self.down
+
+    @property
+    def sort_key(self) -> tuple[str, str, str, str, int]:
+        """The order of decisions within a table; also the natural key together with the bucket."""
+        return self.environment, self.layer.digest, self.policy, self.routing, self.bucket.tokens
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the natural key."""
+        return digest(list(self.sort_key))
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON form."""
+        return {
+            "environment": self.environment,
+            "layer": self.layer.to_json(),
+            "above": self.bucket.above,
+            "tokens": self.bucket.tokens,
+            "policy": self.policy,
+            "routing": self.routing,
+            "certificate": self.certificate,
+            "up": self.up.to_json(),
+            "down": self.down.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> Decision:
+        """Build from parsed JSON. Raises InputError."""
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "environment": str, "layer": dict, "above": int, "tokens": int, "policy": str,
+            "routing": str, "certificate": str, "up": dict, "down": dict,
+        }  # fmt: skip
+        parsed: Any = dict(fields_of(value, kinds, "decision"))
+        bucket = Bucket(above=parsed.pop("above"), tokens=parsed.pop("tokens"))
+        layer = ExpertLayer.from_json(parsed.pop("layer"))
+        up, down = Choice.from_json(parsed.pop("up")), Choice.from_json(parsed.pop("down"))
+        return cls(layer=layer, bucket=bucket, up=up, down=down, **parsed)
+
+
+@dataclass(frozen=True)
+class TuningTable:
+    """An immutable set of decisions with one digest: what ranks agree on, what is exported, what serving reads."""
+
+    environments: tuple[Environment, ...] = ()
+    decisions: tuple[Decision, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        """Sort and validate; raises InputError on a duplicate, an overlap or a missing environment."""
+        known = {environment.digest: environment for environment in self.environments}
+        object.__setattr__(self, "environments", tuple(known[key] for key in sorted(known)))
+        object.__setattr__(self, "decisions", tuple(sorted(self.decisions, key=lambda d: d.sort_key)))
+        previous: Decision | None = None
+        for decision in self.decisions:
+            if decision.environment not in known:
+                raise InputError(f"a decision refers to environment {decision.environment[:12]}, which the table lacks")
+            same_series = previous is not None and previous.sort_key[:4] == decision.sort_key[:4]
+            if same_series and previous is not None and decision.bucket.above < previous.bucket.tokens:
+                raise InputError(
+                    f"buckets overlap: {previous.bucket} and {decision.bucket} of layer {decision.layer.label}"
+                )
+            previous = decision
+
+    def __len__(self) -> int:
+        """Return the number of decisions."""
+        return len(self.decisions)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the table's bytes."""
+        return digest(self.to_json())
+
+    def for_environment(self, environment: str) -> TuningTable:
+        """Return the part of the table that holds for one environment digest."""
+        return TuningTable(
+            tuple(e for e in self.environments if e.digest == environment),
+            tuple(d for d in self.decisions if d.environment == environment),
+        )
+
+    def merged(self, other: TuningTable) -> TuningTable:
+        """Return both tables' decisions; where keys are equal, `other` wins."""
+        mine = {decision.key: decision for decision in self.decisions}
+        mine.update({decision.key: decision for decision in other.decisions})
+        return replace(self, environments=self.environments + other.environments, decisions=tuple(mine.values()))
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON form."""
+        return {
+            "format": TABLE_FORMAT,
+            "environments": [environment.to_json() for environment in self.environments],
+            "decisions": [decision.to_json() for decision in self.decisions],
+        }
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical bytes, the ones that `digest` is of."""
+        return canonical_json(self.to_json()).encode("ascii")
+
+    @classmethod
+    def from_json(cls, value: object) -> TuningTable:
+        """Build from parsed JSON. Raises InputError."""
+        parsed = fields_of(value, {"format": int, "environments": list, "decisions": list}, "table")
+        if parsed["format"] != TABLE_FORMAT:
+            raise InputError(f"table format is {parsed['format']}, this Tilecast reads {TABLE_FORMAT}")
+        environments = cast(list[object], parsed["environments"])
+        decisions = cast(list[object], parsed["decisions"])
+        return cls(
+            tuple(Environment.from_json(e) for e in environments),
+            tuple(Decision.from_json(d) for d in decisions),
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> TuningTable:
+        """Build from canonical bytes. Raises InputError."""
+        try:
+            value = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise InputError(f"table is not JSON: {error}") from error
+        return cls.from_json(value)
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a number here")

@@ -1,0 +1,1 @@
+"""CPU kernels: a micro-kernel generator on LLVM, and oneDNN."""

@@ -1,0 +1,97 @@
+"""Router, stable top-k and the expert-sorted layout, on any device, in plain torch.
+
+Scores are float32 from the first product on. Ties go to the lower expert index: `torch.topk` promises no
+order on ties, a stable descending sort does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tilecast.errors import InputError
+
+SCORINGS = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayout:
+    """Routed slots sorted by expert.
+
+    A slot is `token * top_k + position`. `slots` (int32, [tokens * top_k]) holds expert 0's slots in ascending
+    order, then expert 1's, …; `offsets` (int32, [experts + 1]) says where each expert's begin; entries past
+    `offsets[-1]` have no meaning. Slots whose expert id is not in [0, experts) are absent. `ids` is int32
+    [tokens, top_k].
+    """
+
+    tokens: int
+    top_k: int
+    experts: int
+    ids: torch.Tensor
+    slots: torch.Tensor
+    offsets: torch.Tensor
+
+
+def sort_slots(topk_ids: torch.Tensor, experts: int) -> ExpertLayout:
+    """Sort routed slots by expert, stably. `topk_ids` is an integer tensor [T, k]; raises InputError."""
+    if topk_ids.dim() != 2 or topk_ids.dtype.is_floating_point or topk_ids.dtype == torch.bool:
+        raise InputError(f"topk_ids is {topk_ids.dtype} {tuple(topk_ids.shape)}, expected integers [tokens, top_k]")
+    tokens, top_k = topk_ids.shape
+    # Clamped before narrowing, so that an id such as 2**32 cannot wrap around into a real expert.
+    ids = topk_ids.clamp(-1, experts).to(torch.int32).contiguous()
+    keys = torch.where(ids < 0, experts, ids).flatten()
+    slots = torch.sort(keys, stable=True).indices.to(torch.int32)
+    counts = torch.bincount(keys, minlength=experts + 1)[:experts]
+    offsets = torch.zeros(experts + 1, dtype=torch.int32, device=ids.device)
+    offsets[1:] = counts.cumsum(0)
+    return ExpertLayout(tokens=tokens, top_k=top_k, experts=experts, ids=ids, slots=slots, offsets=offsets)
+
+
+def route(
+    hidden: torch.Tensor,
+    router_weight: torch.Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score tokens and choose experts.
+
+    hidden is [T, H], router_weight [E, H], both of any float dtype. Returns ids (int32 [T, k], by descending
+    score, ties by ascending expert) and weights (float32 [T, k]). Raises InputError.
+    """
+    if scoring not in SCORINGS:
+        raise InputError(f"scoring is {scoring!r}, expected one of {', '.join(SCORINGS)}")
+    if not 1 <= top_k <= router_weight.shape[0]:
+        raise InputError(f"top-k is {top_k}, expected 1 to {router_weight.shape[0]} (the number of experts)")
+    logits = router_logits(hidden, router_weight)
+    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    # On the scores themselves, not the logits: that is what the families' own code orders by.
+    ordered, indices = scores.sort(dim=-1, descending=True, stable=True)
+    weights = ordered[:, :top_k]
+    if renormalize:
+        weights = weights / ordered_sum(weights)
+    return indices[:, :top_k].to(torch.int32).contiguous(), weights.contiguous()
+
+
+def router_logits(hidden: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
+    """Return float32 logits [T, E] whose bits do not depend on how many tokens there are.
+
+    A matmul library picks its kernel, and so its sum order, by shape; reducing each (token, expert) pair
+    over its own contiguous row does not.
+    """
+    weight = router_weight.to(torch.float32)
+    rows = hidden.to(torch.float32)
+    logits = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
+    for token in range(rows.shape[0]):
+        torch.mv(weight, rows[token], out=logits[token])
+    return logits
+
+
+def ordered_sum(weights: torch.Tensor) -> torch.Tensor:
+    """Return the sum over the last dimension, kept, added in ascending position."""
+    total = weights[..., :1].clone()
+    for position in range(1, weights.shape[-1]):
+        total += weights[..., position : position + 1]
+    return total

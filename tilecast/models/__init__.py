@@ -1,0 +1,1 @@
+"""Model configs to expert layers: families, presets, layer specs and sharding arithmetic."""

@@ -1,0 +1,251 @@
+"""The problem and the config that solves it: layers, their GEMMs, tile configs and token buckets.
+
+All types here are frozen, validated when they are built, and have one canonical JSON form and digest.
+Nothing in this module touches a device, a file or an environment variable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, cast
+
+from tilecast.canonical import Json, canonical_json, digest, fields_of
+from tilecast.errors import ConfigError, InputError
+
+DTYPES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of one element, by dtype name."""
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
+"""Names of the activations between the two GEMMs; `swiglu_oai` is gpt-oss's clamped form."""
+
+WEIGHT_FORMATS = ("dense",)
+MAX_DIMENSION = 1 << 24
+"""Upper bound of every size and token count; far above any model, far below int32 overflow."""
+
+GemmName = Literal["up", "down"]
+ParamValue = int | str
+
+
+def check_int(what: str, value: object, low: int, high: int = MAX_DIMENSION) -> None:
+    """Raise InputError unless `value` is an integer from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{what} is {value!r}, expected an integer from {low} to {high}")
+
+
+def check_name(what: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise InputError unless `value` is one of the known names."""
+    if value not in known:
+        raise InputError(f"{what} is {value!r}, expected one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayer:
+    """One MoE layer as one rank sees it.
+
+    hidden (H), intermediate (I, this rank's share), experts (E, this rank's share) are sizes in elements;
+    `global_experts` is what the router chooses among (equal to `experts` without expert parallelism).
+    """
+
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    dtype: str = "bf16"
+    weight_format: str = "dense"
+    activation: str = "silu"
+    gated: bool = True
+    bias: bool = False
+    global_experts: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate; raises InputError."""
+        check_int("hidden size H", self.hidden, 1)
+        check_int("intermediate size I", self.intermediate, 1)
+        check_int("number of experts E", self.experts, 1)
+        if self.global_experts == 0:
+            object.__setattr__(self, "global_experts", self.experts)
+        check_int("number of global experts", self.global_experts, self.experts)
+        check_int("top-k", self.top_k, 1)
+        if self.top_k > self.global_experts:
+            raise InputError(f"top-k is {self.top_k}, more than the {self.global_experts} experts to choose among")
+        check_name("dtype", self.dtype, tuple(DTYPES))
+        check_name("weight format", self.weight_format, WEIGHT_FORMATS)
+        check_name("activation", self.activation, ACTIVATIONS)
+        for name in ("gated", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected true or false")
+
+    @property
+    def up(self) -> ExpertGemm:
+        """The up projection: [rows, H] to [rows, I], activation included."""
+        return ExpertGemm(layer=self, name="up")
+
+    @property
+    def down(self) -> ExpertGemm:
+        """The down projection: [rows, I] to [rows, H], routing weight included."""
+        return ExpertGemm(layer=self, name="down")
+
+    @property
+    def gemms(self) -> tuple[ExpertGemm, ExpertGemm]:
+        """Both grouped GEMMs, up first."""
+        return self.up, self.down
+
+    @property
+    def label(self) -> str:
+        """A short human form, such as `E8 H4096 I1792 top2 bf16`."""
+        parts = [f"E{self.experts}", f"H{self.hidden}", f"I{self.intermediate}", f"top{self.top_k}", self.dtype]
+        if self.global_experts != self.experts:
+            parts[0] += f"/{self.global_experts}"
+        if self.weight_format != "dense":
+            parts.append(self.weight_format)
+        if self.activation != "silu" or not self.gated:
+            parts.append(self.activation if self.gated else f"{self.activation}-ungated")
+        if self.bias:
+            parts.append("bias")
+        return " ".join(parts)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON form."""
+        return digest(self.to_json())
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON form."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, value: object) -> ExpertLayer:
+        """Build from parsed JSON. Raises InputError."""
+        kinds: dict[str, type] = {f.name: {"int": int, "str": str, "bool": bool}[str(f.type)] for f in fields(cls)}
+        return cls(**cast(Any, fields_of(value, kinds, "layer")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertGemm:
+    """One of a layer's two grouped GEMMs."""
+
+    layer: ExpertLayer
+    name: GemmName
+
+    def __post_init__(self) -> None:
+        """Validate; raises InputError."""
+        check_name("GEMM", self.name, ("up", "down"))
+
+    @property
+    def n(self) -> int:
+        """Weight rows per expert: 2I (gated) or I for up, H for down."""
+        layer = self.layer
+        if self.name == "down":
+            return layer.hidden
+        return layer.intermediate * (2 if layer.gated else 1)
+
+    @property
+    def k(self) -> int:
+        """Length of the reduction: H for up, I for down."""
+        return self.layer.hidden if self.name == "up" else self.layer.intermediate
+
+    def flops(self, rows: int) -> int:
+        """Floating-point operations of `rows` routed rows, a multiply-add counted as two."""
+        return 2 * rows * self.n * self.k
+
+    def weight_bytes(self, experts: int | None = None) -> int:
+        """Bytes of the weights of `experts` experts (default: all of the layer's)."""
+        count = self.layer.experts if experts is None else experts
+        return count * self.n * self.k * DTYPES[self.layer.dtype]
+
+
+@dataclass(frozen=True, order=False)
+class TileConfig:
+    """A kernel's name and its parameters: self-describing, hashable, never an index.
+
+    Parameters are integers or strings; `params` accepts a mapping and is kept as sorted pairs.
+    """
+
+    kernel: str
+    params: tuple[tuple[str, ParamValue], ...] = ()
+
+    def __init__(self, kernel: str, params: Mapping[str, ParamValue] | tuple[tuple[str, ParamValue], ...] = ()) -> None:
+        """Validate names and value types; raises ConfigError. Domains are the kernel's to check."""
+        pairs = tuple(sorted(params.items() if isinstance(params, Mapping) else params))
+        if not isinstance(kernel, str) or not kernel or len(kernel) > 64:
+            raise ConfigError(f"kernel name is {kernel!r}, expected 1 to 64 characters")
+        if len(pairs) > 64 or len({name for name, _ in pairs}) != len(pairs):
+            raise ConfigError(f"config of {kernel}: more than 64 parameters, or one given twice")
+        for name, value in pairs:
+            if not isinstance(name, str) or not name.isidentifier() or len(name) > 64:
+                raise ConfigError(f"config of {kernel}: parameter name {name!r} is not an identifier")
+            if isinstance(value, bool) or not isinstance(value, int | str):
+                raise ConfigError(f"config of {kernel}: {name} is {value!r}, expected an integer or a string")
+            too_big = abs(value) > 1 << 53 if isinstance(value, int) else len(value) > 64
+            if too_big:
+                raise ConfigError(f"config of {kernel}: {name} is out of range")
+        object.__setattr__(self, "kernel", kernel)
+        object.__setattr__(self, "params", pairs)
+
+    def __getitem__(self, name: str) -> ParamValue:
+        """Return one parameter; raises ConfigError if the config has none of that name."""
+        for key, value in self.params:
+            if key == name:
+                return value
+        raise ConfigError(f"config of {self.kernel} has no parameter {name!r}")
+
+    def integer(self, name: str) -> int:
+        """Return one parameter that must be an integer; raises ConfigError."""
+        value = self[name]
+        if not isinstance(value, int):
+            raise ConfigError(f"config of {self.kernel}: {name} is {value!r}, expected an integer")
+        return value
+
+    def with_params(self, **changes: ParamValue) -> TileConfig:
+        """Return a copy with some parameters changed."""
+        return TileConfig(self.kernel, {**dict(self.params), **changes})
+
+    @property
+    def sort_key(self) -> tuple[str, str]:
+        """The total order on configs that breaks ties."""
+        return self.kernel, canonical_json(dict(self.params))
+
+    @property
+    def label(self) -> str:
+        """A short human form: `llvm.moe_gemm mr=6 nr=16 …`."""
+        return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.params)])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON form."""
+        return digest(self.to_json())
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON form."""
+        return {"kernel": self.kernel, "params": dict(self.params)}
+
+    @classmethod
+    def from_json(cls, value: object) -> TileConfig:
+        """Build from parsed JSON. Raises InputError (ConfigError for bad parameters)."""
+        parsed = fields_of(value, {"kernel": str, "params": dict}, "config")
+        return cls(cast(str, parsed["kernel"]), cast(dict[str, ParamValue], parsed["params"]))
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class Bucket:
+    """The token counts one decision covers: (previous bucket's tokens, `tokens`]."""
+
+    above: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        """Validate; raises InputError."""
+        check_int("bucket's lower bound", self.above, 0)
+        check_int("bucket's tokens", self.tokens, self.above + 1)
+
+    def __contains__(self, tokens: int) -> bool:
+        """Whether a token count falls into this bucket."""
+        return self.above < tokens <= self.tokens
+
+
+def buckets(tokens: tuple[int, ...] | list[int]) -> tuple[Bucket, ...]:
+    """Return the buckets that the given token counts bound, ascending, duplicates dropped."""
+    edges = sorted(set(tokens))
+    return tuple(Bucket(above=low, tokens=high) for low, high in zip([0, *edges], edges, strict=False))
