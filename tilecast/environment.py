@@ -19,8 +19,8 @@ from tilecast.canonical import Json, digest, fields_of
 
 PACKAGE = Path(__file__).parent
 CPU_FEATURES = frozenset(
-    ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "avx512_vnni")
-    + ("amx_bf16", "amx_int8", "asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2")
+    {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "avx512_vnni"}
+    | {"amx_bf16", "amx_int8", "asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2"}
 )
 """CPU feature flags, by their Linux names, that can change which instructions a kernel uses."""
 
