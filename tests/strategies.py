@@ -19,7 +19,7 @@ from tilecast.problem import (
 )
 
 SIZES = st.one_of(st.integers(1, 64), st.integers(1, MAX_DIMENSION))
-NAMES = st.from_regex(r"[a-z_][a-z0-9_]{0,11}", fullmatch=True)
+NAMES = st.text("abcxyz_", min_size=1, max_size=6)
 TIMES = st.floats(min_value=0, max_value=1e300, exclude_min=True, allow_nan=False, allow_infinity=False)
 """Microseconds; denormals included."""
 RATIOS = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
@@ -58,13 +58,13 @@ def gemms() -> st.SearchStrategy[ExpertGemm]:
 def tile_configs() -> st.SearchStrategy[TileConfig]:
     """Draw a config of any kernel, unknown ones too, with integer and string parameters."""
     values = st.one_of(st.integers(-(1 << 53), 1 << 53), TEXTS)
-    kernels = st.from_regex(r"[a-z]{1,8}\.[a-z_]{1,16}", fullmatch=True)
-    return st.builds(TileConfig, kernels, st.dictionaries(NAMES, values, max_size=6))
+    kernels = st.sampled_from(["llvm.moe_gemm", "onednn.linear", "triton.moe_gemm", "no.such_kernel"])
+    return st.builds(TileConfig, kernels, st.dictionaries(NAMES, values, max_size=4))
 
 
 def environments() -> st.SearchStrategy[Environment]:
     """Draw an environment."""
-    versions = st.from_regex(r"[0-9]{1,2}\.[0-9]{1,2}\.[0-9]{1,2}", fullmatch=True)
+    versions = st.sampled_from(["2.11.0", "2.11.1", "2.13.0+cpu", "0.50.0", "absent"])
     return st.builds(
         Environment,
         device_kind=st.sampled_from(["cpu", "cuda"]),
@@ -108,13 +108,14 @@ def measurements(draw: st.DrawFn, environment: str | None = None) -> Measurement
 
 
 @st.composite
-def choices(draw: st.DrawFn) -> Choice:
-    """Draw a choice, with and without a runner-up."""
-    runner_up = draw(st.one_of(st.none(), tile_configs()))
+def choices(draw: st.DrawFn, configs: st.SearchStrategy[TileConfig] | None = None) -> Choice:
+    """Draw a choice among `configs` (default: any), with and without a runner-up."""
+    configs = configs or tile_configs()
+    runner_up = draw(st.one_of(st.none(), configs))
     return Choice(
-        config=draw(tile_configs()),
+        config=draw(configs),
         p50_us=draw(TIMES),
-        default=draw(tile_configs()),
+        default=draw(configs),
         default_us=draw(TIMES),
         runner_up=runner_up,
         runner_up_us=None if runner_up is None else draw(TIMES),
@@ -132,6 +133,7 @@ def decisions(
     bucket: Bucket | None = None,
     policy: str | None = None,
     routing: str | None = None,
+    configs: st.SearchStrategy[TileConfig] | None = None,
 ) -> Decision:
     """Draw a decision; what is given is kept."""
     if bucket is None:
@@ -142,8 +144,8 @@ def decisions(
         layer=layer or draw(layers()),
         bucket=bucket,
         policy=policy or draw(st.sampled_from(POLICIES)),
-        up=draw(choices()),
-        down=draw(choices()),
+        up=draw(choices(configs)),
+        down=draw(choices(configs)),
         routing=routing or draw(ROUTINGS),
         certificate=draw(st.sampled_from(CERTIFICATES)),
     )
@@ -151,17 +153,17 @@ def decisions(
 
 @st.composite
 def tables(draw: st.DrawFn, *, min_decisions: int = 0) -> TuningTable:
-    """Draw a table: up to three environments, each with up to two series of adjoining buckets."""
-    places = draw(st.lists(environments(), min_size=1 if min_decisions else 0, max_size=3))
+    """Draw a table: up to two environments, each with up to two series of adjoining buckets."""
+    places = draw(st.lists(environments(), min_size=1 if min_decisions else 0, max_size=2))
+    # Few configs, used often, as in a real table; drawing fresh ones for each choice is slow, too.
+    configs = st.sampled_from(draw(st.lists(tile_configs(), min_size=1, max_size=3)))
     found: dict[str, Decision] = {}
     for place in places:
         for layer in draw(st.lists(layers(), min_size=1 if min_decisions else 0, max_size=2)):
             policy, routing = draw(st.sampled_from(POLICIES)), draw(ROUTINGS)
-            edges = draw(st.lists(st.integers(1, 9000), min_size=max(1, min_decisions), max_size=4, unique=True))
-            series = [
-                draw(decisions(environment=place.digest, layer=layer, bucket=b, policy=policy, routing=routing))
-                for b in buckets(edges)
-            ]
+            edges = draw(st.lists(st.integers(1, 9000), min_size=max(1, min_decisions), max_size=3, unique=True))
+            key = {"environment": place.digest, "layer": layer, "policy": policy, "routing": routing}
+            series = [draw(decisions(**key, bucket=b, configs=configs)) for b in buckets(edges)]
             # The same series may be drawn twice; its buckets would overlap, so only the first stays.
             if not any(d.sort_key[:4] == series[0].sort_key[:4] for d in found.values()):
                 found.update({d.key: d for d in series})
