@@ -110,7 +110,7 @@ def measurements(draw: st.DrawFn, environment: str | None = None) -> Measurement
 @st.composite
 def choices(draw: st.DrawFn, configs: st.SearchStrategy[TileConfig] | None = None) -> Choice:
     """Draw a choice among `configs` (default: any), with and without a runner-up."""
-    configs = configs or tile_configs()
+    configs = tile_configs() if configs is None else configs
     runner_up = draw(st.one_of(st.none(), configs))
     return Choice(
         config=draw(configs),
