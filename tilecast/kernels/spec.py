@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,18 +19,19 @@ PLAIN = "plain"
 """The layout in which checkpoints hold weights: [E, N, K], K contiguous; gate rows before up rows."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class GemmWeights:
     """The weights of one grouped GEMM, stored as one layout says.
 
     `data` is a tensor [E, N, K] for the layout `plain`; otherwise whatever the layout's kernel made of it.
-    `bias` is None or a tensor [E, N].
+    `bias` is None or a tensor [E, N]. `plans` is where kernels keep what they need to launch on this stack.
     """
 
     gemm: ExpertGemm
     layout: str
     data: Any
     bias: torch.Tensor | None = None
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
 class Kernel(Protocol):

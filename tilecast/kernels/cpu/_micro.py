@@ -1,0 +1,142 @@
+"""The micro-kernel: a rows × columns tile of accumulators held in registers over one chunk of K.
+
+Every output element is one chain acc = fma(a[k], b[k], acc) over ascending k from zero, whatever the tile's
+shape, so tiles of all shapes give the same bits. The chunk's sum is then added to the running total.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llvmlite import ir
+
+from tilecast.kernels.cpu._build import BF16, F16, F32, I32, I64, PTR, VOID, Emit, Value, i64, vector
+
+Source = Literal["f32", "f16", "pairs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Micro:
+    """The shape of a micro-kernel.
+
+    nv: vectors of columns; unroll: k steps per turn of the loop; source: how the weights lie: float32 or fp16
+    rows of columns, or words of two bf16 (k, k + 1); panel: columns of one panel; dot: use the bf16 dot product
+    ("native"), the same pairing without the instruction ("emulated", for tests), or none ("").
+    """
+
+    nv: int
+    unroll: int
+    source: Source
+    panel: int
+    lanes: int
+    dot: str = ""
+
+    @property
+    def step(self) -> int:
+        """k advanced at once: 2 where words hold pairs."""
+        return 2 if self.source == "pairs" else 1
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one vector of columns at one step."""
+        return self.lanes * (2 if self.source == "f16" else 4)
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of one column at one step."""
+        return 2 if self.source == "f16" else 4
+
+
+def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Value:
+    """Emit `name`(a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first).
+
+    a_pointers: array of `mr` row addresses, to which a_offset bytes are added; b: weights at this chunk;
+    panel_stride: bytes between neighbouring panels; steps: steps in the chunk; c: float32 totals, rows
+    c_stride bytes apart; first: 1 if the totals are to be set, not added to.
+    """
+    kind = ir.FunctionType(VOID, [PTR, I64, PTR, I64, I64, PTR, I64, I64])
+    function = ir.Function(module, kind, name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    function.attributes.add("nounwind")
+    emit = Emit(function, micro.lanes, fma)
+    a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first = function.args
+
+    a_size = 4 * (micro.step if not micro.dot else 1)
+    rows = [emit.at(emit.load(a_pointers, 8 * m, PTR), a_offset) for m in range(mr)]
+    panels = max(1, micro.nv * micro.lanes // micro.panel)
+    bases = [emit.at(b, emit.imul(panel_stride, p)) for p in range(panels)]
+    zero = emit.splat(0.0)
+    acc = [[emit.slot(emit.floats, zero) for _ in range(micro.nv)] for _ in range(mr)]
+    pitch = micro.panel * micro.column_bytes
+
+    def turn(index: Value, unroll: int) -> None:
+        for u in range(unroll):
+            step = emit.iadd(index, u)
+            _step(emit, micro, rows, bases, acc, emit.imul(step, a_size), emit.imul(step, pitch))
+
+    whole = emit.imul(emit.idiv(steps, micro.unroll), micro.unroll)
+    with emit.loop(0, whole, micro.unroll) as index:
+        turn(index, micro.unroll)
+    if micro.unroll > 1:
+        with emit.loop(whole, steps) as index:
+            turn(index, 1)
+
+    is_first = emit.icmp_unsigned("!=", first, i64(0))
+    for m in range(mr):
+        row = emit.at(c, emit.imul(c_stride, m))
+        for v in range(micro.nv):
+            value = emit.get(acc[m][v], emit.floats)
+            offset = 4 * v * micro.lanes
+            total = emit.fadd(emit.load(row, offset, emit.floats, align=4), value)
+            emit.store(emit.select(is_first, value, total), row, offset, align=4)
+    emit.finish()
+    return function
+
+
+def _step(
+    emit: Emit, micro: Micro, rows: list[Value], bases: list[Value], acc: list[list[Value]], a_at: Value, b_at: Value
+) -> None:
+    columns = [_weights(emit, micro, bases, v, b_at) for v in range(micro.nv)]
+    if micro.dot:
+        for m, row in enumerate(rows):
+            pair = emit.splat(emit.load(row, a_at, I32, align=4), emit.words)
+            for v, word in enumerate(columns):
+                emit.set(acc[m][v], _dot(emit, micro, emit.get(acc[m][v], emit.floats), pair, word[0]))
+        return
+    if micro.source == "pairs":
+        columns = [_halves(emit, word[0]) for word in columns]
+    for k in range(micro.step):
+        for m, row in enumerate(rows):
+            a = emit.splat(emit.load(row, emit.iadd(a_at, 4 * k), F32, align=4))
+            for v in range(micro.nv):
+                emit.set(acc[m][v], emit.fma(a, columns[v][k], emit.get(acc[m][v], emit.floats)))
+
+
+def _weights(emit: Emit, micro: Micro, bases: list[Value], v: int, b_at: Value) -> list[Value]:
+    column = v * micro.lanes
+    base = bases[column // micro.panel] if len(bases) > 1 else bases[0]
+    offset = emit.iadd(b_at, (column % micro.panel) * micro.column_bytes)
+    if micro.source == "f32":
+        return [emit.load(base, offset, emit.floats, align=4)]
+    if micro.source == "f16":
+        return [emit.fpext(emit.load(base, offset, vector(F16, micro.lanes), align=2), emit.floats)]
+    return [emit.load(base, offset, emit.words, align=4)]
+
+
+def _halves(emit: Emit, word: Value) -> list[Value]:
+    """Widen words of two bf16 to float32: the low half is k, the high half k + 1."""
+    low = emit.shl(word, emit.splat(16, emit.words))
+    high = emit.and_(word, emit.splat(-65536, emit.words))
+    return [emit.to_float(low), emit.to_float(high)]
+
+
+def _dot(emit: Emit, micro: Micro, acc: Value, pair: Value, word: Value) -> Value:
+    if micro.dot == "emulated":
+        for a, b in zip(_halves(emit, pair), _halves(emit, word), strict=True):
+            acc = emit.fma(a, b, acc)
+        return acc
+    shorts = vector(BF16, 2 * micro.lanes)
+    operands = [acc, emit.bitcast(pair, shorts), emit.bitcast(word, shorts)]
+    return emit.call_external(f"llvm.x86.avx512bf16.dpbf16ps.{32 * micro.lanes}", emit.floats, operands)

@@ -1,0 +1,340 @@
+"""The whole grouped GEMM around the micro-kernel: widening, jobs, chunks of K, epilogue, ordered combine.
+
+One function runs on every thread of one parallel region. Jobs (expert, block of columns, block of rows) are
+taken from a shared counter; who computes a job does not change its bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from tilecast.kernels.cpu._build import F32, I32, I64, PTR, VOID, Emit, Value, i64
+from tilecast.kernels.cpu._math import activate
+from tilecast.kernels.cpu._micro import Micro, Source, emit_micro
+from tilecast.kernels.cpu._stage import _one, emit_stage_packed, emit_stage_plain
+from tilecast.problem import DTYPES
+
+FLUSH_K = 256
+"""Length of one accumulation chain along K; the chains' sums are added in ascending order."""
+
+COMBINE_COLUMNS = 512
+ENTRY = "tilecast_moe_gemm"
+BARRIER = "tilecast_barrier"
+"""Symbol that the loader binds to the OpenMP runtime's barrier."""
+
+ARGS = (
+    # counters that the threads share, and how many threads there are
+    "job", "thread", "threads",
+    # routing
+    "tokens", "top_k", "experts", "ids", "slots", "offsets",
+    # operands; `widened` is float32 scratch for the rows, `partial` float32 scratch for the slots' results
+    "source", "widened", "weights", "bias", "scale", "partial", "out",
+    # sizes in elements, strides in bytes
+    "rows", "k", "k_padded", "row_stride", "columns", "width", "expert_stride", "panel_stride",
+    # blocking
+    "block_m", "block_n", "block_k",
+    # scratch of one thread
+    "scratch", "scratch_stride",
+)  # fmt: skip
+"""The 64-bit words of the argument block, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Everything that the generated code depends on; sizes and blocking are run-time arguments.
+
+    panel is 0 for plain weights; out is the dtype that `down` rounds its sums to.
+    """
+
+    gemm: str
+    dtype: str
+    out: str
+    activation: str
+    gated: bool
+    bias: bool
+    mr: int
+    nv: int
+    unroll: int
+    panel: int
+    stage: bool
+    dot: str
+    lanes: int
+    fma: bool
+
+    @property
+    def nr(self) -> int:
+        """Columns of one register tile."""
+        return self.nv * self.lanes
+
+    @property
+    def widens(self) -> bool:
+        """Whether rows are first widened to float32."""
+        return self.dtype != "fp32" and not self.dot
+
+    @property
+    def packed_source(self) -> Source:
+        """How packed weights lie."""
+        return {"fp32": "f32", "fp16": "f16", "bf16": "pairs"}[self.dtype]  # type: ignore[return-value]
+
+    @property
+    def micro(self) -> Micro:
+        """The micro-kernel's shape."""
+        if not self.stage:
+            source, panel = self.packed_source, self.panel
+        else:
+            source, panel = ("pairs" if self.dot else "f32"), self.nr  # type: ignore[assignment]
+        return Micro(nv=self.nv, unroll=self.unroll, source=source, panel=panel, lanes=self.lanes, dot=self.dot)
+
+    def scratch_layout(self, block_m: int, block_n: int) -> tuple[int, int, int, int]:
+        """Return byte offsets of the stage, row pointers and totals in a thread's scratch, and its size."""
+        stage = 8 * self.nr
+        pointers = stage + 4 * FLUSH_K * self.nr
+        totals = pointers + 8 * block_m
+        return stage, pointers, totals, -(-(totals + 4 * block_m * block_n) // 4096) * 4096
+
+
+class Gemm:
+    """Emits one variant's entry function."""
+
+    def __init__(self, module: Value, variant: Variant) -> None:
+        self.variant, self.micro = variant, variant.micro
+        v = variant
+        self.micros = [emit_micro(module, f"micro_{m}", v.micro, m, v.fma) for m in range(1, v.mr + 1)]
+        self.stage = None
+        if v.stage:
+            packed = emit_stage_packed(module, v.micro, v.packed_source, v.panel, v.fma) if v.panel else None
+            self.stage = packed or emit_stage_plain(module, v.micro, v.dtype, v.fma)
+        function = ir.Function(module, ir.FunctionType(VOID, [PTR]), ENTRY)
+        function.attributes.add("nounwind")
+        self.emit = Emit(function, v.lanes, v.fma)
+        self.block = function.args[0]
+        pointers = {"ids", "slots", "offsets", "source", "widened", "weights", "bias", "scale", "partial", "out"}
+        pointers.add("scratch")
+        self.args = {
+            name: self.emit.load(self.block, 8 * i, PTR if name in pointers else I64) for i, name in enumerate(ARGS)
+        }
+
+    def build(self) -> None:
+        """Emit the phases."""
+        self.thread = self._take("thread")
+        scratch = self.emit.at(self.args["scratch"], self.emit.imul(self.thread, self.args["scratch_stride"]))
+        stage, pointers, _, _ = self.variant.scratch_layout(0, 0)
+        self.weight_rows, self.staged = scratch, self.emit.at(scratch, stage)
+        self.row_pointers = self.emit.at(scratch, pointers)
+        self.totals = self.emit.at(self.row_pointers, self.emit.imul(self.args["block_m"], 8))
+        self.totals_stride = self.emit.imul(self.args["block_n"], 4)
+        if self.variant.widens:
+            self._widen()
+            self._barrier()
+        self._jobs()
+        if self.variant.gemm == "down":
+            self._barrier()
+            self._combine()
+        self.emit.finish()
+
+    def _take(self, name: str) -> Value:
+        counter = self.emit.at(self.block, 8 * ARGS.index(name))
+        return self.emit.atomic_rmw("add", counter, i64(1), "monotonic")
+
+    def _barrier(self) -> None:
+        emit = self.emit
+        with emit.builder.if_then(emit.icmp_unsigned(">", self.args["threads"], i64(1))):
+            emit.call_external(BARRIER, VOID, [])
+
+    def _widen(self) -> None:
+        """Copy the rows to float32, threads taking turns; an odd K gets a zero behind it."""
+        emit, args, dtype = self.emit, self.args, self.variant.dtype
+        size, lanes = DTYPES[dtype], self.variant.lanes
+        k = args["k"]
+        whole = emit.imul(emit.idiv(k, lanes), lanes)
+        with emit.loop(self.thread, args["rows"], args["threads"]) as row:
+            source = emit.at(args["source"], emit.imul(emit.imul(row, k), size))
+            target = emit.at(args["widened"], emit.imul(row, args["row_stride"]))
+            with emit.loop(0, whole, lanes) as i:
+                value = emit.load_floats(source, emit.imul(i, size), dtype)
+                emit.store(value, target, emit.imul(i, 4), align=4)
+            with emit.loop(whole, k) as i:
+                value = _one(emit, source, emit.imul(i, size), dtype, pairs=False)
+                emit.store(value, target, emit.imul(i, 4), align=4)
+            with emit.loop(k, args["k_padded"]) as i:
+                emit.store(ir.Constant(F32, 0.0), target, emit.imul(i, 4), align=4)
+
+    def _jobs(self) -> None:
+        emit, args = self.emit, self.args
+        expert, base = emit.slot(I64, i64(0)), emit.slot(I64, i64(0))
+        column_blocks = emit.ceil_div(args["columns"], args["block_n"])
+        with emit.forever() as done:
+            job = self._take("job")
+            with emit.forever() as found:
+                emit.leave_if(emit.icmp_unsigned(">=", emit.get(expert, I64), args["experts"]), done)
+                begin, rows = self._expert_rows(emit.get(expert, I64))
+                row_blocks = emit.ceil_div(rows, args["block_m"])
+                end = emit.iadd(emit.get(base, I64), emit.imul(row_blocks, column_blocks))
+                emit.leave_if(emit.icmp_unsigned("<", job, end), found)
+                emit.set(base, end)
+                emit.set(expert, emit.iadd(emit.get(expert, I64), 1))
+            begin, rows = self._expert_rows(emit.get(expert, I64))
+            row_blocks = emit.ceil_div(rows, args["block_m"])
+            local = emit.isub(job, emit.get(base, I64))
+            row0 = emit.imul(emit.urem(local, row_blocks), args["block_m"])
+            column0 = emit.imul(emit.udiv(local, row_blocks), args["block_n"])
+            self._job(
+                expert=emit.get(expert, I64),
+                first_slot=emit.iadd(begin, row0),
+                rows=emit.imin(args["block_m"], emit.isub(rows, row0)),
+                column0=column0,
+                columns=emit.imin(args["block_n"], emit.isub(args["columns"], column0)),
+            )
+
+    def _expert_rows(self, expert: Value) -> tuple[Value, Value]:
+        emit = self.emit
+        at = emit.imul(expert, 4)
+        begin = emit.zext(emit.load(self.args["offsets"], at, I32), I64)
+        end = emit.zext(emit.load(self.args["offsets"], emit.iadd(at, 4), I32), I64)
+        return begin, emit.isub(end, begin)
+
+    def _slot(self, index: Value) -> Value:
+        return self.emit.zext(self.emit.load(self.args["slots"], self.emit.imul(index, 4), I32), I64)
+
+    def _job(self, *, expert: Value, first_slot: Value, rows: Value, column0: Value, columns: Value) -> None:
+        emit, args, v = self.emit, self.args, self.variant
+        base = args["widened"] if v.widens else args["source"]
+        with emit.loop(0, rows) as r:
+            row = self._slot(emit.iadd(first_slot, r))
+            if v.gemm == "up":
+                row = emit.udiv(row, args["top_k"])
+            pointer = emit.at(base, emit.imul(row, args["row_stride"]))
+            emit.store(pointer, self.row_pointers, emit.imul(r, 8))
+        weights = emit.at(args["weights"], emit.imul(expert, args["expert_stride"]))
+        blocks = emit.ceil_div(rows, v.mr)
+        with emit.loop(0, args["k_padded"], args["block_k"]) as k0:
+            k1 = emit.imin(args["k_padded"], emit.iadd(k0, args["block_k"]))
+            with emit.loop(0, columns, v.nr) as column:
+                if not v.panel:
+                    self._point_at_weight_rows(weights, emit.iadd(column0, column))
+                with emit.loop(k0, k1, FLUSH_K) as k:
+                    length = emit.imin(i64(FLUSH_K), emit.isub(k1, k))
+                    b = self._chunk(weights, emit.iadd(column0, column), k, length)
+                    self._row_blocks(b, column, k, length, rows, blocks)
+        self._epilogue(expert, first_slot, rows, column0, columns)
+
+    def _chunk(self, weights: Value, column: Value, k: Value, length: Value) -> Value:
+        """Return the address of a chunk of weights, staged if the variant stages."""
+        emit, v = self.emit, self.variant
+        if not v.panel:
+            size = DTYPES[v.dtype]
+            steps = emit.idiv(length, self.micro.step)
+            emit.builder.call(self.stage, [self.weight_rows, emit.imul(k, size), steps, self.staged])
+            return self.staged
+        packed = Micro(nv=v.nv, unroll=1, source=v.packed_source, panel=v.panel, lanes=v.lanes)
+        at = emit.imul(emit.udiv(column, i64(v.panel)), self.args["panel_stride"])
+        at = emit.iadd(at, emit.imul(emit.urem(column, i64(v.panel)), packed.column_bytes))
+        at = emit.iadd(at, emit.imul(emit.idiv(k, packed.step), v.panel * packed.column_bytes))
+        b = emit.at(weights, at)
+        if not v.stage:
+            return b
+        steps = emit.idiv(length, packed.step)
+        emit.builder.call(self.stage, [b, self.args["panel_stride"], steps, self.staged])
+        return self.staged
+
+    def _row_blocks(self, b: Value, column: Value, k: Value, length: Value, rows: Value, blocks: Value) -> None:
+        """Run the micro-kernel over the rows, cut into blocks whose sizes differ by at most one."""
+        emit, v = self.emit, self.variant
+        a_offset = emit.imul(k, 2 if v.dot else 4)
+        steps = emit.idiv(length, self.micro.step)
+        first = emit.zext(emit.icmp_unsigned("==", k, i64(0)), I64)
+        with emit.loop(0, blocks) as i:
+            start = emit.udiv(emit.imul(i, rows), blocks)
+            size = emit.isub(emit.udiv(emit.imul(emit.iadd(i, 1), rows), blocks), start)
+            c = emit.at(self.totals, emit.iadd(emit.imul(start, self.totals_stride), emit.imul(column, 4)))
+            a = emit.at(self.row_pointers, emit.imul(start, 8))
+            after = emit.function.append_basic_block("after")
+            switch = emit.builder.switch(size, after)
+            for m, micro in enumerate(self.micros, start=1):
+                case = emit.function.append_basic_block(f"rows_{m}")
+                switch.add_case(i64(m), case)
+                emit.builder.position_at_end(case)
+                operands = [a, a_offset, b, self.args["panel_stride"], steps, c, self.totals_stride, first]
+                emit.builder.call(micro, operands)
+                emit.builder.branch(after)
+            emit.builder.position_at_end(after)
+
+    def _point_at_weight_rows(self, weights: Value, column: Value) -> None:
+        """Note the plain rows behind a tile's columns; padding columns point at row 0 and are never stored."""
+        emit, v, args = self.emit, self.variant, self.args
+        row_bytes = emit.imul(args["k"], DTYPES[v.dtype])
+        with emit.loop(0, i64(v.nr)) as c:
+            at = emit.iadd(column, c)
+            if v.gemm == "up" and v.gated:
+                group = emit.idiv(at, 2 * v.lanes)
+                row = emit.iadd(emit.imul(group, v.lanes), emit.urem(at, i64(v.lanes)))
+                inside = emit.icmp_unsigned("<", row, args["width"])
+                is_up = emit.urem(emit.idiv(at, v.lanes), i64(2))
+                row = emit.iadd(row, emit.imul(is_up, args["width"]))
+            else:
+                row, inside = at, emit.icmp_unsigned("<", at, args["width"])
+            row = emit.select(inside, row, i64(0))
+            emit.store(emit.at(weights, emit.imul(row, row_bytes)), self.weight_rows, emit.imul(c, 8))
+
+    def _epilogue(self, expert: Value, first_slot: Value, rows: Value, column0: Value, columns: Value) -> None:
+        """Bias, then activation and one rounding (up) or the routing weight (down)."""
+        emit, args, v = self.emit, self.args, self.variant
+        pair = v.gemm == "up" and v.gated
+        factor = 2 if pair else 1
+        out0 = emit.idiv(column0, factor)
+        left = emit.isub(args["width"], emit.imin(args["width"], out0))
+        vectors = emit.imin(emit.idiv(columns, factor * v.lanes), emit.ceil_div(left, v.lanes))
+        size = DTYPES[v.dtype] if v.gemm == "up" else 4
+        target = args["out"] if v.gemm == "up" else args["partial"]
+        bias_row = emit.imul(emit.iadd(emit.imul(expert, args["columns"]), column0), 4)
+        with emit.loop(0, rows) as r:
+            slot = self._slot(emit.iadd(first_slot, r))
+            totals = emit.at(self.totals, emit.imul(r, self.totals_stride))
+            out_row = emit.imul(emit.iadd(emit.imul(slot, args["width"]), out0), size)
+            scale = None
+            if v.gemm == "down":
+                scale = emit.splat(emit.load(args["scale"], emit.imul(slot, 4), F32))
+            with emit.loop(0, vectors) as j:
+                at = emit.imul(j, 4 * factor * v.lanes)
+                values = []
+                for part in range(factor):
+                    offset = emit.iadd(at, 4 * part * v.lanes)
+                    value = emit.load(totals, offset, emit.floats, align=4)
+                    if v.bias:
+                        bias = emit.load(args["bias"], emit.iadd(bias_row, offset), emit.floats, align=4)
+                        value = emit.fadd(value, bias)
+                    values.append(value)
+                if v.gemm == "up":
+                    result = activate(emit, v.activation, values[0], values[1] if pair else None)
+                    result = emit.narrow(result, v.dtype)
+                else:
+                    result = emit.fmul(values[0], scale)
+                done = emit.imul(j, v.lanes)
+                count = emit.imin(i64(v.lanes), emit.isub(left, done))
+                emit.store_partial(result, target, emit.iadd(out_row, emit.imul(done, size)), count, size)
+
+    def _combine(self) -> None:
+        """Sum each token's present slots in slot order in float32 and round once."""
+        emit, args, v = self.emit, self.args, self.variant
+        size, width = DTYPES[v.out], args["width"]
+        chunks = emit.ceil_div(width, COMBINE_COLUMNS)
+        with emit.loop(self.thread, emit.imul(args["tokens"], chunks), args["threads"]) as item:
+            token = emit.udiv(item, chunks)
+            start = emit.imul(emit.urem(item, chunks), COMBINE_COLUMNS)
+            stop = emit.imin(width, emit.iadd(start, COMBINE_COLUMNS))
+            first = emit.imul(token, args["top_k"])
+            with emit.loop(start, stop, v.lanes) as column:
+                total = emit.slot(emit.floats)
+                emit.set(total, emit.splat(0.0))
+                with emit.loop(first, emit.iadd(first, args["top_k"])) as slot:
+                    expert = emit.zext(emit.load(args["ids"], emit.imul(slot, 4), I32), I64)
+                    present = emit.icmp_unsigned("<", expert, args["experts"])
+                    with emit.builder.if_then(present):
+                        at = emit.imul(emit.iadd(emit.imul(slot, width), column), 4)
+                        value = emit.load(args["partial"], at, emit.floats, align=4)
+                        emit.set(total, emit.fadd(emit.get(total, emit.floats), value))
+                count = emit.imin(i64(v.lanes), emit.isub(stop, column))
+                at = emit.imul(emit.iadd(emit.imul(token, width), column), size)
+                emit.store_partial(emit.narrow(emit.get(total, emit.floats), v.out), args["out"], at, count, size)

@@ -1,0 +1,61 @@
+"""How weights are stored for the CPU kernels: panels of columns, K-major, so that a core reads one stream.
+
+A packed stack has the shape [E, panels, steps, panel columns(, 2)]: float32 and fp16 hold one k a step, bf16
+holds words of (k, k + 1). For a gated up projection columns alternate by one vector: `lanes` gate columns,
+then the `lanes` up columns that belong to them. Columns are padded with zeros to a multiple of 8 vectors and of 64.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tilecast.problem import ExpertGemm
+
+
+def padded_columns(gemm: ExpertGemm, lanes: int) -> int:
+    """Return the number of columns of a packed (or virtually packed) stack."""
+    pair = 2 if gemm.name == "up" and gemm.layer.gated else 1
+    width = gemm.n // pair
+    columns = -(-width // lanes) * lanes * pair
+    unit = max(8 * lanes, 64)
+    return -(-columns // unit) * unit
+
+
+def padded_k(gemm: ExpertGemm, *, pairs: bool) -> int:
+    """Return K, rounded up to even where weights are held in pairs."""
+    return gemm.k + gemm.k % 2 if pairs else gemm.k
+
+
+def column_order(gemm: ExpertGemm, lanes: int) -> torch.Tensor:
+    """Return, for each packed column, the plain weight row behind it; -1 for padding. int64 [columns]."""
+    columns = torch.arange(padded_columns(gemm, lanes))
+    if gemm.name == "down" or not gemm.layer.gated:
+        return torch.where(columns < gemm.n, columns, -1)
+    width = gemm.layer.intermediate
+    rows = columns // (2 * lanes) * lanes + columns % lanes
+    is_up = columns // lanes % 2
+    return torch.where(rows < width, rows + is_up * width, -1)
+
+
+def pack_panels(weights: torch.Tensor, gemm: ExpertGemm, panel: int, lanes: int) -> torch.Tensor:
+    """Return plain weights [E, N, K] as panels. One expert is packed at a time, to bound the extra memory."""
+    experts, _, k = weights.shape
+    pairs = weights.dtype == torch.bfloat16
+    order = column_order(gemm, lanes)
+    columns, depth, per_step = len(order), padded_k(gemm, pairs=pairs), 2 if pairs else 1
+    shape = (experts, columns // panel, depth // per_step, panel, per_step)
+    packed = torch.empty(shape, dtype=weights.dtype)
+    present, rows = order >= 0, order.clamp(min=0)
+    for expert in range(experts):
+        padded = torch.zeros(columns, depth, dtype=weights.dtype)
+        padded[:, :k] = weights[expert].index_select(0, rows)
+        padded[~present] = 0
+        packed[expert] = padded.view(columns // panel, panel, depth // per_step, per_step).transpose(1, 2)
+    return packed
+
+
+def pack_bias(bias: torch.Tensor, gemm: ExpertGemm, lanes: int) -> torch.Tensor:
+    """Return a bias [E, N] as float32 [E, columns] in packed column order, zero in the padding."""
+    order = column_order(gemm, lanes)
+    gathered = bias.to(torch.float32).index_select(1, order.clamp(min=0))
+    return torch.where(order >= 0, gathered, 0.0).contiguous()

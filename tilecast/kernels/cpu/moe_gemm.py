@@ -1,0 +1,352 @@
+"""`llvm.moe_gemm`: grouped expert GEMMs from the micro-kernel generator, for fp32, bf16 and fp16.
+
+Numerics (docs/numerics.md): every output is the ascending sum of chains of 256 fused multiply-adds along K, so
+all tile shapes, layouts, block sizes and thread counts are one class, and a row's bits do not depend on the
+batch. The bf16 dot product of AVX-512 adds pairs and is a class of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from tilecast.canonical import Json
+from tilecast.environment import Environment
+from tilecast.errors import ConfigError, InputError
+from tilecast.kernels.cpu._moe import ARGS, FLUSH_K, Variant
+from tilecast.kernels.cpu.isa import Isa, host_isa
+from tilecast.kernels.cpu.jit import available_threads, load_variant, run
+from tilecast.kernels.cpu.layouts import pack_bias, pack_panels, padded_columns, padded_k
+from tilecast.kernels.routing import ExpertLayout
+from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
+from tilecast.problem import DTYPES, ExpertGemm, ParamValue, TileConfig
+
+NAME = "llvm.moe_gemm"
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PANELS = (16, 32, 64)
+BLOCK_M = 256
+"""Rows that share one pass over a block of weights; also bounds a thread's scratch."""
+
+
+class MoeGemm:
+    """The generator's kernel. Parameters:
+
+    mr, nv: rows and vectors of columns held in registers; unroll: k steps per turn; layout: `plain` or
+    `panelN` (N columns a panel); stage: 1 if weights are first brought into float32 scratch; block_n: columns
+    of one job; block_k: K that one job covers before it moves to its next tile (0 = all); dot: `fma`, or
+    `bf16` for the pairwise dot product; threads: at most so many (0 = all that torch uses).
+    """
+
+    name = NAME
+    device_kind = "cpu"
+    domain: dict[str, tuple[ParamValue, ...] | range] = {  # noqa: RUF012  # the protocol wants an instance's view
+        "mr": range(1, 15),
+        "nv": (1, 2, 4, 8),
+        "unroll": (1, 2, 4, 8),
+        "layout": (PLAIN, *(f"panel{panel}" for panel in PANELS)),
+        "stage": (0, 1),
+        "block_n": (16, 32, 64, 128, 256, 512, 1024),
+        "block_k": (0, 256, 512, 1024, 2048),
+        "dot": ("fma", "bf16"),
+        "threads": (0, 1, *range(2, 257)),
+    }
+
+    def __init__(self, isa: Isa | None = None) -> None:
+        """Use this machine's instruction set, or another one for static questions."""
+        self.isa = isa or host_isa()
+
+    # What is asked before anything runs ----------------------------------------------
+
+    def rejects(self, gemm: ExpertGemm, environment: Environment) -> str | None:
+        """Return why this kernel cannot run `gemm` in `environment` at all."""
+        if environment.device_kind != "cpu":
+            return f"runs on CPUs, not on {environment.device_kind}"
+        if gemm.layer.weight_format != "dense":
+            return f"weight format {gemm.layer.weight_format} is not dense"
+        if gemm.layer.dtype == "fp16" and not self.isa.half:
+            return f"{self.isa.name} has no fp16 conversion instruction"
+        return None
+
+    def invalid(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> str | None:
+        """Return why `config` cannot run `gemm` in `environment`."""
+        isa, mr, nv = self.isa, config.integer("mr"), config.integer("nv")
+        layout, stage, dot = config["layout"], config["stage"], config["dot"]
+        nr, block_n = nv * isa.lanes, config.integer("block_n")
+        if dot == "bf16":
+            if gemm.layer.dtype != "bf16":
+                return f"dot=bf16 needs bf16 weights, the layer is {gemm.layer.dtype}"
+            if not isa.dot_bf16:
+                return f"{isa.name} has no bf16 dot product"
+            if gemm.k % 2:
+                return f"dot=bf16 takes K in pairs, K is {gemm.k}"
+        live = mr * nv + nv + 1
+        if live > isa.registers + nv:
+            return f"{mr}×{nv} accumulators and {nv + 1} operands do not fit {isa.registers} registers"
+        if layout == PLAIN and not stage:
+            return "plain weights have to be staged"
+        if layout != PLAIN and stage and (gemm.layer.dtype == "fp32" or dot == "bf16"):
+            return "packed weights of this form need no staging"
+        if layout != PLAIN and (panel := panel_columns(str(layout))) and max(panel, nr) % min(panel, nr):
+            return f"panels of {panel} columns do not divide into tiles of {nr}"
+        if block_n % nr or (layout != PLAIN and block_n % panel_columns(str(layout))):
+            return f"block_n={block_n} is not a multiple of the tile's {nr} columns and the panel"
+        if gemm.name == "up" and gemm.layer.gated and block_n % (2 * isa.lanes):
+            return f"block_n={block_n} splits gate columns from their up columns"
+        return None
+
+    def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
+        """Yield every config worth considering for this many tokens, in a fixed order; some may be invalid."""
+        rows = rows_per_expert(gemm, tokens)
+        isa = self.isa
+        dots = ("fma", "bf16") if gemm.layer.dtype == "bf16" and isa.dot_bf16 else ("fma",)
+        layouts = ("panel16", "panel32", PLAIN)
+        for dot in dots:
+            for layout in layouts:
+                for stage in (0, 1):
+                    for mr, nv in tile_shapes(isa, rows):
+                        for block_n in (64, 128, 256):
+                            for block_k in (0, 512) if rows > mr else (0,):
+                                for unroll in (2, 4):
+                                    yield self._config(
+                                        mr=mr, nv=nv, unroll=unroll, layout=layout, stage=stage,
+                                        block_n=block_n, block_k=block_k, dot=dot,
+                                    )  # fmt: skip
+
+    def default(
+        self, gemm: ExpertGemm, tokens: int, environment: Environment, like: TileConfig | None = None
+    ) -> TileConfig:
+        """Return the heuristic config; with `like`, one of the same weight layout and numerics class."""
+        isa, dtype, rows = self.isa, gemm.layer.dtype, rows_per_expert(gemm, tokens)
+        layout = "panel16" if like is None else str(like["layout"])
+        dot = "bf16" if dtype == "bf16" and isa.dot_bf16 and gemm.k % 2 == 0 else "fma"
+        if like is not None:
+            dot = str(like["dot"])
+        mr, nv = default_shape(isa, rows)
+        packed_float = layout != PLAIN and (dtype == "fp32" or dot == "bf16")
+        stage = int(layout == PLAIN or (rows > 2 * mr and not packed_float))
+        block_n = max(64, nv * isa.lanes, 0 if layout == PLAIN else panel_columns(layout))
+        block_k = 512 if rows > mr else 0
+        return self._config(
+            mr=mr, nv=nv, unroll=4 if nv <= 2 else 2, layout=layout, stage=stage,
+            block_n=block_n, block_k=block_k, dot=dot,
+        )  # fmt: skip
+
+    def _config(self, **params: ParamValue) -> TileConfig:
+        return TileConfig(NAME, {"threads": 0, **params})
+
+    def numerics(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> dict[str, Json]:
+        """Return the fields of the numerics class: known by construction, whatever the tile's shape."""
+        dot = config["dot"] == "bf16"
+        return {
+            "kernel": NAME,
+            "dtype": gemm.layer.dtype,
+            "accumulator": "fp32",
+            "k_order": "ascending pairs" if dot else "ascending",
+            "multiply_add": "vdpbf16ps" if dot else "fma" if self.isa.fma else "separate",
+            "flush_k": FLUSH_K,
+            "rounding": "intermediate once, output once",
+            "combine": "slot order",
+        }
+
+    def batch_invariant(self, gemm: ExpertGemm, config: TileConfig) -> bool:
+        """Return True: a row's sums never involve another row, and their order does not depend on the batch."""
+        return True
+
+    def layout(self, gemm: ExpertGemm, config: TileConfig) -> str:
+        """Return the name of the weight layout that `config` reads."""
+        return str(config["layout"])
+
+    def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
+        """Return `plain` weights stored in another layout. The plain tensor is left as it was."""
+        if layout == PLAIN or weights.layout == layout:
+            return weights
+        if weights.layout != PLAIN:
+            raise ConfigError(f"{NAME}: weights in layout {weights.layout} cannot be packed as {layout}")
+        data = pack_panels(weights.data, weights.gemm, panel_columns(layout), self.isa.lanes)
+        return GemmWeights(gemm=weights.gemm, layout=layout, data=data, bias=weights.bias)
+
+    # Launching ------------------------------------------------------------------------
+
+    def up(
+        self,
+        config: TileConfig,
+        hidden: torch.Tensor,
+        weights: GemmWeights,
+        route: ExpertLayout,
+        out: torch.Tensor,
+    ) -> None:
+        """Run the up GEMM: hidden [T, H] to out [T·k, I] in slot order, activation applied, one rounding."""
+        if route.tokens:
+            _launch(self.isa, config, weights, route, source=hidden, rows=route.tokens, out=out, scale=None)
+
+    def down(
+        self,
+        config: TileConfig,
+        intermediate: torch.Tensor,
+        weights: GemmWeights,
+        route: ExpertLayout,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Run the down GEMM and the ordered combine: intermediate [T·k, I] to out [T, H]."""
+        if route.tokens:
+            rows = route.tokens * route.top_k
+            _launch(self.isa, config, weights, route, source=intermediate, rows=rows, out=out, scale=topk_weights)
+
+
+def panel_columns(layout: str) -> int:
+    """Return the columns of one panel of a packed layout; raises ConfigError for another layout."""
+    if not layout.startswith("panel"):
+        raise ConfigError(f"{NAME}: layout {layout!r} is not packed in panels")
+    return int(layout.removeprefix("panel"))
+
+
+def rows_per_expert(gemm: ExpertGemm, tokens: int) -> int:
+    """Return the expected rows of an expert that has any, rounded up, under uniform routing."""
+    layer = gemm.layer
+    return max(1, -(-tokens * layer.top_k // layer.global_experts))
+
+
+def tile_shapes(isa: Isa, rows: int) -> tuple[tuple[int, int], ...]:
+    """Return the register tiles (rows, vectors) worth trying for this many rows of one expert."""
+    if isa.registers == 16:
+        shapes = ((1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (3, 2), (3, 4), (4, 2), (5, 2), (6, 2))
+    else:
+        shapes = ((1, 2), (1, 4), (1, 8), (2, 4), (2, 8), (3, 4), (4, 4), (4, 2), (6, 4), (8, 2), (12, 2), (14, 2))
+    return tuple(shape for shape in shapes if rows >= 4 or shape[0] <= rows + 2)
+
+
+def default_shape(isa: Isa, rows: int) -> tuple[int, int]:
+    """Return the heuristic's register tile."""
+    wide = isa.registers > 16
+    if rows == 1:
+        return (1, 8)
+    if rows <= 3:
+        return (rows, 4) if wide or rows < 3 else (3, 2)
+    return (min(rows, 12), 2) if wide else (min(rows, 6), 2)
+
+
+# The hot path -------------------------------------------------------------------------
+
+_Block = ctypes.c_int64 * len(ARGS)
+
+
+class _Plan:
+    """What stays the same between launches of one config on one stack of weights."""
+
+    def __init__(self, isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: str) -> None:
+        gemm, layer = weights.gemm, weights.gemm.layer
+        panel = 0 if weights.layout == PLAIN else panel_columns(weights.layout)
+        dot = "native" if config["dot"] == "bf16" else ""
+        self.variant = Variant(
+            gemm=gemm.name, dtype=layer.dtype, out=out_dtype, activation=layer.activation if gemm.name == "up" else "",
+            gated=layer.gated, bias=weights.bias is not None, mr=config.integer("mr"), nv=config.integer("nv"),
+            unroll=config.integer("unroll"), panel=panel, stage=bool(config["stage"]), dot=dot,
+            lanes=isa.lanes, fma=isa.fma,
+        )  # fmt: skip
+        self.address = load_variant(self.variant)
+        self.bias = pack_bias(weights.bias, gemm, isa.lanes) if weights.bias is not None else None
+        pairs = panel > 0 and layer.dtype == "bf16"
+        depth, size = padded_k(gemm, pairs=pairs), DTYPES[layer.dtype]
+        columns = padded_columns(gemm, isa.lanes)
+        row_bytes = 4 * depth if self.variant.widens else size * gemm.k
+        block_n = min(config.integer("block_n"), columns)
+        _, _, _, self.scratch_bytes = self.variant.scratch_layout(BLOCK_M, block_n)
+        self.depth, self.k, self.dtype = depth, gemm.k, TORCH_DTYPES[layer.dtype]
+        self.width = layer.intermediate if gemm.name == "up" else layer.hidden
+        self.threads = config.integer("threads")
+        fixed = {
+            "experts": layer.experts, "weights": weights.data.data_ptr(), "k": gemm.k, "k_padded": depth,
+            "bias": self.bias.data_ptr() if self.bias is not None else 0, "row_stride": row_bytes, "columns": columns,
+            "width": self.width,
+            "expert_stride": size * (columns * depth if panel else gemm.n * gemm.k), "panel_stride": size * panel * depth,
+            "block_m": BLOCK_M, "block_n": block_n, "block_k": config.integer("block_k") or depth + FLUSH_K,
+            "scratch_stride": self.scratch_bytes,
+        }  # fmt: skip
+        self.template = _Block(*(fixed.get(name, 0) for name in ARGS))
+
+
+KEPT_SCRATCH_BYTES = 64 << 20
+"""Scratch above this is allocated for one launch and released after it."""
+
+
+class _Scratch(threading.local):
+    """Buffers of one Python thread, so that launches from several threads never share any."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, size: int) -> torch.Tensor:
+        """Return at least `size` bytes, aligned to 64, contents undefined."""
+        known = self.buffers.get(name)
+        if known is not None and known.numel() >= size:
+            return known
+        fresh = torch.empty(size + 4096, dtype=torch.uint8)
+        if size <= KEPT_SCRATCH_BYTES:
+            self.buffers[name] = fresh
+        return fresh
+
+
+_scratch = _Scratch()
+
+
+def _plan(isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> _Plan:
+    key = (config, out_dtype)
+    plan: _Plan | None = weights.plans.get(key)
+    if plan is None:
+        plan = weights.plans[key] = _Plan(isa, config, weights, DTYPE_NAMES[out_dtype])
+    return plan
+
+
+def _launch(
+    isa: Isa,
+    config: TileConfig,
+    weights: GemmWeights,
+    route: ExpertLayout,
+    *,
+    source: torch.Tensor,
+    rows: int,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> None:
+    plan = _plan(isa, config, weights, out.dtype)
+    _check("input", source, (rows, plan.k), plan.dtype)
+    _check("output", out, (route.tokens if scale is not None else rows * route.top_k, plan.width), out.dtype)
+    block = _Block.from_buffer_copy(plan.template)
+    threads = available_threads() if plan.threads == 0 else min(plan.threads, available_threads())
+    scratch = _scratch.take("threads", threads * plan.scratch_bytes)
+    block[_THREADS] = threads
+    block[_TOKENS], block[_TOP_K] = route.tokens, route.top_k
+    block[_IDS], block[_SLOTS], block[_OFFSETS] = (
+        route.ids.data_ptr(), route.slots.data_ptr(), route.offsets.data_ptr()
+    )  # fmt: skip
+    block[_SOURCE], block[_ROWS], block[_OUT] = source.data_ptr(), rows, out.data_ptr()
+    block[_SCRATCH] = -(-scratch.data_ptr() // 64) * 64
+    if plan.variant.widens:
+        widened = _scratch.take("widened", 4 * rows * plan.depth)
+        block[_WIDENED] = widened.data_ptr()
+    if scale is not None:
+        _check("routing weights", scale, (route.tokens, route.top_k), torch.float32)
+        # A vector's width beyond the last row is read, though never used.
+        partial = _scratch.take("partial", 4 * (rows * plan.width + isa.lanes))
+        block[_PARTIAL], block[_SCALE] = partial.data_ptr(), scale.data_ptr()
+    run(plan.address, ctypes.addressof(block), threads)
+
+
+def _check(what: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise InputError(
+            f"{NAME}: {what} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
+            f"expected contiguous {dtype} {shape}"
+        )
+
+
+(_THREADS, _TOKENS, _TOP_K, _IDS, _SLOTS, _OFFSETS) = (
+    ARGS.index(name) for name in ("threads", "tokens", "top_k", "ids", "slots", "offsets")
+)
+(_SOURCE, _WIDENED, _SCALE, _PARTIAL, _OUT, _ROWS, _SCRATCH) = (
+    ARGS.index(name) for name in ("source", "widened", "scale", "partial", "out", "rows", "scratch")
+)
