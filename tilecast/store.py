@@ -21,7 +21,9 @@ class Store(Protocol):
     - Every method is one transaction: done wholly or not at all, and durable when it returns (as far as
       the implementation is durable). A process killed at any instant leaves a store that opens.
     - Adding a measurement whose natural key (`Measurement.key`) is present changes nothing: the first stays.
-    - Putting a decision whose natural key is present replaces it.
+    - Putting a decision whose natural key is present replaces it, and one whose bucket overlaps others of
+      the same environment, layer, policy and routing removes those, so that `table` always makes a table.
+      Decisions put in one call must not overlap each other; otherwise CacheError.
     - A decision or measurement needs its environment to be present; otherwise CacheError.
     - Returned objects are frozen; lists are fresh and ordered as each method says.
     - One instance may be used from several threads; several processes may use one SQL store.

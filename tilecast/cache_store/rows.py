@@ -1,0 +1,271 @@
+"""Between the base types and flat rows: the strict, only place where either becomes the other.
+
+A row is a mapping from column name to plain value. Rows that come from a file are checked field by field; what
+does not fit raises InputError (or CacheError) that names the entry.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+from tilecast.canonical import Json, canonical_json, fields_of
+from tilecast.errors import CacheError, InputError
+from tilecast.evidence import Choice, Decision, Measurement
+from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, TileConfig
+
+Row = Mapping[str, Any]
+
+DETAIL_LIMIT = 4096
+"""Characters of a measurement's `detail` that are kept; a compiler's output can be megabytes."""
+NAME_LIMIT = 256
+"""Characters of a routing profile's or numerics class's name."""
+
+_none = type(None)
+_number = (float, int)
+CHOICE_KINDS: dict[str, type | tuple[type, ...]] = {
+    "config": str,
+    "p50_us": _number,
+    "default": str,
+    "default_us": _number,
+    "runner_up": (str, _none),
+    "runner_up_us": (float, int, _none),
+    "noise": _number,
+    "numerics": str,
+}
+DECISION_KINDS: dict[str, type | tuple[type, ...]] = {
+    "environment": str,
+    "layer": str,
+    "policy": str,
+    "routing": str,
+    "tokens": int,
+    "above": int,
+    "certificate": str,
+    **{f"{gemm}_{name}": kind for gemm in ("up", "down") for name, kind in CHOICE_KINDS.items()},
+}
+"""Columns of a decision's row. `layer` and the configs are digests of entries kept beside."""
+MEASUREMENT_KINDS: dict[str, type | tuple[type, ...]] = {
+    "key": str,
+    "environment": str,
+    "layer": str,
+    "gemm": str,
+    "tokens": int,
+    "config": str,
+    "routing": str,
+    "rank": int,
+    "world_size": int,
+    "run": int,
+    "round": int,
+    "status": str,
+    "samples_us": str,
+    "numerics": str,
+    "error_ratio": (float, int, _none),
+    "detail": str,
+    "measured_at": _number,
+}
+"""Columns of a measurement's row."""
+
+
+class Keyed(Protocol):
+    """What is kept as its canonical JSON under its digest: environments, layers and configs."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON form."""
+        ...
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON form."""
+        ...
+
+
+T = TypeVar("T", bound=Keyed)
+
+
+class Lookup(Generic[T]):
+    """Entries by digest, parsed and checked when first asked for, so that equal digests share one object."""
+
+    def __init__(self, what: str, parse: Callable[[object], T], rows: Iterable[Row]) -> None:
+        """Keep rows of `digest` and `fields`; `what` names the entries in messages."""
+        self._what = what
+        self._parse = parse
+        self._texts: dict[object, object] = {row["digest"]: row["fields"] for row in rows}
+        self._found: dict[str, T] = {}
+
+    def __getitem__(self, digest: str) -> T:
+        """Return the entry; raises CacheError when it is absent, not canonical or not what its digest says."""
+        found = self._found.get(digest)
+        if found is None:
+            if digest not in self._texts:
+                raise CacheError(f"{self._what} {digest[:12]!r} is referred to but absent")
+            found = self._found[digest] = self._checked(digest, self._texts[digest])
+        return found
+
+    def all(self) -> list[T]:
+        """Return every entry, ordered by digest; raises CacheError."""
+        if not all(isinstance(digest, str) for digest in self._texts):
+            raise CacheError(f"{self._what}: a digest is not text")
+        return [self[digest] for digest in sorted(cast(Iterable[str], self._texts))]
+
+    def _checked(self, digest: str, text: object) -> T:
+        name = f"{self._what} {digest[:12]!r}"
+        try:
+            entry = self._parse(_parsed_json(text))
+        except InputError as error:
+            raise CacheError(f"{name}: {error}") from error
+        if canonical_json(entry.to_json()) != text:
+            raise CacheError(f"{name}: its fields are not canonical JSON")
+        if entry.digest != digest:
+            raise CacheError(f"{name}: its fields have digest {entry.digest[:12]}")
+        return entry
+
+
+def keyed_row(entry: Keyed) -> dict[str, Any]:
+    """Return the row of an environment, layer or config."""
+    return {"digest": entry.digest, "fields": canonical_json(entry.to_json())}
+
+
+def storable(measurement: Measurement) -> Measurement:
+    """Return the measurement as every store keeps it; raises CacheError for what no store can hold.
+
+    `detail` loses what has no UTF-8 form, NUL characters, and everything past DETAIL_LIMIT.
+    """
+    _check_names(routing=measurement.routing, numerics=measurement.numerics)
+    if not math.isfinite(measurement.measured_at):
+        raise CacheError(f"measurement's time is {measurement.measured_at!r}, expected finite seconds")
+    detail = measurement.detail.encode("utf-8", "replace").decode("utf-8").replace("\0", "�")
+    if len(detail) > DETAIL_LIMIT:
+        detail = detail[: DETAIL_LIMIT - 1] + "…"
+    return measurement if detail == measurement.detail else replace(measurement, detail=detail)
+
+
+def settled(decisions: Iterable[Decision]) -> list[Decision]:
+    """Return decisions to put at once: the last of equal keys, in table order.
+
+    Raises CacheError for overlapping buckets and for names that no store can hold.
+    """
+    found = sorted({d.sort_key: d for d in decisions}.values(), key=lambda d: d.sort_key)
+    for decision in found:
+        _check_names(routing=decision.routing, up=decision.up.numerics, down=decision.down.numerics)
+    for low, high in itertools.pairwise(found):
+        if displaces(high, low):
+            raise CacheError(f"{low.bucket} and {high.bucket} of {high.layer.label} overlap; put one or the other")
+    return found
+
+
+def displaces(new: Decision, old: Decision) -> bool:
+    """Whether putting `new` removes `old`: same series, other bucket, some token count in both."""
+    return (
+        new.sort_key[:4] == old.sort_key[:4]
+        and new.bucket.tokens != old.bucket.tokens
+        and new.bucket.above < old.bucket.tokens
+        and old.bucket.above < new.bucket.tokens
+    )
+
+
+def measurement_row(measurement: Measurement) -> dict[str, Any]:
+    """Return the row of a storable measurement."""
+    row = {name: getattr(measurement, name) for name in MEASUREMENT_KINDS if name not in ("layer", "gemm", "config")}
+    return {
+        **row,
+        "layer": measurement.gemm.layer.digest,
+        "gemm": measurement.gemm.name,
+        "config": measurement.config.digest,
+        "samples_us": canonical_json(list(measurement.samples_us)),
+    }
+
+
+def measurement_from_row(row: Row, layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]) -> Measurement:
+    """Build a measurement from its row and check its key. Raises InputError."""
+    parsed: Any = dict(fields_of(dict(row), MEASUREMENT_KINDS, "measurement"))
+    key = parsed.pop("key")
+    samples = _parsed_json(parsed.pop("samples_us"))
+    if not isinstance(samples, list):
+        raise CacheError(f"measurement {key[:12]!r}: samples_us is not a list of numbers")
+    gemm = ExpertGemm(layer=layers[parsed.pop("layer")], name=parsed.pop("gemm"))
+    config = configs[parsed.pop("config")]
+    measurement = Measurement(gemm=gemm, config=config, samples_us=tuple(map(_time, samples)), **parsed)
+    if storable(measurement) != measurement or measurement.key != key:
+        raise CacheError(f"measurement {key[:12]!r}: its fields have key {measurement.key[:12]}")
+    return measurement
+
+
+def decision_row(decision: Decision) -> dict[str, Any]:
+    """Return the row of a decision."""
+    row: dict[str, Any] = {
+        "environment": decision.environment,
+        "layer": decision.layer.digest,
+        "policy": decision.policy,
+        "routing": decision.routing,
+        "tokens": decision.bucket.tokens,
+        "above": decision.bucket.above,
+        "certificate": decision.certificate,
+    }
+    for gemm, choice in (("up", decision.up), ("down", decision.down)):
+        for name in CHOICE_KINDS:
+            value = getattr(choice, name)
+            row[f"{gemm}_{name}"] = value.digest if isinstance(value, TileConfig) else value
+    return row
+
+
+def decision_configs(decision: Decision) -> list[TileConfig]:
+    """Return every config that a decision refers to, with repetitions."""
+    choices = (decision.up, decision.down)
+    return [c for choice in choices for c in (choice.config, choice.default, choice.runner_up) if c is not None]
+
+
+def decision_from_row(row: Row, layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]) -> Decision:
+    """Build a decision from its row. Raises InputError."""
+    parsed: Any = fields_of(dict(row), DECISION_KINDS, "decision")
+    choices = {}
+    for gemm in ("up", "down"):
+        values = {name: parsed[f"{gemm}_{name}"] for name in CHOICE_KINDS}
+        for name in ("config", "default", "runner_up"):
+            values[name] = None if values[name] is None else configs[values[name]]
+        choices[gemm] = Choice(**values)
+    return Decision(
+        environment=parsed["environment"],
+        layer=layers[parsed["layer"]],
+        bucket=Bucket(above=parsed["above"], tokens=parsed["tokens"]),
+        policy=parsed["policy"],
+        routing=parsed["routing"],
+        certificate=parsed["certificate"],
+        **choices,
+    )
+
+
+def _time(sample: object) -> float:
+    if isinstance(sample, bool) or not isinstance(sample, int | float):
+        raise CacheError(f"sample is {sample!r}, expected a number")
+    return sample
+
+
+def _check_names(**names: str) -> None:
+    for what, name in names.items():
+        if "\0" in name or len(name) > NAME_LIMIT or not _has_utf8(name):
+            raise CacheError(f"{what} is {name[:40]!r}, expected at most {NAME_LIMIT} characters of plain text")
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parsed_json(text: object) -> object:
+    if not isinstance(text, str):
+        raise CacheError(f"expected JSON text, got {type(text).__name__}")
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"not JSON: {error}") from error
+
+
+def _refuse(name: str) -> object:
+    raise ValueError(f"{name} is not a number here")
