@@ -1,8 +1,8 @@
 """Models: config.json of any MoE family, presets and specs to expert layers, and how ranks share them."""
 
 from tilecast.models.families import FAMILIES
-from tilecast.models.model import LayerGroup, Model, Router
 from tilecast.models.find import preset_names, resolve
+from tilecast.models.model import LayerGroup, Model, Router
 from tilecast.models.sharding import Shard, layer_for_rank, shard, split, uneven_note
 
 __all__ = [
