@@ -28,7 +28,7 @@ from tilecast.environment import kernel_source_digest
 from tilecast.errors import DeviceError
 from tilecast.kernels.cpu._moe import BARRIER, Gemm, Variant
 from tilecast.kernels.cpu.isa import Isa, host_isa
-from tilecast.settings import cache_folder
+from tilecast.settings import Settings
 
 CHECKSUM_BYTES = 32
 _loaded: list[Any] = []
@@ -70,7 +70,7 @@ def compile_assembly(variant: Variant, isa: Isa) -> str:
 
 
 def _object_path(key: str) -> Path:
-    return cache_folder() / "kernels" / f"{key}.o"
+    return Settings.from_environment().cache_dir / "kernels" / f"{key}.o"
 
 
 def _read_object(path: Path) -> bytes | None:

@@ -262,7 +262,8 @@ class _Plan:
             "experts": layer.experts, "weights": weights.data.data_ptr(), "k": gemm.k, "k_padded": depth,
             "bias": self.bias.data_ptr() if self.bias is not None else 0, "row_stride": row_bytes, "columns": columns,
             "width": self.width,
-            "expert_stride": size * (columns * depth if panel else gemm.n * gemm.k), "panel_stride": size * panel * depth,
+            "expert_stride": size * (columns * depth if panel else gemm.n * gemm.k),
+            "panel_stride": size * panel * depth,
             "block_m": BLOCK_M, "block_n": block_n, "block_k": config.integer("block_k") or depth + FLUSH_K,
             "scratch_stride": self.scratch_bytes,
         }  # fmt: skip
