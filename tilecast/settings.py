@@ -158,17 +158,24 @@ def _items(text: str) -> list[tuple[int, int, int]]:
     """Return (start, next, step) per item, (number, 0, 0) for a plain number; checks each and their order."""
     items: list[tuple[int, int, int]] = []
     for part in text.split(","):
-        numbers = [_count(number, part, text) for number in part.strip().split("-")]
-        if len(numbers) not in (1, 3):
-            raise UsageError(f"token counts {text!r}: {part!r} is neither a number nor start-next-step")
+        pieces = part.strip().split("-")
+        if len(pieces) not in (1, 3):
+            raise UsageError(f"token counts {text!r:.200}: {part!r:.40} is neither a number nor start-next-step")
+        numbers = [_count(piece, part, text) for piece in pieces]
         start, following, step = numbers if len(numbers) == 3 else (numbers[0], 0, 0)
         if following and following < start:
-            raise UsageError(f"token counts {text!r}: in {part!r} next is {following}, expected at least the start")
+            raise UsageError(
+                f"token counts {text!r:.200}: in {part!r:.40} next is {following}, expected at least the start"
+            )
         if items and start <= items[-1][0]:
-            raise UsageError(f"token counts {text!r}: {part!r} does not start above {items[-1][0]}, items must ascend")
+            raise UsageError(
+                f"token counts {text!r:.200}: {part!r:.40} does not start above {items[-1][0]}, items must ascend"
+            )
         items.append((start, following, step))
     if items[-1][1]:
-        raise UsageError(f"token counts {text!r}: the last item is {part!r}, expected a plain number, the maximum")
+        raise UsageError(
+            f"token counts {text!r:.200}: the last item is {part!r:.40}, expected a plain number, the maximum"
+        )
     return items
 
 
@@ -213,11 +220,11 @@ def _pairs(text: str) -> dict[str, str]:
     for part in _split_outside_brackets(text):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key or not value:
-            raise UsageError(f"{part!r} in {text!r} is not key=value; keys are {', '.join(known)}")
+            raise UsageError(f"{part!r:.40} in {text!r:.200} is not key=value; keys are {', '.join(known)}")
         if key not in known:
-            raise UsageError(f"unknown key {key!r} in {text!r}, expected one of {', '.join(known)}")
+            raise UsageError(f"unknown key {key!r:.40} in {text!r:.200}, expected one of {', '.join(known)}")
         if key in given:
-            raise UsageError(f"key {key!r} is given twice in {text!r}")
+            raise UsageError(f"key {key!r:.40} is given twice in {text!r:.200}")
         given[key] = value
     return given
 
@@ -232,11 +239,11 @@ def _split_outside_brackets(text: str) -> list[str]:
             closing = "]" if character == "[" else ")"
         elif character in "[]()":
             if character != closing:
-                raise UsageError(f"brackets in {text!r} do not match")
+                raise UsageError(f"brackets in {text!r:.200} do not match")
             closing = ""
         parts[-1] += character
     if closing:
-        raise UsageError(f"brackets in {text!r} do not match, {closing!r} is missing")
+        raise UsageError(f"brackets in {text!r:.200} do not match, {closing!r} is missing")
     return parts
 
 
