@@ -1,0 +1,336 @@
+"""Times an expert layer on a table against the default configs and against what users have today.
+
+All contestants run in one process, in interleaved rounds of rotating order. Within a round they get the same
+operands; each round is routed afresh. Before every sample the last-level cache is flushed by reading through
+more memory than it holds, and the activations are then touched: weights come from memory, as in a model whose
+other layers ran in between, and activations are warm, as their producer has just written them.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from tilecast.autotune.gate import MAX_ERROR_RATIO, error_ratio
+from tilecast.autotune.workload import hash_seed, normal_stack, uniform_ids
+from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timing
+from tilecast.engine.experts import PreparedExperts, prepare_experts
+from tilecast.engine.peers import PEERS, Bound, LayerWeights, Peer, Prepared
+from tilecast.engine.runtime import Runtime, default_registry
+from tilecast.environment import Environment, cpu_environment
+from tilecast.errors import UsageError
+from tilecast.evidence import TuningTable
+from tilecast.kernels.cpu.peak import Peaks, measure_peaks
+from tilecast.kernels.reference import reference_layer
+from tilecast.kernels.routing import ordered_sum, sort_slots
+from tilecast.kernels.spec import TORCH_DTYPES
+from tilecast.problem import DTYPES, ExpertLayer, check_int
+
+__all__ = [
+    "DEFAULT",
+    "OURS",
+    "BenchResult",
+    "Operands",
+    "Point",
+    "Timing",
+    "bench_layer",
+    "make_operands",
+    "make_weights",
+    "work",
+]
+
+FLUSH_FACTOR = 2
+MIN_FLUSH_BYTES = 64 << 20
+"""The flush reads this many times the last-level cache, and at least so much where its size is unknown."""
+MIN_ROUNDS = 3
+HOPELESS = 10.0
+"""A contestant this many times slower than the fastest gets the least number of samples only."""
+CHECKED_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """What one call of the layer gets: hidden [T, H], ids int32 [T, k], routing weights float32 [T, k]."""
+
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    scale: torch.Tensor
+
+
+@dataclass(kw_only=True)
+class _Contestant:
+    name: str
+    bind: Prepared | None = None
+    gemms_only: bool = False
+    status: str = "ok"
+    detail: str = ""
+    error_ratio: float | None = None
+    samples_us: list[float] = field(default_factory=list)
+
+    @property
+    def racing(self) -> bool:
+        return self.status == "ok" and self.bind is not None
+
+    def fail(self, status: str, detail: str) -> None:
+        self.status, self.detail, self.bind = status, detail, None
+        self.samples_us.clear()
+
+    def timing(self) -> Timing:
+        return Timing(
+            name=self.name, status=self.status, samples_us=tuple(self.samples_us), error_ratio=self.error_ratio,
+            gemms_only=self.gemms_only, detail=self.detail,
+        )  # fmt: skip
+
+
+Progress = Callable[[str], None]
+"""Is told in one line what is being timed."""
+
+
+def bench_layer(
+    layer: ExpertLayer,
+    tokens: Sequence[int],
+    *,
+    table: TuningTable | None = None,
+    policy: str = "reproducible",
+    peers: Sequence[Peer] = PEERS,
+    rounds: int = 20,
+    budget_s: float = 120.0,
+    threads: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> BenchResult:
+    """Time one layer at some token counts on `threads` threads (0: as many as torch uses now).
+
+    `table` (None: an empty one) is looked up under `policy`; tuning is the caller's business. Sampling stops
+    after `rounds`, or when a point's share of `budget_s` is spent, but not before every contestant has
+    `MIN_ROUNDS` samples. A contestant that cannot run, fails, or is wrong against float64 gets no time and
+    says why. Memory: the plain weights, and one more copy for each contestant that packs them.
+    Raises InputError for token counts or rounds below 1, and what validating a table raises.
+    """
+    for count in tokens:
+        check_int("tokens", count, 1)
+    check_int("rounds", rounds, 1)
+    if not tokens:
+        raise UsageError("no token counts to time, expected at least one")
+    environment = cpu_environment()
+    with _threads(threads) as used, torch.no_grad():
+        peaks = measure_peaks(used)
+        bench = _Bench(layer, environment, table or TuningTable(), policy, peaks, seed)
+        deadline = time.monotonic() + budget_s
+        points = []
+        for place, count in enumerate(tokens):
+            if progress is not None:
+                progress(f"{layer.label}, {count} tokens, {policy}")
+            share_s = (deadline - time.monotonic()) / (len(tokens) - place)
+            points.append(bench.point(count, peers, rounds, share_s))
+    return BenchResult(
+        environment=environment,
+        threads=used,
+        read_gb_s=peaks.read_gb_s,
+        fma_gflop_s=peaks.fma_gflop_s,
+        dot_bf16_gflop_s=peaks.dot_bf16_gflop_s,
+        points=tuple(points),
+    )
+
+
+class _Bench:
+    """One layer's weights and Tilecast's two contestants on them, prepared once for all token counts."""
+
+    def __init__(
+        self, layer: ExpertLayer, environment: Environment, table: TuningTable, policy: str, peaks: Peaks, seed: int
+    ) -> None:
+        self.layer, self.policy, self.peaks, self.seed = layer, policy, peaks, seed
+        self.weights = make_weights(layer, seed)
+        self.runtime = Runtime(table, environment=environment, registry=default_registry(), policy=policy)
+        without = Runtime(TuningTable(), environment=environment, registry=default_registry(), policy=policy)
+        self.ours = {OURS: self._prepared(self.runtime), DEFAULT: self._prepared(without)}
+        flush_bytes = max(FLUSH_FACTOR * environment.llc_bytes, MIN_FLUSH_BYTES)
+        self.flushed = torch.ones(flush_bytes // 8, dtype=torch.int64)
+
+    def _prepared(self, runtime: Runtime) -> PreparedExperts:
+        layer, weights = self.layer, self.weights
+        return prepare_experts(
+            weights.w13, weights.w2, top_k=layer.top_k, activation=layer.activation, gated=layer.gated,
+            bias13=weights.bias13, bias2=weights.bias2, global_experts=layer.global_experts, runtime=runtime,
+        )  # fmt: skip
+
+    def point(self, tokens: int, peers: Sequence[Peer], rounds: int, share_s: float) -> Point:
+        """Check and time every contestant at one token count."""
+        deadline = time.monotonic() + share_s
+        contestants = [_Contestant(name=name, bind=_binder(experts)) for name, experts in self.ours.items()]
+        contestants += [self._enter(peer, tokens) for peer in peers]
+        self._check(contestants, tokens)
+        routed = self._race(contestants, tokens, rounds, deadline)
+        active, flops, size = (sum(values) / len(values) for values in zip(*routed, strict=True))
+        entry = self.runtime.lookup(self.layer, tokens)
+        dot = "bf16" in (dict(entry.up.params).get("dot"), dict(entry.down.params).get("dot"))
+        limit_us = self.peaks.limit_us(bytes_read=size, flops=flops, dot=dot)
+        read_us = self.peaks.limit_us(bytes_read=size, flops=0.0)
+        return Point(
+            layer=self.layer,
+            tokens=tokens,
+            policy=self.policy,
+            up=entry.up,
+            down=entry.down,
+            hit=entry.hit,
+            active_experts=active,
+            flops=flops,
+            bytes=size,
+            limit_us=limit_us,
+            bound="memory" if read_us >= limit_us else "compute",
+            timings=tuple(contestant.timing() for contestant in contestants),
+        )
+
+    def _enter(self, peer: Peer, tokens: int) -> _Contestant:
+        contestant = _Contestant(name=peer.name, gemms_only=peer.gemms_only)
+        reason = peer.available(self.layer, tokens)
+        if reason is not None:
+            contestant.fail("unavailable", reason)
+            return contestant
+        with _reporting(contestant):
+            contestant.bind = peer.prepare(self.layer, self.weights, tokens)
+        return contestant
+
+    def _check(self, contestants: list[_Contestant], tokens: int) -> None:
+        """Run every contestant once; whole layers are compared with float64 on some tokens."""
+        operands = make_operands(self.layer, tokens, hash_seed(self.seed, tokens, 1 << 20))
+        count = min(tokens, CHECKED_TOKENS)
+        rows = torch.arange(tokens) if count == tokens else torch.linspace(0, tokens - 1, count).long()
+        exact, torch_values = _expected(self.layer, self.weights, operands, rows)
+        longest = max(self.layer.hidden, self.layer.intermediate)
+        for contestant in [c for c in contestants if c.racing]:
+            with _reporting(contestant):
+                out = _call(contestant, operands)()
+                if contestant.gemms_only:
+                    continue
+                if out.shape != operands.hidden.shape or not bool(torch.isfinite(out).all()):
+                    contestant.fail("wrong_result", f"output {tuple(out.shape)} has the wrong shape or is not finite")
+                    continue
+                contestant.error_ratio = error_ratio(out[rows], exact, torch_values, longest)
+                if contestant.error_ratio > MAX_ERROR_RATIO:
+                    detail = f"error is {contestant.error_ratio:.3g} times that of torch in {self.layer.dtype}"
+                    contestant.fail("wrong_result", detail)
+
+    def _race(
+        self, contestants: list[_Contestant], tokens: int, rounds: int, deadline: float
+    ) -> list[tuple[float, float, float]]:
+        """Sample in interleaved rounds; returns (active experts, FLOPs, bytes) of each round's routing."""
+        routed = []
+        for turn in range(rounds):
+            if turn >= MIN_ROUNDS and time.monotonic() > deadline:
+                break
+            operands = make_operands(self.layer, tokens, hash_seed(self.seed, tokens, turn))
+            routed.append(work(self.layer, operands.ids))
+            start = turn % len(contestants)
+            for contestant in contestants[start:] + contestants[:start]:
+                if contestant.racing and not _hopeless(contestant, contestants):
+                    with _reporting(contestant):
+                        contestant.samples_us.append(self._sample(_call(contestant, operands), operands))
+        return routed
+
+    def _sample(self, call: Bound, operands: Operands) -> float:
+        """Return the µs of one call on cold weights and warm activations."""
+        self.flushed.sum()
+        for tensor in (operands.hidden, operands.ids, operands.scale):
+            tensor.sum()
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            start = time.perf_counter_ns()
+            call()
+            return (time.perf_counter_ns() - start) / 1e3
+        finally:
+            if enabled:
+                gc.enable()
+
+
+def make_weights(layer: ExpertLayer, seed: int = 0) -> LayerWeights:
+    """Return random weights of a layer, scaled so that activations keep their size."""
+    dtype = TORCH_DTYPES[layer.dtype]
+    (w13, bias13), (w2, bias2) = (
+        (
+            normal_stack((layer.experts, gemm.n, gemm.k), dtype, gemm.k**-0.5, hash_seed(seed, place)),
+            normal_stack((layer.experts, gemm.n), dtype, 0.5, hash_seed(seed, place, 1)) if layer.bias else None,
+        )
+        for place, gemm in enumerate(layer.gemms)
+    )
+    return LayerWeights(w13=w13, w2=w2, bias13=bias13, bias2=bias2)
+
+
+def make_operands(layer: ExpertLayer, tokens: int, seed: int) -> Operands:
+    """Return one call's operands; another seed gives other routing."""
+    generator = torch.Generator().manual_seed(hash_seed(seed, 5))
+    scale = torch.rand(tokens, layer.top_k, generator=generator) + 0.1
+    return Operands(
+        hidden=normal_stack((tokens, layer.hidden), TORCH_DTYPES[layer.dtype], 1.0, hash_seed(seed, 3)),
+        ids=uniform_ids(layer, tokens, seed),
+        scale=scale / ordered_sum(scale),
+    )
+
+
+def work(layer: ExpertLayer, ids: torch.Tensor) -> tuple[float, float, float]:
+    """Return (active experts, FLOPs, bytes) that a routing (integers [T, k]) asks of a layer.
+
+    Bytes are the weights of the active experts, the rows in and out, and the intermediate once.
+    """
+    present = ids[(ids >= 0) & (ids < layer.experts)]
+    rows, active = present.numel(), int((torch.bincount(present.flatten().long(), minlength=1) > 0).sum())
+    elements = 2 * ids.shape[0] * layer.hidden + rows * layer.intermediate
+    size = sum(gemm.weight_bytes(active) for gemm in layer.gemms) + elements * DTYPES[layer.dtype]
+    return float(active), float(sum(gemm.flops(rows) for gemm in layer.gemms)), float(size)
+
+
+def _binder(experts: PreparedExperts) -> Prepared:
+    return lambda hidden, ids, scale: partial(experts, hidden, ids, scale)
+
+
+def _call(contestant: _Contestant, operands: Operands) -> Bound:
+    assert contestant.bind is not None, "only what races is called"
+    return contestant.bind(operands.hidden, operands.ids, operands.scale)
+
+
+def _expected(
+    layer: ExpertLayer, weights: LayerWeights, operands: Operands, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the results of some tokens in float64 and by torch in the layer's dtype, both as float64."""
+    route = sort_slots(operands.ids[rows], layer.experts)
+    exact, torch_values = (
+        reference_layer(
+            layer, operands.hidden[rows], weights.w13, weights.w2, route, operands.scale[rows], weights.bias13,
+            weights.bias2, dtype,
+        ).double()
+        for dtype in (torch.float64, TORCH_DTYPES[layer.dtype])
+    )  # fmt: skip
+    return exact, torch_values
+
+
+def _hopeless(contestant: _Contestant, contestants: list[_Contestant]) -> bool:
+    best = min(min(other.samples_us) for other in contestants if other.samples_us) if contestant.samples_us else 0.0
+    return len(contestant.samples_us) >= MIN_ROUNDS and min(contestant.samples_us) > HOPELESS * best
+
+
+@contextmanager
+def _reporting(contestant: _Contestant) -> Iterator[None]:
+    """Turn what a contestant raises into its status: one that fails must not end the others' race."""
+    try:
+        yield
+    except Exception as error:  # whatever another library raises; an interrupt is none of these
+        lines = str(error).strip().splitlines() or [""]
+        contestant.fail("runtime_error", f"{type(error).__name__}: {lines[0]}")
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[int]:
+    """Use `wanted` threads (0: as many as now) in torch, and so in the kernels, and put the number back after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield wanted or before
+    finally:
+        torch.set_num_threads(before)
