@@ -1,1 +1,5 @@
-"""The `Store` contract on SQL and in memory, and the exported file."""
+"""The `Store` contract on SQL and in memory, and the exported file.
+
+`store.open_store` opens a store, `bundle.export_table` and `bundle.import_table` write and read the exported file,
+`match.match` looks a decision up and says why there is none.
+"""

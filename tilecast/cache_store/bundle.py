@@ -1,0 +1,265 @@
+"""Export and import: one table in one self-contained SQLite file (docs/cache-format.md).
+
+An imported file is data from outside: its size, header, schema and every value are checked before anything is
+used, SQLite itself is told to distrust it, and nothing in it is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection, Table, create_engine, func, insert, select
+
+from tilecast._version import VERSION
+from tilecast.cache_store import models
+from tilecast.cache_store.files import Header, check_writable, read_header, regular_size, write_atomically
+from tilecast.cache_store.queries import read_measurements, read_table
+from tilecast.cache_store.rows import (
+    Keyed,
+    Row,
+    decision_configs,
+    decision_row,
+    keyed_row,
+    measurement_row,
+    settled,
+    storable,
+)
+from tilecast.cache_store.schema import check_store_revision
+from tilecast.cache_store.session import open_sqlite
+from tilecast.cache_store.store import open_store, sqlite_path
+from tilecast.errors import CacheError, InputError, SchemaError
+from tilecast.evidence import TABLE_FORMAT, Measurement, TuningTable
+from tilecast.store import Store
+
+MAX_FILE_BYTES = 1 << 30
+MAX_ROWS = {
+    "environment": 10_000,
+    "layer": 100_000,
+    "config": 1_000_000,
+    "decision": 1_000_000,
+    "measurement": 5_000_000,
+}
+"""More than any fleet's table; less than what would fill a machine's memory."""
+
+DATA = tuple(models.metadata.sorted_tables)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """What one exported file or store holds. `producer` is empty for a store, which has no one producer."""
+
+    table: TuningTable
+    measurements: tuple[Measurement, ...] = ()
+    producer: str = ""
+
+
+def export_table(table: TuningTable, path: str | Path, measurements: Sequence[Measurement] = ()) -> None:
+    """Write a table, and measurements made in its environments, to one file, whole or not at all.
+
+    The same table gives the same bytes. A file that is there is replaced if it is an export, too. Raises
+    CacheError for a path that cannot be written or that holds something else.
+    """
+    path = Path(path).expanduser()
+    _check_replaceable(path)
+    known = {environment.digest for environment in table.environments}
+    kept = [storable(measurement) for measurement in {m.key: m for m in reversed(measurements)}.values()][::-1]
+    for measurement in kept:
+        if measurement.environment not in known:
+            raise CacheError(
+                f"{path}: not written: a measurement was made in environment {measurement.environment[:12]}, "
+                f"which the table lacks; export it with its environment's table"
+            )
+    settled(table.decisions)
+    write_atomically(path, _database_bytes(table, kept))
+
+
+def check_exportable(path: str | Path) -> None:
+    """Raise the CacheError that exporting to `path` would raise by now; leaves everything as it was."""
+    path = Path(path).expanduser()
+    _check_replaceable(path)
+    check_writable(path)
+
+
+def export_store(store: Store, path: str | Path, *, measurements: bool = True) -> TuningTable:
+    """Export all decisions of a store, with its measurements unless told otherwise; return the table written.
+
+    The table has every environment of the store that a decision or an exported measurement refers to.
+    """
+    table = store.table()
+    kept = store.measurements() if measurements else []
+    used = {m.environment for m in kept} | {e.digest for e in table.environments}
+    table = TuningTable(tuple(e for e in store.environments() if e.digest in used), table.decisions)
+    export_table(table, path, kept)
+    return table
+
+
+def import_table(where: str | Path) -> TuningTable:
+    """Read a table out of an exported file, a live store or a SQLAlchemy URL. Raises CacheError, SchemaError."""
+    return read_bundle(where).table
+
+
+def read_bundle(where: str | Path, *, measurements: bool = False) -> Bundle:
+    """Read an exported file, a live store or a SQLAlchemy URL, checking everything. Raises CacheError, SchemaError.
+
+    Measurements are left out unless asked for.
+    """
+    path = sqlite_path(where)
+    if path is None:
+        with open_store(where, create=False, read_only=True) as store:
+            return Bundle(table=store.table(), measurements=tuple(store.measurements() if measurements else ()))
+    header = read_header(path)
+    _check_header(path, header)
+    database = open_sqlite(path, untrusted=True)
+    try:
+        with database.reading() as connection:
+            _check_schema(connection, header, str(path))
+            return _read(connection, header, str(path), measurements=measurements)
+    except InputError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise CacheError(f"{path}: {error}; do not use this file, export it again") from error
+    finally:
+        database.close()
+
+
+def adopt(bundle: Bundle, store: Store) -> int:
+    """Put everything that a bundle holds into a store and return how many measurements were new.
+
+    Decisions of the bundle replace those of the store with the same key. Raises CacheError.
+    """
+    for environment in bundle.table.environments:
+        store.add_environment(environment)
+    new = store.add_measurements(list(bundle.measurements))
+    store.put_decisions(list(bundle.table.decisions))
+    return new
+
+
+def _check_replaceable(path: Path) -> None:
+    size = regular_size(path)
+    if not size:
+        return
+    try:
+        header = read_header(path)
+    except CacheError:
+        header = None
+    if header is None or not header.is_export:
+        kind = "a live store" if header is not None and header.is_store else "some other file"
+        raise CacheError(f"{path}: holds {kind}, not an exported table, and is left alone; choose another path")
+
+
+def _database_bytes(table: TuningTable, measurements: Sequence[Measurement]) -> bytes:
+    """Return the exported file. It is built in memory, so nothing can be left beside it."""
+    engine = create_engine("sqlite+pysqlite://")
+    try:
+        with engine.connect() as connection:
+            models.metadata.create_all(connection)
+            models.export_metadata.create_all(connection)
+            connection.exec_driver_sql(f"PRAGMA application_id={models.EXPORT_ID}")
+            connection.exec_driver_sql(f"PRAGMA user_version={models.EXPORT_FORMAT}")
+            for target, rows in _export_rows(table, measurements):
+                if rows:
+                    connection.execute(insert(target), rows)
+            connection.commit()
+            raw = connection.connection.driver_connection
+            assert raw is not None
+            return bytes(raw.serialize())
+    finally:
+        engine.dispose()
+
+
+def _export_rows(table: TuningTable, measurements: Sequence[Measurement]) -> list[tuple[Table, list[Row]]]:
+    layers = [d.layer for d in table.decisions] + [m.gemm.layer for m in measurements]
+    configs = [c for d in table.decisions for c in decision_configs(d)] + [m.config for m in measurements]
+    about = {
+        "table_digest": table.digest,
+        "table_format": TABLE_FORMAT,
+        "producer": f"tilecast {VERSION}",
+    }
+    return [
+        (models.export, [about]),
+        (models.environment, _keyed_rows(table.environments)),
+        (models.layer, _keyed_rows(layers)),
+        (models.config, _keyed_rows(configs)),
+        (models.decision, [decision_row(d) for d in table.decisions]),
+        (models.measurement, [measurement_row(m) for m in measurements]),
+    ]
+
+
+def _keyed_rows(entries: Sequence[Keyed]) -> list[Row]:
+    found = {entry.digest: entry for entry in entries}
+    return [keyed_row(found[digest]) for digest in sorted(found)]
+
+
+def _check_header(path: Path, header: Header) -> None:
+    # Other systems' files (TurboMind's dump) would be told apart here, before SQLite is asked.
+    if not (header.is_export or header.is_store):
+        raise CacheError(f"{path}: is a SQLite file of another program, not a Tilecast table; check the path")
+    if header.file_bytes > MAX_FILE_BYTES:
+        raise CacheError(f"{path}: has {header.file_bytes} bytes, more than the {MAX_FILE_BYTES} allowed; export less")
+    if header.is_export and header.user_version != models.EXPORT_FORMAT:
+        raise SchemaError(
+            f"{path}: has export format {header.user_version}, this Tilecast reads {models.EXPORT_FORMAT}; "
+            f"upgrade Tilecast (`pip install --upgrade tilecast`) or export the table again with this one"
+        )
+    if header.is_export and header.file_bytes != header.expected_bytes:
+        raise CacheError(
+            f"{path}: has {header.file_bytes} bytes, its header says {header.expected_bytes}; copy or export it again"
+        )
+
+
+def _check_schema(connection: Connection, header: Header, name: str) -> None:
+    """Refuse whatever Tilecast would not have written, before any of its rows is read."""
+    wanted = {table.name: {column.name for column in table.columns} for table in DATA}
+    objects = connection.exec_driver_sql("SELECT type, name, tbl_name FROM sqlite_master ORDER BY name").all()
+    present = {item for kind, item, _ in objects if kind == "table"}
+    if header.is_export:
+        wanted["export"] = {column.name for column in models.export.columns}
+    else:
+        wanted["alembic_version"] = {"version_num"}
+        check_store_revision(connection, name)
+    for kind, item, table in objects:
+        # SQLite's own tables (sqlite_stat1 and the like) hold nothing that is read here.
+        known = table in wanted and (kind == "index" or (kind == "table" and item == table))
+        if not known and not str(item).startswith("sqlite_"):
+            raise CacheError(f"{name}: holds the unknown {kind} {item!r}; export it again")
+    for table, columns in wanted.items():
+        if table not in present:
+            raise CacheError(f"{name}: lacks the table {table!r}; export it again")
+        # Column 1 is the name; column 6 is not 0 for generated and hidden columns.
+        found = connection.exec_driver_sql(f"PRAGMA table_xinfo({table})").all()
+        if {row[1] for row in found} != columns or any(row[6] for row in found):
+            raise CacheError(f"{name}: table {table!r} has other columns than expected; export it again")
+    damage = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+    if damage != "ok":
+        raise CacheError(f"{name}: is damaged ({damage}); copy or export it again")
+
+
+def _read(connection: Connection, header: Header, name: str, *, measurements: bool) -> Bundle:
+    for table in DATA:
+        rows = connection.execute(select(func.count()).select_from(table)).scalar_one()
+        if rows > MAX_ROWS[table.name]:
+            raise CacheError(f"{name}: has {rows} {table.name} rows, more than the {MAX_ROWS[table.name]} allowed")
+    found = read_table(connection, all_environments=header.is_export)
+    producer = _check_export(connection, found, name) if header.is_export else ""
+    kept = read_measurements(connection) if measurements else []
+    return Bundle(table=found, measurements=tuple(kept), producer=producer)
+
+
+def _check_export(connection: Connection, table: TuningTable, name: str) -> str:
+    rows = connection.execute(select(models.export)).all()
+    if len(rows) != 1:
+        raise CacheError(f"{name}: has {len(rows)} rows in its export table, expected 1; export it again")
+    stored, table_format, producer = rows[0]
+    if table_format != TABLE_FORMAT:
+        raise SchemaError(
+            f"{name}: has table format {table_format!r}, this Tilecast reads {TABLE_FORMAT}; "
+            f"upgrade Tilecast (`pip install --upgrade tilecast`) or export the table again with this one"
+        )
+    if stored != table.digest:
+        raise CacheError(
+            f"{name}: its decisions have digest {table.digest[:12]}, it says {str(stored)[:12]}; "
+            f"it was changed after the export, so do not use it, export it again"
+        )
+    return str(producer)

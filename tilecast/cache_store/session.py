@@ -1,0 +1,170 @@
+"""The one place that opens engines, commits, rolls back and translates database errors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, pool
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from tilecast.errors import CacheError
+
+BUSY_TIMEOUT_S = 30.0
+"""How long a transaction waits for another process's lock."""
+MAX_TEXT_BYTES = 1 << 20
+"""Longest value that is read from a file from outside."""
+
+ADVICE = {
+    "locked": "another process keeps it locked; wait for that process or stop it",
+    "busy": "another process keeps it locked; wait for that process or stop it",
+    "readonly": "it is not writable; check its permissions or choose another path",
+    "not a database": "it is damaged; restore a copy or delete it",
+    "malformed": "it is damaged; restore a copy or delete it",
+    "no such table": "it is damaged or not Tilecast's; restore a copy or delete it",
+    "no such column": "it is damaged or not Tilecast's; restore a copy or delete it",
+    "decode": "it is damaged; restore a copy or delete it",
+    "full": "free some space and try again",
+    "disk i/o": "check the disk, its free space and the file-size limit, and try again",
+}
+"""What to do, by a part of the database's own message."""
+
+
+class Database:
+    """An engine with a name for messages, and its transactions."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        """Take over the engine; `name` never holds a password."""
+        self.name = name
+        self._engine = engine
+        self._process = os.getpid()
+        self._closed = False
+
+    @property
+    def dialect(self) -> str:
+        """The SQL dialect: `sqlite` or `postgresql`."""
+        return self._engine.dialect.name
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Open a transaction that sees one state of the store throughout. Raises CacheError."""
+        with self._translated(), self._ready().connect() as connection, connection.begin():
+            yield connection
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Open a transaction that is committed at the end, rolled back on any exception. Raises CacheError."""
+        with self._translated(), self._ready().connect() as connection:
+            connection = connection.execution_options(tilecast_write=True)
+            with connection.begin():
+                yield connection
+
+    def set_journal_mode(self, mode: str) -> None:
+        """Set a SQLite file's journal mode, outside any transaction. Raises CacheError.
+
+        Fails at once where another connection is in a transaction, whatever the busy timeout: callers retry.
+        """
+        with self._translated(), contextlib.closing(self._ready().raw_connection()) as raw:
+            raw.cursor().execute(f"PRAGMA journal_mode={mode}")
+        # Connections made from here on choose their `synchronous` by the new mode.
+        self._engine.dispose()
+
+    def close(self) -> None:
+        """Close all connections; later transactions raise CacheError."""
+        self._closed = True
+        self._engine.dispose()
+
+    def _ready(self) -> Engine:
+        if self._closed:
+            raise CacheError(f"{self.name}: the store is closed; open it again")
+        if self._process != os.getpid():
+            # A forked child must not use its parent's connections: SQLite's locks belong to the process.
+            self._engine.dispose(close=False)
+            self._process = os.getpid()
+        return self._engine
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            raise translate(error, self.name) from error
+
+
+def translate(error: Exception, name: str) -> CacheError:
+    """Return the CacheError, one line, for an error of SQLAlchemy or SQLite."""
+    original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    text = " ".join(str(original).split()) or type(original).__name__
+    for part, advice in ADVICE.items():
+        if part in text.lower():
+            return CacheError(f"{name}: {text}; {advice}")
+    return CacheError(f"{name}: {text}; check the path, its permissions and its folder's")
+
+
+def open_sqlite(path: Path, *, read_only: bool = False, untrusted: bool = False) -> Database:
+    """Return the database of a SQLite file; nothing is read or made yet.
+
+    With `untrusted` (implies read-only) SQLite itself is told to distrust the file's schema and contents.
+    """
+    read_only = read_only or untrusted
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            _uri(path, read_only), uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+        try:
+            _prepare(connection, read_only, untrusted)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=pool.QueuePool)
+    event.listen(engine, "begin", _begin)
+    return Database(engine, str(path))
+
+
+def open_server(url: URL) -> Database:
+    """Return the database at a server's URL. Raises CacheError for an unknown dialect or a missing driver."""
+    name = url.render_as_string(hide_password=True)
+    if url.get_backend_name() != "postgresql":
+        raise CacheError(f"{name}: unknown kind of store; expected a path, sqlite:///PATH or postgresql+DRIVER://…")
+    try:
+        return Database(create_engine(url, pool_pre_ping=True), name)
+    except ImportError as error:
+        raise CacheError(f"{name}: its driver is not installed ({error}); install it with pip") from error
+    except SQLAlchemyError as error:
+        raise translate(error, name) from error
+
+
+def _uri(path: Path, read_only: bool) -> str:
+    uri = f"file:{quote(os.fsencode(path))}"
+    if not read_only:
+        return f"{uri}?mode=rwc"
+    # SQLite cannot read a WAL file without a -shm beside it; where none can be made, nobody writes either.
+    still = not os.access(path.parent, os.W_OK) and not Path(f"{path}-wal").exists()
+    return f"{uri}?mode=ro" + ("&immutable=1" if still else "")
+
+
+def _prepare(connection: sqlite3.Connection, read_only: bool, untrusted: bool) -> None:
+    if untrusted:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_TEXT_BYTES)
+        connection.execute("PRAGMA trusted_schema=OFF")
+        connection.execute("PRAGMA cell_size_check=ON")
+    if read_only:
+        connection.execute("PRAGMA query_only=ON")
+        return
+    connection.execute("PRAGMA foreign_keys=ON")
+    # In WAL mode NORMAL cannot corrupt the file, and a killed process loses nothing that was committed.
+    (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+    connection.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
+
+
+def _begin(connection: Connection) -> None:
+    # The driver's own BEGIN is deferred and comes too late: two readers that both turn writers would deadlock.
+    write = connection.get_execution_options().get("tilecast_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
