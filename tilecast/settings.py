@@ -118,6 +118,11 @@ def launcher(environ: Mapping[str, str] | None = None) -> Launcher | None:
     )
 
 
+def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's environment with some variables changed, for a process that it starts."""
+    return {**os.environ, **changes}
+
+
 def parse_tokens(text: str) -> tuple[int, ...]:
     """Return the ascending token counts of a sequence such as `8-16-8,16-64-16,8192`.
 
