@@ -175,6 +175,10 @@ class Emit:
         known = self.module.globals.get(name)
         return self.builder.call(known or ir.Function(self.module, signature, name), args)
 
+    def prefetch(self, address: Value) -> None:
+        """Bring a cache line towards the core (second-level cache)."""
+        self.call_external("llvm.prefetch.p0", VOID, [address, i32(0), i32(2), i32(1)])
+
     def shuffle(self, a: Value, b: Value, indices: Sequence[int]) -> Value:
         return self.builder.shuffle_vector(a, b, ir.Constant(vector(I32, len(indices)), list(indices)))
 

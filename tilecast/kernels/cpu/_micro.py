@@ -15,6 +15,8 @@ from tilecast.kernels.cpu._build import BF16, F16, F32, I32, I64, PTR, VOID, Emi
 
 Source = Literal["f32", "f16", "pairs"]
 
+CACHE_LINE = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Micro:
@@ -22,7 +24,8 @@ class Micro:
 
     nv: vectors of columns; unroll: k steps per turn of the loop; source: how the weights lie: float32 or fp16
     rows of columns, or words of two bf16 (k, k + 1); panel: columns of one panel; dot: use the bf16 dot product
-    ("native"), the same pairing without the instruction ("emulated", for tests), or none ("").
+    ("native"), the same pairing without the instruction ("emulated", for tests), or none (""); prefetch: cache
+    lines of later weights touched a turn.
     """
 
     nv: int
@@ -31,6 +34,7 @@ class Micro:
     panel: int
     lanes: int
     dot: str = ""
+    prefetch: int = 0
 
     @property
     def step(self) -> int:
@@ -49,19 +53,19 @@ class Micro:
 
 
 def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Value:
-    """Emit `name`(a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first).
+    """Emit `name`(a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first, later).
 
     a_pointers: array of `mr` row addresses, to which a_offset bytes are added; b: weights at this chunk;
     panel_stride: bytes between neighbouring panels; steps: steps in the chunk; c: float32 totals, rows
-    c_stride bytes apart; first: 1 if the totals are to be set, not added to.
+    c_stride bytes apart; first: 1 if the totals are to be set, not added to; later: where to prefetch from.
     """
-    kind = ir.FunctionType(VOID, [PTR, I64, PTR, I64, I64, PTR, I64, I64])
+    kind = ir.FunctionType(VOID, [PTR, I64, PTR, I64, I64, PTR, I64, I64, PTR])
     function = ir.Function(module, kind, name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     function.attributes.add("nounwind")
     emit = Emit(function, micro.lanes, fma)
-    a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first = function.args
+    a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first, later = function.args
 
     a_size = 4 * (micro.step if not micro.dot else 1)
     rows = [emit.at(emit.load(a_pointers, 8 * m, PTR), a_offset) for m in range(mr)]
@@ -72,6 +76,9 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
     pitch = micro.panel * micro.column_bytes
 
     def turn(index: Value, unroll: int) -> None:
+        at = emit.imul(emit.idiv(index, micro.unroll), CACHE_LINE * micro.prefetch)
+        for line in range(micro.prefetch):
+            emit.prefetch(emit.at(later, emit.iadd(at, CACHE_LINE * line)))
         for u in range(unroll):
             step = emit.iadd(index, u)
             _step(emit, micro, rows, bases, acc, emit.imul(step, a_size), emit.imul(step, pitch))

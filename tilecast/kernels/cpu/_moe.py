@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from tilecast.kernels.cpu._build import F32, I32, I64, PTR, VOID, Emit, Value, i64
 from tilecast.kernels.cpu._math import activate
-from tilecast.kernels.cpu._micro import Micro, Source, emit_micro
+from tilecast.kernels.cpu._micro import CACHE_LINE, Micro, Source, emit_micro
 from tilecast.kernels.cpu._stage import _one, emit_stage_packed, emit_stage_plain
 from tilecast.problem import DTYPES
 
@@ -59,6 +59,7 @@ class Variant:
     unroll: int
     panel: int
     stage: bool
+    prefetch: int
     dot: str
     lanes: int
     fma: bool
@@ -85,7 +86,10 @@ class Variant:
             source, panel = self.packed_source, self.panel
         else:
             source, panel = ("pairs" if self.dot else "f32"), self.nr  # type: ignore[assignment]
-        return Micro(nv=self.nv, unroll=self.unroll, source=source, panel=panel, lanes=self.lanes, dot=self.dot)
+        return Micro(
+            nv=self.nv, unroll=self.unroll, source=source, panel=panel, lanes=self.lanes, dot=self.dot,
+            prefetch=self.prefetch,
+        )  # fmt: skip
 
     def scratch_layout(self, block_m: int, block_n: int) -> tuple[int, int, int, int]:
         """Return byte offsets of the stage, row pointers and totals in a thread's scratch, and its size."""
@@ -216,30 +220,32 @@ class Gemm:
                     self._point_at_weight_rows(weights, emit.iadd(column0, column))
                 with emit.loop(k0, k1, FLUSH_K) as k:
                     length = emit.imin(i64(FLUSH_K), emit.isub(k1, k))
-                    b = self._chunk(weights, emit.iadd(column0, column), k, length)
-                    self._row_blocks(b, column, k, length, rows, blocks)
+                    b, raw = self._chunk(weights, emit.iadd(column0, column), k, length)
+                    self._row_blocks(b, raw, column, k, length, rows, blocks)
         self._epilogue(expert, first_slot, rows, column0, columns)
 
-    def _chunk(self, weights: Value, column: Value, k: Value, length: Value) -> Value:
-        """Return the address of a chunk of weights, staged if the variant stages."""
+    def _chunk(self, weights: Value, column: Value, k: Value, length: Value) -> tuple[Value, Value]:
+        """Return the address of a chunk of weights, staged if the variant stages, and the unstaged one."""
         emit, v = self.emit, self.variant
         if not v.panel:
             size = DTYPES[v.dtype]
             steps = emit.idiv(length, self.micro.step)
             emit.builder.call(self.stage, [self.weight_rows, emit.imul(k, size), steps, self.staged])
-            return self.staged
+            return self.staged, self.staged
         packed = Micro(nv=v.nv, unroll=1, source=v.packed_source, panel=v.panel, lanes=v.lanes)
         at = emit.imul(emit.udiv(column, i64(v.panel)), self.args["panel_stride"])
         at = emit.iadd(at, emit.imul(emit.urem(column, i64(v.panel)), packed.column_bytes))
         at = emit.iadd(at, emit.imul(emit.idiv(k, packed.step), v.panel * packed.column_bytes))
         b = emit.at(weights, at)
         if not v.stage:
-            return b
+            return b, b
         steps = emit.idiv(length, packed.step)
         emit.builder.call(self.stage, [b, self.args["panel_stride"], steps, self.staged])
-        return self.staged
+        return self.staged, b
 
-    def _row_blocks(self, b: Value, column: Value, k: Value, length: Value, rows: Value, blocks: Value) -> None:
+    def _row_blocks(
+        self, b: Value, raw: Value, column: Value, k: Value, length: Value, rows: Value, blocks: Value
+    ) -> None:
         """Run the micro-kernel over the rows, cut into blocks whose sizes differ by at most one."""
         emit, v = self.emit, self.variant
         a_offset = emit.imul(k, 2 if v.dot else 4)
@@ -250,13 +256,18 @@ class Gemm:
             size = emit.isub(emit.udiv(emit.imul(emit.iadd(i, 1), rows), blocks), start)
             c = emit.at(self.totals, emit.iadd(emit.imul(start, self.totals_stride), emit.imul(column, 4)))
             a = emit.at(self.row_pointers, emit.imul(start, 8))
+            # Each block of rows prefetches its part of the chunk that follows in memory, until all of it is asked for.
+            part = emit.imul(emit.ceil_div(steps, v.unroll), CACHE_LINE * v.prefetch)
+            chunk = emit.imul(length, v.nr * DTYPES[v.dtype])
+            done = emit.imul(i, part)
+            later = emit.at(raw, emit.select(emit.icmp_unsigned("<", done, chunk), emit.iadd(chunk, done), i64(0)))
             after = emit.function.append_basic_block("after")
             switch = emit.builder.switch(size, after)
             for m, micro in enumerate(self.micros, start=1):
                 case = emit.function.append_basic_block(f"rows_{m}")
                 switch.add_case(i64(m), case)
                 emit.builder.position_at_end(case)
-                operands = [a, a_offset, b, self.args["panel_stride"], steps, c, self.totals_stride, first]
+                operands = [a, a_offset, b, self.args["panel_stride"], steps, c, self.totals_stride, first, later]
                 emit.builder.call(micro, operands)
                 emit.builder.branch(after)
             emit.builder.position_at_end(after)

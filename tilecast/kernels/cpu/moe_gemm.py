@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -35,9 +36,10 @@ class MoeGemm:
     """The generator's kernel. Parameters:
 
     mr, nv: rows and vectors of columns held in registers; unroll: k steps per turn; layout: `plain` or
-    `panelN` (N columns a panel); stage: 1 if weights are first brought into float32 scratch; block_n: columns
-    of one job; block_k: K that one job covers before it moves to its next tile (0 = all); dot: `fma`, or
-    `bf16` for the pairwise dot product; threads: at most so many (0 = all that torch uses).
+    `panelN` (N columns a panel); stage: 1 if weights are first brought into float32 scratch; prefetch: cache
+    lines asked for ahead, a turn; block_n: columns of one job; block_k: K that one job covers before it moves
+    to its next tile (0 = all); dot: `fma`, or `bf16` for the pairwise dot product; threads: at most so many
+    (0 = all that torch uses).
     """
 
     name = NAME
@@ -48,6 +50,7 @@ class MoeGemm:
         "unroll": (1, 2, 4, 8),
         "layout": (PLAIN, *(f"panel{panel}" for panel in PANELS)),
         "stage": (0, 1),
+        "prefetch": (0, 1, 2, 4, 8),
         "block_n": (16, 32, 64, 128, 256, 512, 1024),
         "block_k": (0, 256, 512, 1024, 2048),
         "dot": ("fma", "bf16"),
@@ -99,39 +102,41 @@ class MoeGemm:
 
     def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
         """Yield every config worth considering for this many tokens, in a fixed order; some may be invalid."""
-        rows = rows_per_expert(gemm, tokens)
-        isa = self.isa
-        dots = ("fma", "bf16") if gemm.layer.dtype == "bf16" and isa.dot_bf16 else ("fma",)
-        layouts = ("panel16", "panel32", PLAIN)
-        for dot in dots:
-            for layout in layouts:
-                for stage in (0, 1):
-                    for mr, nv in tile_shapes(isa, rows):
-                        for block_n in (64, 128, 256):
-                            for block_k in (0, 512) if rows > mr else (0,):
-                                for unroll in (2, 4):
-                                    yield self._config(
-                                        mr=mr, nv=nv, unroll=unroll, layout=layout, stage=stage,
-                                        block_n=block_n, block_k=block_k, dot=dot,
-                                    )  # fmt: skip
+        isa, rows = self.isa, rows_per_expert(gemm, tokens)
+        dots = ("bf16", "fma") if gemm.layer.dtype == "bf16" and isa.dot_bf16 else ("fma",)
+        narrow, wide = (f"panel{max(16, vectors * isa.lanes)}" for vectors in (2, 4))
+        many = rows > 6
+        for dot, layout, (mr, nv) in product(dots, (narrow, wide, PLAIN), tile_shapes(isa, rows)):
+            if layout != narrow and (mr, nv) not in tile_shapes(isa, rows)[:3]:
+                continue
+            for block_n, prefetch, stage, block_k in product(
+                (64, 256),
+                (0,) if layout == PLAIN else (1, 4) if many else (0, 4),
+                (1,) if layout == PLAIN else (0, 1) if many else (0,),
+                (0, 512) if many else (0,),
+            ):
+                yield self._config(
+                    mr=mr, nv=nv, unroll=2 if nv > 2 else 4, layout=layout, stage=stage,
+                    block_n=max(block_n, nv * isa.lanes), block_k=block_k, prefetch=prefetch, dot=dot,
+                )  # fmt: skip
 
     def default(
         self, gemm: ExpertGemm, tokens: int, environment: Environment, like: TileConfig | None = None
     ) -> TileConfig:
         """Return the heuristic config; with `like`, one of the same weight layout and numerics class."""
         isa, dtype, rows = self.isa, gemm.layer.dtype, rows_per_expert(gemm, tokens)
-        layout = "panel16" if like is None else str(like["layout"])
+        layout = f"panel{max(16, 2 * isa.lanes)}" if like is None else str(like["layout"])
         dot = "bf16" if dtype == "bf16" and isa.dot_bf16 and gemm.k % 2 == 0 else "fma"
         if like is not None:
             dot = str(like["dot"])
-        mr, nv = default_shape(isa, rows)
+        mr, nv = tile_shapes(isa, rows)[0]
         packed_float = layout != PLAIN and (dtype == "fp32" or dot == "bf16")
         stage = int(layout == PLAIN or (rows > 2 * mr and not packed_float))
         block_n = max(64, nv * isa.lanes, 0 if layout == PLAIN else panel_columns(layout))
-        block_k = 512 if rows > mr else 0
+        prefetch = 0 if layout == PLAIN else 1 if rows > mr else 4 if rows > 1 else 0
         return self._config(
-            mr=mr, nv=nv, unroll=4 if nv <= 2 else 2, layout=layout, stage=stage,
-            block_n=block_n, block_k=block_k, dot=dot,
+            mr=mr, nv=nv, unroll=2 if nv > 2 else 4, layout=layout, stage=stage,
+            block_n=block_n, block_k=0, prefetch=prefetch, dot=dot,
         )  # fmt: skip
 
     def _config(self, **params: ParamValue) -> TileConfig:
@@ -211,22 +216,13 @@ def rows_per_expert(gemm: ExpertGemm, tokens: int) -> int:
 
 
 def tile_shapes(isa: Isa, rows: int) -> tuple[tuple[int, int], ...]:
-    """Return the register tiles (rows, vectors) worth trying for this many rows of one expert."""
-    if isa.registers == 16:
-        shapes = ((1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (3, 2), (3, 4), (4, 2), (5, 2), (6, 2))
-    else:
-        shapes = ((1, 2), (1, 4), (1, 8), (2, 4), (2, 8), (3, 4), (4, 4), (4, 2), (6, 4), (8, 2), (12, 2), (14, 2))
-    return tuple(shape for shape in shapes if rows >= 4 or shape[0] <= rows + 2)
-
-
-def default_shape(isa: Isa, rows: int) -> tuple[int, int]:
-    """Return the heuristic's register tile."""
+    """Return the register tiles (rows, vectors) worth trying for this many rows of one expert, likeliest first."""
     wide = isa.registers > 16
     if rows == 1:
-        return (1, 8)
-    if rows <= 3:
-        return (rows, 4) if wide or rows < 3 else (3, 2)
-    return (min(rows, 12), 2) if wide else (min(rows, 6), 2)
+        return ((1, 8), (1, 4), (2, 4), (3, 4))
+    if rows <= 6:
+        return ((8, 2), (6, 4), (4, 4), (2, 8), (1, 8)) if wide else ((6, 2), (4, 2), (3, 4), (2, 4), (1, 8))
+    return ((12, 2), (14, 2), (8, 2), (6, 4), (4, 4)) if wide else ((6, 2), (5, 2), (4, 2), (3, 4), (2, 4))
 
 
 # The hot path -------------------------------------------------------------------------
@@ -245,6 +241,7 @@ class _Plan:
             gemm=gemm.name, dtype=layer.dtype, out=out_dtype, activation=layer.activation if gemm.name == "up" else "",
             gated=layer.gated, bias=weights.bias is not None, mr=config.integer("mr"), nv=config.integer("nv"),
             unroll=config.integer("unroll"), panel=panel, stage=bool(config["stage"]), dot=dot,
+            prefetch=config.integer("prefetch"),
             lanes=isa.lanes, fma=isa.fma,
         )  # fmt: skip
         self.address = load_variant(self.variant)
