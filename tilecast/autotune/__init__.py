@@ -1,1 +1,1 @@
-"""From a plan to decisions: candidates, measuring, selecting."""
+"""Plan, candidates, measurements, decisions: what finds the fastest config for every GEMM and token count."""

@@ -1,0 +1,236 @@
+"""The class check: on this machine, do a config's rows in a batch have the bits of the same rows alone?
+
+A numerics class is a claim that a kernel makes. What is promised to users (docs/numerics.md) is checked here on
+the very configs that were chosen, on inputs that make any other order of summation show.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from tilecast.autotune.prescreen import describe
+from tilecast.autotune.workload import Inputs, hash_seed, launch, poisoned_output
+from tilecast.environment import Environment
+from tilecast.kernels.routing import sort_slots
+from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Registry
+from tilecast.problem import Bucket, ExpertGemm, TileConfig
+
+EXPONENTS = 12
+"""Operands spread over this many powers of two, products over twice as many."""
+PROBES = 12
+"""Tokens whose rows are compared; each gives top_k × N (up) or H (down) sums of K products."""
+MAX_EXPERTS = 2
+FLOPS_PER_LAUNCH = 1e10
+MIN_TOKENS_CAP, MAX_TOKENS_CAP = 16, 1024
+"""Token counts above a cap are checked at the cap: the largest with this many operations a launch."""
+POOL_ELEMENTS = 1 << 22
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+class Verifier(Protocol):
+    """Checks that a config keeps the bits of its numerics class."""
+
+    def verify(self, gemm: ExpertGemm, config: TileConfig, bucket: Bucket) -> str | None:
+        """Return why `config` does not have its class's bits in `bucket`, None if it has."""
+        ...
+
+    def release(self) -> None:
+        """Drop what was kept."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Operands:
+    """A batch to draw from: rows [M, …, K] by token, ids [M, k], float32 topk_weights [M, k]."""
+
+    gemm: ExpertGemm
+    weights: GemmWeights
+    rows: torch.Tensor
+    ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+    def inputs(self, tokens: torch.Tensor) -> Inputs:
+        return Inputs(
+            rows=self.rows[tokens].flatten(0, -2),
+            route=sort_slots(self.ids[tokens], self.gemm.layer.experts),
+            topk_weights=self.topk_weights[tokens],
+        )
+
+
+class ClassVerifier:
+    """The check on this machine's device, on a layer with the true K and N and at most two experts.
+
+    For a bucket, batches of above+1, tokens−1 and tokens rows are run with the config; the rows of some tokens
+    must equal, bit for bit, the rows that the class's reference config (`default(like=config)` at one token)
+    gives for the token alone.
+    """
+
+    def __init__(self, environment: Environment, registry: Registry, *, seed: int = 0) -> None:
+        """Check kernels of `registry` in `environment`, on inputs that follow from `seed` alone."""
+        self._environment = environment
+        self._registry = registry
+        self._seed = seed
+        self._operands: _Operands | None = None
+        self._of: ExpertGemm | None = None
+        self._packed: dict[tuple[str, str], GemmWeights] = {}
+        self._alone: dict[tuple[TileConfig, int, torch.dtype], torch.Tensor] = {}
+
+    def verify(self, gemm: ExpertGemm, config: TileConfig, bucket: Bucket) -> str | None:
+        """Return why `config` does not have its class's bits in `bucket`, None if it has.
+
+        An exception of the kernel is a reason as well.
+        """
+        kernel = self._registry[config.kernel]
+        reference = kernel.default(gemm, 1, self._environment, like=config)
+        claimed = describe(gemm, config, self._environment, self._registry)
+        meant = describe(gemm, reference, self._environment, self._registry)
+        if (claimed.numerics, claimed.layout) != (meant.numerics, meant.layout):
+            return f"the reference config {reference.label} is of another class or layout"
+        try:
+            operands = self._prepare(gemm)
+            for tokens in self.token_counts(gemm, bucket):
+                reason = self._differs(operands, config, reference, tokens)
+                if reason is not None:
+                    return reason
+        except Exception as error:  # Whatever a kernel raises says the same: it cannot be relied on.
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def release(self) -> None:
+        """Drop the operands and expected rows."""
+        self._operands, self._of = None, None
+        self._packed.clear()
+        self._alone.clear()
+
+    def token_counts(self, gemm: ExpertGemm, bucket: Bucket) -> tuple[int, ...]:
+        """Return the batch sizes that are checked: the bucket's edges, capped for cost."""
+        cap = tokens_cap(gemm)
+        edges = (bucket.above + 1, max(bucket.above + 1, bucket.tokens - 1), bucket.tokens)
+        return tuple(sorted({min(edge, cap) for edge in edges}))
+
+    def _prepare(self, gemm: ExpertGemm) -> _Operands:
+        if self._operands is None or self._of != gemm:
+            self.release()
+            self._operands, self._of = wide_operands(gemm, self._seed), gemm
+        return self._operands
+
+    def _differs(self, operands: _Operands, config: TileConfig, reference: TileConfig, tokens: int) -> str | None:
+        dtype = TORCH_DTYPES[operands.gemm.layer.dtype]
+        dtypes = [dtype]
+        if operands.gemm.name == "down":
+            # The unrounded partial sum hides nothing; the rounded one is what a single rank returns.
+            dtypes = [torch.float32, dtype] if dtype != torch.float32 else [torch.float32]
+        for start in range(0, PROBES, max(tokens, 3)):
+            batch, probes = self._batch(operands, tokens, start)
+            inputs = operands.inputs(batch)
+            for out_dtype in dtypes:
+                rows = self._run(operands, config, inputs, out_dtype)
+                rows = rows.view(tokens, -1, rows.shape[1])
+                for position, token in probes:
+                    alone = self._alone_rows(operands, reference, token, out_dtype)
+                    if not same_bits(rows[position], alone):
+                        return f"at {tokens} tokens row {position} differs from the same row alone ({reference.label})"
+        return None
+
+    def _batch(self, operands: _Operands, tokens: int, start: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Return which token stands at each row, and (row, token) of the probes among them."""
+        generator = torch.Generator().manual_seed(hash_seed(self._seed, tokens, start))
+        batch = torch.randint(operands.ids.shape[0], (tokens,), generator=generator)
+        places = torch.randperm(tokens, generator=generator)[: min(tokens, PROBES)].tolist()
+        # The first and the last row are where a tail is handled wrongly.
+        places = list(dict.fromkeys([0, tokens - 1, *places]))[: min(tokens, PROBES)]
+        probes = [(place, (start + number) % PROBES) for number, place in enumerate(places)]
+        for place, token in probes:
+            batch[place] = token
+        return batch, probes
+
+    def _alone_rows(
+        self, operands: _Operands, reference: TileConfig, token: int, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        key = (reference, token, out_dtype)
+        if key not in self._alone:
+            self._alone[key] = self._run(operands, reference, operands.inputs(torch.tensor([token])), out_dtype)
+        return self._alone[key]
+
+    def _run(self, operands: _Operands, config: TileConfig, inputs: Inputs, out_dtype: torch.dtype) -> torch.Tensor:
+        kernel = self._registry[config.kernel]
+        layout = kernel.layout(operands.gemm, config)
+        weights = operands.weights
+        if layout != PLAIN:
+            key = (config.kernel, layout)
+            if key not in self._packed:
+                self._packed[key] = kernel.pack(operands.weights, layout)
+            weights = self._packed[key]
+        out = poisoned_output(operands.gemm, inputs.route.tokens, out_dtype)
+        launch(kernel, config, weights, inputs, out)
+        return out
+
+
+def tokens_cap(gemm: ExpertGemm) -> int:
+    """Return the largest batch size that the check runs for `gemm`."""
+    affordable = int(FLOPS_PER_LAUNCH / gemm.flops(gemm.layer.top_k))
+    return min(max(affordable, MIN_TOKENS_CAP), MAX_TOKENS_CAP)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype and shape hold the same bits: NaN equals itself, −0 is not 0."""
+    kind = INTEGERS[a.dtype]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+
+
+def wide_operands(gemm: ExpertGemm, seed: int) -> _Operands:
+    """Return operands on which any other order of summation shows.
+
+    Signs are random, exponents spread over `EXPONENTS` powers of two. The second half of K repeats the first
+    with the rows' sign turned, but for a sixteenth of much smaller weights: large partial sums cancel, and what
+    is left is of the size of their rounding errors, so that even a result rounded to bfloat16 tells orders apart.
+    Some slots are absent; a token may use an expert twice.
+    """
+    layer = replace(gemm.layer, experts=min(MAX_EXPERTS, gemm.layer.experts))
+    small = ExpertGemm(layer=layer, name=gemm.name)
+    dtype = TORCH_DTYPES[layer.dtype]
+    generator = torch.Generator().manual_seed(hash_seed(seed, 17))
+    weight = _wide((layer.experts, small.n, small.k), -EXPONENTS, 0, generator).to(dtype)
+    half = small.k // 2
+    left = torch.randperm(half, generator=generator)[: math.ceil(half / 16)]
+    for columns in (left, left + half):
+        small_values = _wide((layer.experts, small.n, len(left)), -EXPONENTS - 6, -6, generator)
+        weight[..., half : 2 * half] = weight[..., :half]
+        weight[..., columns] = small_values.to(dtype)
+    bias = _wide((layer.experts, small.n), -EXPONENTS, 0, generator).to(dtype) if layer.bias else None
+    tokens = max(PROBES, tokens_cap(gemm))
+    per_token = 1 if gemm.name == "up" else layer.top_k
+    rows = _wide((tokens, per_token, small.k), 3 - EXPONENTS, 3, generator).to(dtype)
+    rows[..., half : 2 * half] = -rows[..., :half]
+    ids = torch.randint(layer.experts, (tokens, layer.top_k), generator=generator)
+    ids[torch.rand(ids.shape, generator=generator) < 1 / 16] = -1
+    return _Operands(
+        gemm=small,
+        weights=GemmWeights(gemm=small, layout=PLAIN, data=weight, bias=bias),
+        rows=rows,
+        ids=ids.to(torch.int32),
+        topk_weights=torch.rand(tokens, layer.top_k, generator=generator) + 0.1,
+    )
+
+
+def _wide(shape: tuple[int, ...], low: int, high: int, generator: torch.Generator) -> torch.Tensor:
+    """Return float32 values of random sign and mantissa with exponents from `low` to `high`."""
+    count = math.prod(shape)
+    size = min(count, POOL_ELEMENTS)
+    mantissa = torch.rand(size, generator=generator) + 1
+    exponent = torch.randint(low, high + 1, (size,), generator=generator)
+    sign = torch.randint(2, (size,), generator=generator) * 2 - 1
+    pool = torch.ldexp(mantissa * sign, exponent)
+    out = torch.empty(count)
+    for start in range(0, count, max(size, 1)):
+        # Rolled by a stretch of its own, so that no two experts hold the same rows.
+        length = min(size, count - start)
+        shift = int(torch.randint(size, (1,), generator=generator)) if start else 0
+        first = min(length, size - shift)
+        out[start : start + first] = pool[shift : shift + first]
+        out[start + first : start + length] = pool[: length - first]
+    return out.view(shape)

@@ -1,0 +1,205 @@
+"""The correctness gate: no config is timed, let alone chosen, whose result was not compared with the oracle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tilecast.autotune.workload import Inputs, Workload, hash_seed, launch, poisoned_output
+from tilecast.kernels.reference import reference_down, reference_up
+from tilecast.kernels.routing import sort_slots
+from tilecast.kernels.spec import TORCH_DTYPES, Kernel
+from tilecast.problem import ExpertGemm, TileConfig
+
+MAX_ERROR_RATIO = 2.0
+"""A result passes with at most twice the error that same-dtype torch makes (QuACK's criterion)."""
+SAMPLED_SLOTS = 32
+"""Slots per launch that are compared with the oracle; every slot is checked for being written and finite."""
+ABSENT_SHARE = 0.125
+GATE_SEED = 1 << 20
+"""Inputs of the gate are none of those that are timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the gate found: a measurement's status, the error ratio where there is one, and why not `ok`."""
+
+    status: str = "ok"
+    error_ratio: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """One launch on the full problem and the expected values of the sampled rows of its output.
+
+    `rows` are the sampled output rows, `exact` and `torch_values` float64 [rows, columns]; `written` says for
+    every output row whether the kernel has to write it.
+    """
+
+    inputs: Inputs
+    out_dtype: torch.dtype
+    written: torch.Tensor
+    rows: torch.Tensor
+    exact: torch.Tensor
+    torch_values: torch.Tensor
+
+
+class Gate:
+    """Checks configs on two launches of the full problem: as routed, and with some slots absent.
+
+    Outputs are poisoned with NaN before, and so is what no present slot may read. Expected values are made
+    once per (GEMM, tokens) in float64, on a few seeded tokens, the first and the last among them.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        """Take operands from `workload`."""
+        self._workload = workload
+        self._held: tuple[ExpertGemm, int] | None = None
+        self._cases: tuple[_Case, ...] = ()
+
+    def check(self, gemm: ExpertGemm, tokens: int, config: TileConfig, kernel: Kernel) -> Verdict:
+        """Launch `config` and judge its output. Whatever the kernel raises passes through."""
+        if self._held != (gemm, tokens):
+            self._cases = self._make_cases(gemm, tokens)
+            self._held = (gemm, tokens)
+        weights = self._workload.weights(gemm, kernel, kernel.layout(gemm, config))
+        worst = 0.0
+        for case in self._cases:
+            out = poisoned_output(gemm, tokens, case.out_dtype)
+            launch(kernel, config, weights, case.inputs, out)
+            detail = _unwritten(out, case.written)
+            if detail:
+                return Verdict(status="wrong_result", detail=detail)
+            ratio = error_ratio(out[case.rows], case.exact, case.torch_values, gemm.k)
+            assert math.isfinite(ratio), "the oracle's inputs overflow the layer's dtype"
+            worst = max(worst, ratio)
+        if worst > MAX_ERROR_RATIO:
+            detail = f"error is {worst:.3g} times that of torch in {gemm.layer.dtype}, at most {MAX_ERROR_RATIO} passes"
+            return Verdict(status="wrong_result", error_ratio=worst, detail=detail)
+        return Verdict(error_ratio=worst)
+
+    def release(self) -> None:
+        """Drop the expected values."""
+        self._held, self._cases = None, ()
+
+    def _make_cases(self, gemm: ExpertGemm, tokens: int) -> tuple[_Case, ...]:
+        full = self._workload.inputs(gemm, tokens, GATE_SEED)
+        variants = [full]
+        if tokens * gemm.layer.top_k > 1:
+            variants.append(_with_absent_slots(gemm, full))
+        # Plain weights are the oracle's, whatever layout the kernel reads.
+        weights = self._workload.plain(gemm)
+        sampled = _sampled_tokens(tokens, max(2, SAMPLED_SLOTS // gemm.layer.top_k))
+        expected = _expected(gemm, variants, sampled, weights.data, weights.bias)
+        dtype = TORCH_DTYPES[gemm.layer.dtype]
+        cases = []
+        for number, (inputs, (exact, torch_values)) in enumerate(zip(variants, expected, strict=True)):
+            present = _present(gemm, inputs)
+            rows, written = sampled, torch.ones(tokens, dtype=torch.bool)
+            if gemm.name == "up":
+                written = present
+                slots = (sampled[:, None] * gemm.layer.top_k + torch.arange(gemm.layer.top_k)).flatten()
+                rows = slots[present[slots]]
+                exact, torch_values = exact[present[slots]], torch_values[present[slots]]
+            # The second launch of down gives a rank's partial sum, which is not rounded.
+            out_dtype = torch.float32 if gemm.name == "down" and number else dtype
+            cases.append(
+                _Case(inputs=inputs, out_dtype=out_dtype, written=written, rows=rows, exact=exact,
+                      torch_values=torch_values)
+            )  # fmt: skip
+        return tuple(cases)
+
+
+def error_ratio(out: torch.Tensor, exact: torch.Tensor, torch_values: torch.Tensor, k: int) -> float:
+    """Return the error of `out` in units of same-dtype torch's error; at most 2 passes.
+
+    All are [rows, columns]. The larger of two ratios counts: maximum norm, which sees one wrong element, and
+    root mean square, which sees a small error everywhere. Half of ε is added to torch's error, as torch may
+    be exact by luck or sum in blocks: ε = √K · 2⁻²⁴ · scale is the size of rounding errors of a float32 chain
+    of K products (a random walk of K roundings), four times that for the maximum over many elements. One
+    wrong or missing product is of size scale / √K, thousands of times larger.
+    """
+    if exact.numel() == 0:
+        return 0.0
+    error, torch_error = (out.double() - exact).abs(), (torch_values - exact).abs()
+    unit = math.sqrt(k) * 2.0**-24
+    largest = float(exact.abs().max())
+    maximum = float(error.max()) / (float(torch_error.max()) + 2 * unit * max(1.0, largest))
+    rms = _rms(error) / (_rms(torch_error) + 0.5 * unit * max(1.0, _rms(exact)))
+    return max(maximum, rms)
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _unwritten(out: torch.Tensor, written: torch.Tensor) -> str:
+    finite = torch.isfinite(out).all(1)
+    bad = torch.nonzero(written & ~finite).flatten()
+    if bad.numel():
+        return f"{bad.numel()} of {int(written.sum())} rows not written or not finite, the first is row {int(bad[0])}"
+    touched = torch.nonzero(~written & ~torch.isnan(out).all(1)).flatten()
+    if touched.numel():
+        return f"{touched.numel()} rows of absent slots were written, the first is row {int(touched[0])}"
+    return ""
+
+
+def _sampled_tokens(tokens: int, count: int) -> torch.Tensor:
+    if tokens <= count:
+        return torch.arange(tokens)
+    generator = torch.Generator().manual_seed(tokens)
+    inner = torch.randperm(tokens - 2, generator=generator)[: count - 2] + 1
+    return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([tokens - 1])])
+
+
+def _present(gemm: ExpertGemm, inputs: Inputs) -> torch.Tensor:
+    ids = inputs.route.ids.flatten()
+    return (ids >= 0) & (ids < gemm.layer.experts)
+
+
+def _with_absent_slots(gemm: ExpertGemm, full: Inputs) -> Inputs:
+    layer, route = gemm.layer, full.route
+    generator = torch.Generator().manual_seed(hash_seed(route.tokens, GATE_SEED))
+    absent = torch.rand(route.tokens, route.top_k, generator=generator) < ABSENT_SHARE
+    if route.tokens >= 3:
+        absent[route.tokens // 2] = True
+    absent[-1, -1] = True
+    present = (route.ids >= 0) & (route.ids < layer.experts)
+    if not bool((present & ~absent).any()):
+        # Something must be left to compute, or the launch would say nothing.
+        token, position = torch.nonzero(present)[0].tolist()
+        absent[token, position] = False
+    ids = torch.where(absent, -1, route.ids)
+    gone = (ids < 0) | (ids >= layer.experts)
+    rows = full.rows.clone()
+    # What belongs to absent slots alone is never to be read: `up` leaves such rows as they were.
+    rows[gone.all(1) if gemm.name == "up" else gone.flatten()] = math.nan
+    return Inputs(rows=rows, route=sort_slots(ids, layer.experts), topk_weights=full.topk_weights)
+
+
+def _expected(
+    gemm: ExpertGemm, variants: list[Inputs], sampled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return (float64, same-dtype torch) results of the sampled tokens of each variant, both as float64.
+
+    All variants go through the reference at once, as converting the weights costs the most.
+    """
+    layer, top_k = gemm.layer, gemm.layer.top_k
+    ids = torch.cat([v.route.ids[sampled] for v in variants])
+    route = sort_slots(ids, layer.experts)
+    results = []
+    for dtype in (torch.float64, TORCH_DTYPES[layer.dtype]):
+        if gemm.name == "up":
+            rows = torch.cat([v.rows[sampled] for v in variants])
+            result = reference_up(layer, rows, weight, route, bias, dtype)
+        else:
+            slots = (sampled[:, None] * top_k + torch.arange(top_k)).flatten()
+            rows = torch.cat([v.rows[slots] for v in variants])
+            scale = torch.cat([v.topk_weights[sampled] for v in variants])
+            result = reference_down(layer, rows, weight, route, scale, bias, dtype)
+        results.append(result.double())
+    exact, torch_values = (result.chunk(len(variants)) for result in results)
+    return list(zip(exact, torch_values, strict=True))

@@ -1,0 +1,213 @@
+"""From measurements to choices: pure functions, no device, no store, no clock.
+
+Times are medians over all rounds; over ranks the slowest counts, as every rank waits for it. A config replaces
+the default only if it wins by more than the noise of that very comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tilecast.autotune.prescreen import Candidate
+from tilecast.errors import CoverageError, DeviceError
+from tilecast.evidence import Choice, Measurement, percentile
+from tilecast.problem import Bucket, ExpertGemm, TileConfig
+
+NOISE_FLOOR = 0.01
+"""No win below 1% is believed."""
+MEDIAN_FACTOR = 1.2533
+"""Standard error of a median over that of a mean, √(π/2), for normal samples."""
+P80_P20_SIGMAS = 1.6832
+"""Distance of the 80th from the 20th percentile of a normal distribution, in standard deviations."""
+FEW_SAMPLES = 5
+FEW_SAMPLES_SPREAD = 0.05
+"""Fewer samples than this say little about their own spread: it is taken as at least 5% then."""
+
+Group = tuple[str, ...]
+"""What must be the same in all buckets: (layout,), or (layout, numerics class) under `reproducible`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One config's pooled samples in one bucket: the slowest rank's median in µs and its relative standard error."""
+
+    config: TileConfig
+    p50_us: float
+    error: float
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """All that selection knows about one GEMM in one bucket.
+
+    `candidates` hold what can be chosen; `timings` the ones that ran well on every rank; `failures` why others
+    did not.
+    """
+
+    gemm: ExpertGemm
+    bucket: Bucket
+    default: TileConfig
+    candidates: Mapping[TileConfig, Candidate]
+    timings: Mapping[TileConfig, Timing]
+    failures: Mapping[TileConfig, str]
+
+
+def breaks_class(measurement: Measurement) -> bool:
+    """Whether a measurement records that its config's bits are not those of its class; it has no samples."""
+    return measurement.status == "unstable" and not measurement.samples_us
+
+
+def pool(measurements: Iterable[Measurement]) -> tuple[dict[TileConfig, Timing], dict[TileConfig, str]]:
+    """Return the timings of the configs that are `ok` on every rank seen, and the failures of the others.
+
+    The measurements are of one GEMM, token count and run; what records a broken class is not a failure to run.
+    """
+    samples: dict[TileConfig, dict[int, list[float]]] = {}
+    failures: dict[TileConfig, str] = {}
+    ranks: set[int] = set()
+    for m in measurements:
+        if breaks_class(m):
+            continue
+        ranks.add(m.rank)
+        if m.status != "ok":
+            failures.setdefault(m.config, f"{m.status} on rank {m.rank}: {m.detail}")
+            continue
+        samples.setdefault(m.config, {}).setdefault(m.rank, []).extend(m.samples_us)
+    timings = {
+        config: _timing(config, by_rank)
+        for config, by_rank in samples.items()
+        if config not in failures and set(by_rank) == ranks
+    }
+    return timings, failures
+
+
+def _timing(config: TileConfig, by_rank: Mapping[int, list[float]]) -> Timing:
+    medians = {rank: percentile(samples, 50) for rank, samples in by_rank.items()}
+    slowest = max(medians, key=lambda rank: (medians[rank], rank))
+    samples = by_rank[slowest]
+    spread = (percentile(samples, 80) - percentile(samples, 20)) / P80_P20_SIGMAS / medians[slowest]
+    if len(samples) < FEW_SAMPLES:
+        spread = max(spread, FEW_SAMPLES_SPREAD)
+    error = MEDIAN_FACTOR * spread / math.sqrt(len(samples))
+    return Timing(config=config, p50_us=medians[slowest], error=error, samples=len(samples))
+
+
+def noise(a: Timing, b: Timing) -> float:
+    """Return the relative difference that a comparison of two timings cannot tell from none: two standard errors."""
+    return max(NOISE_FLOOR, 2 * math.hypot(a.error, b.error))
+
+
+def within_noise(a: Timing, best: Timing) -> bool:
+    """Whether `a` is not measurably slower than `best`."""
+    return a.p50_us <= best.p50_us * (1 + noise(a, best))
+
+
+def fastest(timings: Iterable[Timing]) -> Timing:
+    """Return the timing with the smallest median, equal ones by the order on configs."""
+    return min(timings, key=lambda t: (t.p50_us, t.config.sort_key))
+
+
+def pick(timings: Sequence[Timing], default: TileConfig) -> Timing:
+    """Return the timing to choose: the default unless it is measurably slower than the best.
+
+    Otherwise, of all that are within noise of the best, the first in the order on configs, so that noise does
+    not decide which of them it is.
+    """
+    best = fastest(timings)
+    equals = [t for t in timings if within_noise(t, best)]
+    for timing in equals:
+        if timing.config == default:
+            return timing
+    return min(equals, key=lambda t: t.config.sort_key)
+
+
+def group_of(candidate: Candidate, policy: str) -> Group | None:
+    """Return the group a candidate belongs to under a policy; None if the policy does not allow it."""
+    if policy == "fastest":
+        return (candidate.layout,)
+    return (candidate.layout, candidate.numerics) if candidate.batch_invariant else None
+
+
+def choose(
+    evidence: Sequence[Evidence], policy: str, *, excluded: Collection[TileConfig] = ()
+) -> tuple[Group, tuple[Choice, ...]]:
+    """Return the group to use for one GEMM, and its choice for each bucket.
+
+    Of the groups that have a timing in every bucket, the one whose times, each over that bucket's best of all
+    groups, have the smallest geometric mean; a group of the defaults if that is within noise of it. `excluded`
+    configs are not chosen. Raises CoverageError where a default was not measured, DeviceError where a default
+    does not run, or no group is left.
+    """
+    for e in evidence:
+        _require_default(e)
+    by_group = [_grouped(e, policy, excluded) for e in evidence]
+    complete = set(by_group[0]).intersection(*by_group[1:]) if by_group else set()
+    if not complete:
+        gemm = evidence[0].gemm
+        kind = "weight layout" if policy == "fastest" else "batch-invariant numerics class"
+        raise DeviceError(
+            f"no {kind} has a working config for {gemm.layer.label} {gemm.name} at every one of "
+            f"{', '.join(str(e.bucket.tokens) for e in evidence)} tokens"
+            + ("" if policy == "fastest" else "; use the policy fastest, or measure with a larger budget")
+        )
+    group = _best_group(evidence, by_group, complete, policy)
+    return group, tuple(_choice(e, of_group[group]) for e, of_group in zip(evidence, by_group, strict=True))
+
+
+def _require_default(e: Evidence) -> None:
+    if e.default in e.timings:
+        return
+    where = f"the default config {e.default.label} for {e.gemm.layer.label} {e.gemm.name} at {e.bucket.tokens} tokens"
+    if e.default in e.failures:
+        raise DeviceError(f"{where} does not work here: {e.failures[e.default]}")
+    raise CoverageError(f"{where} was not measured on every rank; run tune again, it goes on where it stopped")
+
+
+def _grouped(e: Evidence, policy: str, excluded: Collection[TileConfig]) -> dict[Group, list[Timing]]:
+    groups: dict[Group, list[Timing]] = {}
+    for config, timing in e.timings.items():
+        candidate = e.candidates.get(config)
+        group = None if candidate is None else group_of(candidate, policy)
+        if group is not None and (policy == "fastest" or config not in excluded):
+            groups.setdefault(group, []).append(timing)
+    return {group: _well_sampled(timings) for group, timings in groups.items()}
+
+
+def _well_sampled(timings: list[Timing]) -> list[Timing]:
+    # A config that was dropped after a round or two was slower then; its few samples must not win by luck.
+    most = max(t.samples for t in timings)
+    return [t for t in timings if 2 * t.samples >= most]
+
+
+def _best_group(
+    evidence: Sequence[Evidence], by_group: Sequence[Mapping[Group, list[Timing]]], complete: set[Group], policy: str
+) -> Group:
+    best_in = {group: [fastest(of_group[group]) for of_group in by_group] for group in complete}
+    cost = {group: sum(math.log(t.p50_us) for t in best_in[group]) for group in complete}
+    best = min(complete, key=lambda group: (cost[group], group))
+    defaults = {group_of(e.candidates[e.default], policy) for e in evidence if e.default in e.candidates}
+    for group in sorted(complete & defaults, key=lambda g: (cost[g], g)):
+        doubt = math.sqrt(sum(noise(a, b) ** 2 for a, b in zip(best_in[group], best_in[best], strict=True)))
+        if cost[group] - cost[best] <= doubt:
+            return group
+    return best
+
+
+def _choice(e: Evidence, timings: Sequence[Timing]) -> Choice:
+    chosen, default = pick(timings, e.default), e.timings[e.default]
+    others = [t for t in timings if t.config != chosen.config]
+    runner_up = fastest(others) if others else None
+    rival = default if chosen.config != e.default else runner_up
+    return Choice(
+        config=chosen.config,
+        p50_us=chosen.p50_us,
+        default=e.default,
+        default_us=default.p50_us,
+        runner_up=None if runner_up is None else runner_up.config,
+        runner_up_us=None if runner_up is None else runner_up.p50_us,
+        noise=NOISE_FLOOR if rival is None else noise(chosen, rival),
+        numerics=e.candidates[chosen.config].numerics,
+    )

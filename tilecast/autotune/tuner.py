@@ -1,0 +1,279 @@
+"""The tuning loop: measure what a plan asks for, keep every measurement as it is made, decide on all of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tilecast.autotune.budget import Budget, expected_cost_s
+from tilecast.autotune.classes import Verifier
+from tilecast.autotune.decide import decide
+from tilecast.autotune.measure import DeviceMeasurer, Measurer
+from tilecast.autotune.peers import Alone, Peers
+from tilecast.autotune.plan import Plan, Task
+from tilecast.autotune.prescreen import Candidate, Prescreened, anchors, prescreen
+from tilecast.autotune.race import FEW, Race, RaceState, Session
+from tilecast.autotune.select import fastest
+from tilecast.errors import UsageError
+from tilecast.evidence import Measurement, TuningTable
+from tilecast.kernels.spec import Registry
+from tilecast.problem import ExpertGemm, TileConfig
+from tilecast.store import Store
+
+ROUNDS = 7
+HINTS = 3
+"""The best configs of the buckets measured before are tried early in the next one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a tuning stands; given to the progress callback after every measurement.
+
+    `task` counts from 0; times of configs are medians in µs, None before the first; `remaining_s` is an
+    estimate, None before there is one; `cut` counts the (config, round) pairs that the budget left out.
+    """
+
+    task: int
+    tasks: int
+    label: str
+    round: int
+    rounds: int
+    alive: int
+    candidates: int
+    best_us: float | None
+    default_us: float | None
+    elapsed_s: float
+    remaining_s: float | None
+    fraction: float
+    cut: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskReport:
+    """What was done for one (GEMM, bucket): how many candidates raced, and how many pairs of a config and a
+    round the budget cut."""
+
+    gemm: ExpertGemm
+    tokens: int
+    candidates: int
+    rejected: int
+    cut: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRun:
+    """What a call of `measure_plan` did: `measured` counts the measurements made by this rank in this call."""
+
+    run: int
+    measured: int
+    elapsed_s: float
+    tasks: tuple[TaskReport, ...]
+
+    @property
+    def cut(self) -> int:
+        """How many (config, round) pairs the budget left out."""
+        return sum(task.cut for task in self.tasks)
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def measure_plan(
+    plan: Plan,
+    store: Store,
+    registry: Registry,
+    *,
+    measurer: Measurer | None = None,
+    budget_s: float | None = None,
+    progress: ProgressCallback | None = None,
+    peers: Peers | None = None,
+    fresh: bool = False,
+    rounds: int = ROUNDS,
+) -> TuningRun:
+    """Measure every task of `plan` and keep every measurement in `store` the moment it is made.
+
+    Called again, it goes on: what the latest run holds is not measured twice; `fresh` starts a new run, and so
+    does another number of ranks. `budget_s` bounds the time in seconds, the class check of `decide` included;
+    the default config of every task is measured whatever the budget. `measurer` is by default the device of
+    this process; with `peers`, all ranks call this with the same plan and keep the same survivors.
+
+    Raises DeviceError when nothing runs here, UsageError for a budget that is not above 0 or fewer than one
+    round; failures of single configs are measurements with a status.
+    """
+    if budget_s is not None and not (math.isfinite(budget_s) and budget_s > 0):
+        raise UsageError(f"the budget is {budget_s} seconds, expected a finite number above 0")
+    if rounds < 1:
+        raise UsageError(f"rounds is {rounds}, expected at least 1")
+    measurer = measurer or DeviceMeasurer(plan.environment, registry, routing=plan.routing)
+    store.add_environment(plan.environment)
+    session = _open_session(plan, store, measurer, peers or Alone(), fresh=fresh)
+    loop = _Loop(session, registry, budget_s=budget_s, rounds=rounds, progress=progress)
+    return loop.run()
+
+
+def tune(
+    plan: Plan,
+    store: Store,
+    registry: Registry,
+    *,
+    measurer: Measurer | None = None,
+    budget_s: float | None = None,
+    progress: ProgressCallback | None = None,
+    fresh: bool = False,
+    rounds: int = ROUNDS,
+    verify: bool = True,
+    verifier: Verifier | None = None,
+) -> TuningTable:
+    """Measure, decide, keep the decisions in `store`, and return them as a table; see `measure_plan`, `decide`.
+
+    One rank only: ranks that tune together call `measure_plan`, and one of them decides for all.
+    """
+    measure_plan(
+        plan, store, registry, measurer=measurer, budget_s=budget_s, progress=progress, fresh=fresh, rounds=rounds
+    )
+    table = decide(plan, store, registry, verify=verify, verifier=verifier)
+    store.put_decisions(list(table.decisions))
+    return table
+
+
+def _open_session(plan: Plan, store: Store, measurer: Measurer, peers: Peers, *, fresh: bool) -> Session:
+    stored: list[Measurement] = []
+    tokens = {bucket.tokens for bucket in plan.buckets}
+    for gemm in plan.gemms:
+        found = store.measurements(environment=plan.environment.digest, gemm=gemm, routing=plan.routing)
+        stored += [m for m in found if m.tokens in tokens]
+    merged, _ = peers.merge(stored, False)
+    run = max((m.run for m in merged), default=0)
+    other_ranks = any(m.run == run and m.world_size != peers.world_size for m in merged)
+    if merged and (fresh or other_ranks):
+        run += 1
+    session = Session(plan=plan, store=store, measurer=measurer, peers=peers, run=run)
+    new = session.learn(merged)
+    if new and peers.world_size > 1:
+        store.add_measurements(new)
+    return session
+
+
+class _Loop:
+    """Goes through the tasks of a plan in order."""
+
+    def __init__(
+        self,
+        session: Session,
+        registry: Registry,
+        *,
+        budget_s: float | None,
+        rounds: int,
+        progress: ProgressCallback | None,
+    ) -> None:
+        plan = session.plan
+        self._session = session
+        self._rounds = rounds
+        self._progress = progress
+        self._tasks: tuple[Task, ...] = plan.tasks
+        self._screened = tuple(_screen(plan, registry))
+        self._eligible = tuple(_eligible(s, plan.policy) for s in self._screened)
+        costs = (
+            expected_cost_s(gemm, bucket.tokens, len(eligible))
+            for (gemm, bucket), eligible in zip(self._tasks, self._eligible, strict=True)
+        )
+        self._budget = Budget(budget_s, tuple(costs))
+        self._best: dict[ExpertGemm, list[TileConfig]] = {}
+
+    def run(self) -> TuningRun:
+        """Run every task."""
+        reports = []
+        measurer = self._session.measurer
+        for number, (gemm, bucket) in enumerate(self._tasks):
+            if number == 0 or self._tasks[number - 1][0] != gemm:
+                measurer.prepare(gemm)
+            try:
+                cut = self._race(number)
+            finally:
+                if number + 1 == len(self._tasks) or self._tasks[number + 1][0] != gemm:
+                    measurer.release(gemm)
+            screened = self._screened[number]
+            reports.append(
+                TaskReport(
+                    gemm=gemm,
+                    tokens=bucket.tokens,
+                    candidates=len(self._eligible[number]),
+                    rejected=len(screened.rejections),
+                    cut=cut,
+                )
+            )
+        session = self._session
+        return TuningRun(run=session.run, measured=session.made, elapsed_s=self._budget.elapsed_s, tasks=tuple(reports))
+
+    def _race(self, number: int) -> int:
+        gemm, bucket = self._tasks[number]
+        candidates, must = _ordered(self._screened[number], self._eligible[number], self._best.get(gemm, []))
+        deadline = self._budget.deadline(number)
+        race = Race(
+            self._session,
+            gemm,
+            bucket,
+            candidates,
+            required=must + (FEW if deadline > time.monotonic() else 0),
+            deadline=deadline,
+            rounds=self._rounds,
+            report=lambda state: self._report(number, len(candidates), state),
+        )
+        cut = race.run()
+        timings = race.timings()
+        if timings:
+            best = [fastest(timings.values()).config, *self._best.get(gemm, [])]
+            self._best[gemm] = list(dict.fromkeys(best))[:HINTS]
+        return cut
+
+    def _report(self, number: int, candidates: int, state: RaceState) -> None:
+        if self._progress is None:
+            return
+        gemm, bucket = self._tasks[number]
+        self._progress(
+            Progress(
+                task=number,
+                tasks=len(self._tasks),
+                label=f"{gemm.layer.label} {gemm.name} {bucket.tokens} tokens",
+                round=state.round,
+                rounds=self._rounds,
+                alive=state.alive,
+                candidates=candidates,
+                best_us=state.best_us,
+                default_us=state.default_us,
+                elapsed_s=self._budget.elapsed_s,
+                remaining_s=self._budget.remaining_s(number, state.done),
+                fraction=self._budget.fraction(number, state.done),
+                cut=state.cut,
+            )
+        )
+
+
+def _screen(plan: Plan, registry: Registry) -> list[Prescreened]:
+    tokens = tuple(bucket.tokens for bucket in plan.buckets)
+    held = {gemm: anchors(gemm, tokens, plan.environment, registry) for gemm in plan.gemms}
+    return [
+        prescreen(gemm, bucket.tokens, plan.environment, registry, anchors=held[gemm]) for gemm, bucket in plan.tasks
+    ]
+
+
+def _eligible(screened: Prescreened, policy: str) -> tuple[Candidate, ...]:
+    # Under `reproducible`, nothing else could be chosen; the default races whatever it is.
+    return tuple(c for c in screened.candidates if policy == "fastest" or c.is_default or c.batch_invariant)
+
+
+def _ordered(
+    screened: Prescreened, eligible: tuple[Candidate, ...], hints: list[TileConfig]
+) -> tuple[list[Candidate], int]:
+    """Return the order of round 0, and how many at its head must be measured: what selection cannot do without.
+
+    After those come the best of the buckets before, then the rest by digest: an order that favours no corner
+    of the space, so that a budget that ends it early leaves a sample of all of it.
+    """
+    must = [c for c in eligible if c.is_default or c.is_anchor]
+    hinted = [screened.by_config[config] for config in hints if config in screened.by_config]
+    rest = sorted(eligible, key=lambda c: c.config.digest)
+    ordered = dict.fromkeys([*must, *(c for c in hinted if c in eligible), *rest])
+    return list(ordered), len(must)
