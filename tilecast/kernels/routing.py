@@ -36,13 +36,16 @@ class ExpertLayout:
 
 def sort_slots(topk_ids: torch.Tensor, experts: int) -> ExpertLayout:
     """Sort routed slots by expert, stably. `topk_ids` is an integer tensor [T, k]; raises InputError."""
-    if topk_ids.dim() != 2 or topk_ids.dtype.is_floating_point or topk_ids.dtype == torch.bool:
+    not_integers = topk_ids.dtype.is_floating_point or topk_ids.dtype.is_complex or topk_ids.dtype == torch.bool
+    if topk_ids.dim() != 2 or not_integers:
         raise InputError(f"topk_ids is {topk_ids.dtype} {tuple(topk_ids.shape)}, expected integers [tokens, top_k]")
     tokens, top_k = topk_ids.shape
     if topk_ids.device.type == "cpu" and topk_ids.dtype in (torch.int32, torch.int64):
         return _sort_slots_on_cpu(topk_ids, experts)
     # Clamped before narrowing, so that an id such as 2**32 cannot wrap around into a real expert.
-    ids = topk_ids.clamp(-1, experts).to(torch.int32).contiguous()
+    # Narrow and unsigned types cannot hold the bounds themselves and go through int64.
+    wide = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.to(torch.int64)
+    ids = wide.clamp(-1, experts).to(torch.int32).contiguous()
     keys = torch.where(ids < 0, experts, ids).flatten()
     slots = torch.sort(keys, stable=True).indices.to(torch.int32)
     counts = torch.bincount(keys, minlength=experts + 1)[:experts]
@@ -88,10 +91,10 @@ def route(
     """
     if scoring not in SCORINGS:
         raise InputError(f"scoring is {scoring!r}, expected one of {', '.join(SCORINGS)}")
-    if not 1 <= top_k <= router_weight.shape[0]:
+    if router_weight.dim() == 2 and not 1 <= top_k <= router_weight.shape[0]:
         raise InputError(f"top-k is {top_k}, expected 1 to {router_weight.shape[0]} (the number of experts)")
     logits = router_logits(hidden, router_weight)
-    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    scores = logits.softmax(-1) if scoring == "softmax" else _sigmoid(logits)
     # On the scores themselves, not the logits: that is what the families' own code orders by.
     ordered, indices = scores.sort(dim=-1, descending=True, stable=True)
     weights = ordered[:, :top_k]
@@ -103,15 +106,40 @@ def route(
 def router_logits(hidden: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
     """Return float32 logits [T, E] whose bits do not depend on how many tokens there are.
 
-    A matmul library picks its kernel, and so its sum order, by shape; reducing each (token, expert) pair
-    over its own contiguous row does not.
+    A matmul library picks its kernel, and so its sum order, by shape, by a row's place in its tile and, for few
+    outputs, by where the operands lie in memory. So every token is a product of its own, [1, H] by [H, E], all
+    of one batch: one shape, whatever T is. Operands are brought to whole 64-byte lines first. Raises InputError.
     """
-    weight = router_weight.to(torch.float32)
-    rows = hidden.to(torch.float32)
-    logits = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
-    for token in range(rows.shape[0]):
-        torch.mv(weight, rows[token], out=logits[token])
-    return logits
+    if hidden.dim() != 2 or router_weight.dim() != 2 or hidden.shape[1] != router_weight.shape[1]:
+        shapes = f"{tuple(hidden.shape)} and {tuple(router_weight.shape)}"
+        raise InputError(f"hidden states and router weight are {shapes}, expected [tokens, H] and [experts, H]")
+    weight = _whole_lines(router_weight.to(torch.float32), _MIN_ROUTER_ROWS)
+    rows = _whole_lines(hidden.to(torch.float32), 1)
+    tokens, experts = hidden.shape[0], router_weight.shape[0]
+    logits = torch.bmm(rows[:, None, :], weight.T.expand(rows.shape[0], -1, -1))[:, 0, :]
+    return logits[:tokens, :experts]
+
+
+_LINE = 16
+"""Float32 elements of a 64-byte line."""
+_MIN_ROUTER_ROWS = 4
+"""With fewer outputs, MKL falls back to a dot product whose order depends on alignment (measured)."""
+
+
+def _whole_lines(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return float32 [R, C] as it is, or zero-padded to full lines and at least `rows` rows, starting on a line."""
+    height, width = matrix.shape
+    aligned = matrix.is_contiguous() and matrix.data_ptr() % (4 * _LINE) == 0
+    if aligned and width % _LINE == 0 and height >= rows:
+        return matrix
+    padded = matrix.new_zeros(max(height, rows), -(-width // _LINE) * _LINE)
+    padded[:height, :width] = matrix
+    return padded
+
+
+def _sigmoid(logits: torch.Tensor) -> torch.Tensor:
+    """Return the sigmoid, bits free of an element's place; torch.sigmoid's last few go through another exp."""
+    return torch.reciprocal(1 + torch.exp(-logits))
 
 
 def ordered_sum(weights: torch.Tensor) -> torch.Tensor:
