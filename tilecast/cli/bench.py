@@ -1,0 +1,209 @@
+"""`tilecast bench`: tuned configs against the defaults and against what users have today."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tilecast.cli._bench_tables import bench_json, show_bench
+from tilecast.cli._exit import resumable
+from tilecast.cli._layers import sharded
+from tilecast.cli._options import (
+    BudgetOption,
+    EpOption,
+    JsonOption,
+    LayerOption,
+    OptionalModelArgument,
+    PolicyOption,
+    StoreOption,
+    TableOption,
+    ThreadsOption,
+    TokensOption,
+    TpOption,
+    model_or_layer,
+    parse_budget,
+    parse_dtypes,
+    parse_policy,
+    parse_token_option,
+)
+from tilecast.cli._output import Output, plural
+from tilecast.cli._run import report_tuning, use_threads
+from tilecast.cli._stores import check_configs, read_table, store_location
+from tilecast.errors import UsageError
+from tilecast.evidence import TuningTable
+from tilecast.problem import ExpertLayer
+from tilecast.settings import Settings, launcher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tilecast.engine.bench_result import BenchResult
+    from tilecast.engine.peers import Peer
+
+LAYER = "E=8,H=1024,I=3584,k=2"
+DTYPES = ("fp32", "bf16", "fp16")
+TOKENS = (1, 4, 16, 64, 256)
+LAYER_TIMING_S = 120.0
+"""Time for timing one layer where no budget is given."""
+TUNING_SHARE = 0.6
+"""Part of a budget that tuning may take where something has to be tuned."""
+
+
+def bench(
+    model: OptionalModelArgument = None,
+    layer: LayerOption = None,
+    tp: TpOption = 1,
+    ep: EpOption = 1,
+    tokens: TokensOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPES",
+            help="Dtypes, comma-separated. Default: the model's; all of fp32,bf16,fp16 without MODEL.",
+            show_default=False,
+        ),
+    ] = None,
+    policy: PolicyOption = None,
+    table_file: TableOption = None,
+    tune: Annotated[bool, typer.Option("--tune/--no-tune", help="Tune first what the table lacks.")] = True,
+    budget: BudgetOption = None,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, max=10_000, metavar="N", help="Most samples per point.")
+    ] = 20,
+    threads: ThreadsOption = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            "--peers",
+            metavar="NAMES",
+            help="Contestants to compare with, comma-separated, or none. Default: all that run here.",
+            show_default=False,
+        ),
+    ] = None,
+    store: StoreOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Time expert layers: tuned, with default configs, and by what PyTorch and transformers offer.
+
+    All contestants run interleaved in this process on the same operands, with weights read from memory and not
+    from a cache, and are checked against float64. What the table lacks is tuned first. Without MODEL the layer
+    is E=8,H=1024,I=3584,k=2 in fp32, bf16 and fp16.
+
+    Examples:
+
+        tilecast bench --threads 2 --json > bench.json
+
+        tilecast bench mixtral-8x7b --tp 8 --table mixtral.db --peers "torch loop"
+    """  # fmt: skip
+    from tilecast.engine.peers import PEERS, find_peers
+
+    output = Output(json_wanted=json_)
+    if launcher() is not None:
+        raise UsageError("bench times one process, but a launcher started several; start it without torchrun")
+    settings = Settings.from_environment()
+    chosen = parse_policy(policy, settings.policy)
+    counts = parse_token_option(tokens, TOKENS)
+    budget_s = parse_budget(budget)
+    contestants = PEERS if peers is None else find_peers(_names(peers))
+    layers = _layers(model_or_layer(model, layer, LAYER), tp, ep, dtype, default=model is None and layer is None)
+    where = store_location(store, settings)
+    used = use_threads(threads)
+    source = table_file or settings.import_from
+    found = TuningTable() if source is None else _read(source)
+    output.note(f"{plural(len(layers), 'layer')} × {plural(len(counts), 'token count')}, {chosen}, {used} threads")
+    before, tuned = found.digest, 0
+    if tune:
+        found, tuned, budget_s = _tuned(output, found, layers, counts, chosen, where, budget_s)
+    elif source is None:
+        output.warn("no table is in use and --no-tune is given: the default configs are timed")
+    share_s = LAYER_TIMING_S if budget_s is None else budget_s / len(layers)
+    result = _timed(output, found, layers, counts, chosen, contestants, rounds=rounds, share_s=share_s, threads=used)
+    output.emit(bench_json(result, source=source, imported=before, table=found, tuned=tuned))
+    show_bench(output, result)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return [] if names in ([], ["none"]) else names
+
+
+def _layers(spec: str, tp: int, ep: int, dtype: str | None, *, default: bool) -> tuple[ExpertLayer, ...]:
+    dtypes: Sequence[str | None] = parse_dtypes(dtype) if dtype is not None else DTYPES if default else (None,)
+    return tuple(dict.fromkeys(layer for name in dtypes for layer in sharded(spec, tp=tp, ep=ep, dtype=name).layers))
+
+
+def _read(source: str) -> TuningTable:
+    from tilecast.environment import cpu_environment
+
+    table = read_table(source)
+    check_configs(table, cpu_environment(), source)
+    return table
+
+
+def _tuned(
+    output: Output,
+    table: TuningTable,
+    layers: tuple[ExpertLayer, ...],
+    counts: tuple[int, ...],
+    policy: str,
+    where: str,
+    budget_s: float | None,
+) -> tuple[TuningTable, int, float | None]:
+    """Return the table with what it lacked, how many buckets those were, and what is left of the budget."""
+    import time
+
+    from tilecast.cache_store.store import open_store
+    from tilecast.engine.group import Group
+    from tilecast.engine.runtime import Runtime, default_registry, missing_buckets
+    from tilecast.engine.tuning import tune_missing
+    from tilecast.environment import cpu_environment
+
+    runtime = Runtime(table, environment=cpu_environment(), registry=default_registry(), policy=policy)
+    missing = {layer: missing_buckets(runtime, layer, counts) for layer in layers}
+    lacking = sum(map(len, missing.values()))
+    if not lacking:
+        return table, 0, budget_s
+    output.note(f"the table lacks {plural(lacking, 'bucket')}: tuning them first; measurements go to {where}")
+    start = time.monotonic()
+    share_s = None if budget_s is None else TUNING_SHARE * budget_s
+    with resumable("measurements made"), output.progress("tuning") as reporter, open_store(where) as opened:
+        table = tune_missing(
+            runtime, missing, opened, Group.alone(), budget_s=share_s, progress=report_tuning(reporter)
+        )
+    left = None if budget_s is None else max(1.0, budget_s - (time.monotonic() - start))
+    return table, lacking, left
+
+
+def _timed(
+    output: Output,
+    table: TuningTable,
+    layers: tuple[ExpertLayer, ...],
+    counts: tuple[int, ...],
+    policy: str,
+    peers: Sequence[Peer],
+    *,
+    rounds: int,
+    share_s: float,
+    threads: int,
+) -> BenchResult:
+    from tilecast.engine.bench import bench_layer
+
+    result: BenchResult | None = None
+    with output.progress("timing") as reporter:
+        for place, layer in enumerate(layers):
+            done = [place * len(counts)]
+
+            def report(text: str, done: list[int] = done) -> None:
+                total = len(layers) * len(counts)
+                reporter.update(done=done[0], total=total, text=text, remaining_s=None)
+                done[0] += 1
+
+            found = bench_layer(
+                layer, counts, table=table, policy=policy, peers=peers, rounds=rounds, budget_s=share_s,
+                threads=threads, progress=report,
+            )  # fmt: skip
+            result = found if result is None else result.merged(found)
+    assert result is not None, "a model has at least one layer"
+    return result

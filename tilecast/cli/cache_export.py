@@ -1,0 +1,73 @@
+"""`tilecast cache export`: a store's decisions as one self-contained file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tilecast.cli._options import JsonOption, check_writable
+from tilecast.cli._output import Output, plural
+from tilecast.cli._stores import origins, read_file
+from tilecast.cli._tables import table_json
+from tilecast.errors import CoverageError, UsageError
+from tilecast.evidence import POLICIES, TuningTable
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="STORE_OR_FILE", help="A store, an exported file, or a SQLAlchemy URL.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; replaced whole or not at all.")],
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", metavar="POLICY", help="Only decisions of this policy.", show_default=False),
+    ] = None,
+    measurements: Annotated[
+        bool, typer.Option("--measurements", help="Include the measurements that the decisions rest on.")
+    ] = False,
+    here: Annotated[bool, typer.Option("--here", help="Only decisions that fit this machine.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Write decisions into one self-contained SQLite file.
+
+    Examples:
+
+        tilecast cache export ~/.cache/tilecast/store.db mixtral.db --here
+
+        tilecast cache export postgresql+psycopg://host/fleet fleet.db
+    """
+    from tilecast.cache_store.bundle import export_table
+
+    if policy is not None and policy not in POLICIES:
+        raise UsageError(f"--policy is {policy!r:.40}, expected one of {', '.join(POLICIES)}")
+    check_writable("OUT", out)
+    output = Output(json_wanted=json_)
+    bundle = read_file(source, measurements=measurements)
+    table = _selected(bundle.table, policy=policy, here=here)
+    if not table.decisions:
+        raise CoverageError(f"{source} has no decision to export with these options; nothing was written")
+    kept = {environment.digest for environment in table.environments}
+    evidence = [m for m in bundle.measurements if m.environment in kept]
+    export_table(table, out, evidence)
+    output.emit(
+        {"command": "cache export", "source": source, "file": str(out), "measurements": len(evidence),
+         **table_json(table)}
+    )  # fmt: skip
+    output.show(
+        f"{out}: {plural(len(table), 'decision')}, {plural(len(evidence), 'measurement')}, table {table.digest[:12]}"
+    )
+
+
+def _selected(table: TuningTable, *, policy: str | None, here: bool) -> TuningTable:
+    environments = {environment.digest for environment in table.environments}
+    if here:
+        from tilecast.environment import cpu_environment
+
+        environments = {o.environment.digest for o in origins(table, cpu_environment()) if o.usable}
+    decisions = [
+        d for d in table.decisions if d.environment in environments and policy in (None, d.policy)
+    ]  # fmt: skip
+    used = {d.environment for d in decisions}
+    return TuningTable(tuple(e for e in table.environments if e.digest in used), tuple(decisions))

@@ -1,0 +1,124 @@
+"""`tilecast tune`: measure a model's expert layers on this machine and decide on configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tilecast.canonical import Json
+from tilecast.cli._layers import ShardedModel, sharded
+from tilecast.cli._options import (
+    BudgetOption,
+    DtypeOption,
+    EpOption,
+    JsonOption,
+    ModelArgument,
+    PolicyOption,
+    StoreOption,
+    ThreadsOption,
+    TokensOption,
+    TpOption,
+    check_writable,
+    parse_budget,
+    parse_policy,
+    parse_token_option,
+)
+from tilecast.cli._output import Output, duration, plural
+from tilecast.cli._run import launched_rank, tune_layers, use_threads
+from tilecast.cli._stores import store_location
+from tilecast.cli._tables import decision_tables, table_json, weak
+from tilecast.settings import DEFAULT_TOKENS, Settings
+
+if TYPE_CHECKING:
+    from tilecast.evidence import TuningTable
+
+
+def tune(
+    model: ModelArgument,
+    tp: TpOption = 1,
+    ep: EpOption = 1,
+    tokens: TokensOption = None,
+    dtype: DtypeOption = None,
+    policy: PolicyOption = None,
+    budget: BudgetOption = None,
+    store: StoreOption = None,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export", metavar="FILE", help="Write the table into this file.", show_default=False),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew instead of going on from the store.")] = False,
+    threads: ThreadsOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Tune a model's expert layers for this machine.
+
+    Every measurement is kept in the store as it is made: stop whenever you like, the same command goes on.
+    Where tensor or expert parallelism splits unevenly, each different shard is a layer of its own. Under
+    torchrun all ranks measure and the slowest rank's times decide.
+
+    Examples:
+
+        tilecast tune mixtral-8x7b --tp 8 --export mixtral-tp8.db
+
+        tilecast tune E=8,H=1024,I=3584,k=2 --tokens 1,16,256 --budget 3m
+
+        torchrun --nproc-per-node 4 -m tilecast tune qwen3-30b-a3b --tp 4
+    """
+    from tilecast.cache_store.bundle import export_table
+    from tilecast.engine.agreement import process_group
+
+    rank = launched_rank()
+    output = Output(json_wanted=json_, rank=rank)
+    settings = Settings.from_environment()
+    chosen = parse_policy(policy, settings.policy)
+    counts = parse_token_option(tokens, DEFAULT_TOKENS)
+    budget_s = parse_budget(budget)
+    split = sharded(model, tp=tp, ep=ep, dtype=dtype)
+    where = store_location(store, settings)
+    use_threads(threads)
+    group = process_group()
+    with group.guard():
+        if rank == 0 and export is not None:
+            check_writable("--export", export)
+    _announce(output, split, counts, chosen, budget_s, where)
+    table = tune_layers(
+        split.layers, counts, policy=chosen, where=where, group=group, output=output, budget_s=budget_s, fresh=fresh
+    )
+    with group.guard():
+        if rank == 0 and export is not None:
+            export_table(table, export)
+        group.gather("exported", b"")
+    _report(output, split, table, where=where, export=export, ranks=group.world_size)
+
+
+def _announce(
+    output: Output, split: ShardedModel, counts: tuple[int, ...], policy: str, budget_s: float | None, where: str
+) -> None:
+    split.explain(output)
+    shown = ", ".join(map(str, counts[:12])) + (f", … {counts[-1]}" if len(counts) > 12 else "")
+    within = "" if budget_s is None else f", within {duration(budget_s)}"
+    output.note(f"tuning {plural(len(split.layers), 'layer')} for {shown} tokens, policy {policy}{within}")
+    output.note(f"measurements go to {where}")
+
+
+def _report(
+    output: Output, split: ShardedModel, table: TuningTable, *, where: str, export: Path | None, ranks: int
+) -> None:
+    document: dict[str, Json] = {
+        "command": "tune",
+        "model": split.to_json(),
+        "store": where,
+        "export": None if export is None else str(export),
+        "ranks": ranks,
+        "table": table_json(table),
+    }
+    output.emit(document)
+    output.show(*decision_tables(table.decisions))
+    uncertified = weak(table.decisions)
+    if uncertified:
+        output.warn(f"{plural(len(uncertified), 'decision')} could not be certified on this device as reproducible")
+    if export is not None:
+        output.show(f"{export}: {plural(len(table), 'decision')}, table {table.digest[:12]}")
+        output.show(f"Use it with TM_GEMM_IMPORT={export}")
