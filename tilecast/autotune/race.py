@@ -31,7 +31,10 @@ TaskKey = tuple[ExpertGemm, int]
 
 @dataclass
 class Session:
-    """What all tasks of one tuning share. `known` holds this run's measurements of all ranks, by key."""
+    """What all tasks of one tuning share.
+
+    `known` holds this run's measurements of all ranks, by key; `broken` the configs that failed a class check.
+    """
 
     plan: Plan
     store: Store
@@ -39,6 +42,7 @@ class Session:
     peers: Peers
     run: int
     known: dict[TaskKey, dict[str, Measurement]] = field(default_factory=dict)
+    broken: dict[ExpertGemm, set[TileConfig]] = field(default_factory=dict)
     made: int = 0
 
     def learn(self, measurements: Sequence[Measurement]) -> list[Measurement]:
@@ -64,6 +68,29 @@ class Session:
         if new:
             self.store.add_measurements(new)
         return stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a tuning stands; given to the progress callback after every measurement.
+
+    `task` counts from 0; times of configs are medians in µs, None before the first; `remaining_s` is an
+    estimate, None before there is one; `cut` counts the (config, round) pairs that the budget left out.
+    """
+
+    task: int
+    tasks: int
+    label: str
+    round: int
+    rounds: int
+    alive: int
+    candidates: int
+    best_us: float | None
+    default_us: float | None
+    elapsed_s: float
+    remaining_s: float | None
+    fraction: float
+    cut: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +164,8 @@ class Race:
             stop = self._session.exchange(made, stop)
             timings = pool(m for m in self._measurements() if m.round <= number)[0]
             alive = survivors(alive, timings, round=number, policy=self._session.plan.policy)
+            if self._cut:
+                self._report(self._state(number, len(alive), 1.0))
             if stop or not alive:
                 break
         return self._cut

@@ -14,46 +14,25 @@ from tilecast.autotune.measure import DeviceMeasurer, Measurer
 from tilecast.autotune.peers import Alone, Peers
 from tilecast.autotune.plan import Plan, Task
 from tilecast.autotune.prescreen import Candidate, Prescreened, anchors, prescreen
-from tilecast.autotune.race import FEW, Race, RaceState, Session
-from tilecast.autotune.select import fastest
+from tilecast.autotune.race import FEW, Progress, Race, RaceState, Session
+from tilecast.autotune.select import breaks_class, fastest
 from tilecast.errors import UsageError
 from tilecast.evidence import Measurement, TuningTable
 from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertGemm, TileConfig
 from tilecast.store import Store
 
+__all__ = ["Progress", "TaskReport", "TuningRun", "decide", "measure_plan", "tune"]
+
 ROUNDS = 7
+MIN_BUDGET_S = 1e-3
 HINTS = 3
 """The best configs of the buckets measured before are tried early in the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a tuning stands; given to the progress callback after every measurement.
-
-    `task` counts from 0; times of configs are medians in µs, None before the first; `remaining_s` is an
-    estimate, None before there is one; `cut` counts the (config, round) pairs that the budget left out.
-    """
-
-    task: int
-    tasks: int
-    label: str
-    round: int
-    rounds: int
-    alive: int
-    candidates: int
-    best_us: float | None
-    default_us: float | None
-    elapsed_s: float
-    remaining_s: float | None
-    fraction: float
-    cut: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class TaskReport:
-    """What was done for one (GEMM, bucket): how many candidates raced, and how many pairs of a config and a
-    round the budget cut."""
+    """What was done for one (GEMM, bucket); `cut` counts the (config, round) pairs that the budget left out."""
 
     gemm: ExpertGemm
     tokens: int
@@ -130,12 +109,25 @@ def tune(
 
     One rank only: ranks that tune together call `measure_plan`, and one of them decides for all.
     """
-    measure_plan(
-        plan, store, registry, measurer=measurer, budget_s=budget_s, progress=progress, fresh=fresh, rounds=rounds
-    )
-    table = decide(plan, store, registry, verify=verify, verifier=verifier)
+    start = time.monotonic()
+    while True:
+        left = None if budget_s is None else max(MIN_BUDGET_S, budget_s - (time.monotonic() - start))
+        measure_plan(
+            plan, store, registry, measurer=measurer, budget_s=left, progress=progress, fresh=fresh, rounds=rounds
+        )
+        before = _broken(plan, store)
+        table = decide(plan, store, registry, verify=verify, verifier=verifier)
+        if _broken(plan, store) == before:
+            break
+        # What failed its class check may have driven others out of the race; without it they run on.
+        fresh = False
     store.put_decisions(list(table.decisions))
     return table
+
+
+def _broken(plan: Plan, store: Store) -> set[str]:
+    found = store.measurements(environment=plan.environment.digest, routing=plan.routing)
+    return {m.key for m in found if breaks_class(m)}
 
 
 def _open_session(plan: Plan, store: Store, measurer: Measurer, peers: Peers, *, fresh: bool) -> Session:
@@ -150,6 +142,9 @@ def _open_session(plan: Plan, store: Store, measurer: Measurer, peers: Peers, *,
     if merged and (fresh or other_ranks):
         run += 1
     session = Session(plan=plan, store=store, measurer=measurer, peers=peers, run=run)
+    for m in merged:
+        if breaks_class(m):
+            session.broken.setdefault(m.gemm, set()).add(m.config)
     new = session.learn(merged)
     if new and peers.world_size > 1:
         store.add_measurements(new)
@@ -174,7 +169,10 @@ class _Loop:
         self._progress = progress
         self._tasks: tuple[Task, ...] = plan.tasks
         self._screened = tuple(_screen(plan, registry))
-        self._eligible = tuple(_eligible(s, plan.policy) for s in self._screened)
+        self._eligible = tuple(
+            _eligible(screened, plan.policy, session.broken.get(gemm, set()))
+            for (gemm, _), screened in zip(self._tasks, self._screened, strict=True)
+        )
         costs = (
             expected_cost_s(gemm, bucket.tokens, len(eligible))
             for (gemm, bucket), eligible in zip(self._tasks, self._eligible, strict=True)
@@ -259,9 +257,11 @@ def _screen(plan: Plan, registry: Registry) -> list[Prescreened]:
     ]
 
 
-def _eligible(screened: Prescreened, policy: str) -> tuple[Candidate, ...]:
-    # Under `reproducible`, nothing else could be chosen; the default races whatever it is.
-    return tuple(c for c in screened.candidates if policy == "fastest" or c.is_default or c.batch_invariant)
+def _eligible(screened: Prescreened, policy: str, broken: set[TileConfig]) -> tuple[Candidate, ...]:
+    if policy == "fastest":
+        return screened.candidates
+    # Nothing else could be chosen, and would only crowd out what can; the default races whatever it is.
+    return tuple(c for c in screened.candidates if c.is_default or (c.batch_invariant and c.config not in broken))
 
 
 def _ordered(

@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from tests.autotune.fake_times import FakeTimes
+from tests.autotune.shared import HERE, LAYER
+from tests.torch_kernel import TorchKernel
+from tilecast.autotune.gate import Verdict
+from tilecast.autotune.plan import Plan, make_plan
+from tilecast.autotune.race import FEW
+from tilecast.autotune.tuner import Progress, measure_plan, tune
+from tilecast.cache_store.memory import MemoryStore
+from tilecast.environment import cpu_environment
+from tilecast.errors import DeviceError, UsageError
+from tilecast.evidence import Measurement
+from tilecast.kernels.spec import Registry
+from tilecast.problem import ExpertGemm, TileConfig
+
+KERNEL = TorchKernel()
+REGISTRY = Registry((KERNEL,))
+
+
+def plan_of(*tokens: int, policy: str = "reproducible") -> Plan:
+    return make_plan([LAYER], tokens, HERE, policy=policy)
+
+
+def by_block(gemm: ExpertGemm, tokens: int, config: TileConfig) -> float:
+    """Row blocks of the batch's size are best, chunks cost a little."""
+    gap = abs(config.integer("row_block") - min(tokens, 64))
+    return 200.0 + gap + 5 * (config.integer("chunk_k") > 0) + 20 * (config["layout"] == "transposed")
+
+
+def keys(store: MemoryStore) -> list[str]:
+    return [m.key for m in store.measurements()]
+
+
+def test_the_best_configs_are_found_and_decided() -> None:
+    store = MemoryStore()
+    table = tune(plan_of(1, 16, 64), store, REGISTRY, measurer=FakeTimes(by_block, noise=0.01), verify=False)
+    assert [d.up.config.integer("row_block") for d in table.decisions] == [0, 16, 64]
+    assert [d.down.config.integer("row_block") for d in table.decisions] == [0, 16, 64]
+    assert {d.certificate for d in table.decisions} == {"none"}
+    assert store.table() == table
+
+
+def test_every_config_and_round_is_one_measurement_and_every_candidate_has_one() -> None:
+    store = MemoryStore()
+    run = measure_plan(plan_of(4), store, REGISTRY, measurer=FakeTimes(by_block))
+    found = store.measurements()
+    assert run.measured == len(found) and run.cut == 0
+    assert Counter(m.config for m in found if m.round == 0).most_common(1)[0][1] == 2  # up and down
+    assert len({m.config for m in found if m.gemm.name == "up"}) == run.tasks[0].candidates == 9
+    default = [m for m in found if m.gemm.name == "up" and m.config == KERNEL.config()]
+    assert [(m.round, len(m.samples_us)) for m in default] == [(0, 1), (1, 2), *((r, 3) for r in range(2, 7))]
+    assert all((m.error_ratio is not None) == (m.round == 0) for m in found)
+
+
+def test_rounds_interleave_in_rotating_order() -> None:
+    measurer = FakeTimes(by_block)
+    measure_plan(plan_of(4), MemoryStore(), REGISTRY, measurer=measurer)
+    of_round = [[c for g, _, c, r in measurer.log if (g, r) == ("up", number)] for number in range(7)]
+    assert [r for g, _, _, r in measurer.log if g == "up"] == sorted(r for g, _, _, r in measurer.log if g == "up")
+    assert set(of_round[3]) == set(of_round[4]) and len(of_round[3]) > 2
+    assert of_round[3][0] != of_round[4][0]
+    assert of_round[0][0] == KERNEL.config()
+
+
+def test_slow_configs_leave_and_the_default_stays() -> None:
+    def times(gemm: ExpertGemm, tokens: int, config: TileConfig) -> float:
+        return 1000.0 if config == KERNEL.config() else 10.0 + config.integer("row_block") * 3
+
+    store = MemoryStore()
+    measure_plan(plan_of(4), store, REGISTRY, measurer=FakeTimes(times))
+    last = {m.config for m in store.measurements() if m.round == 6}
+    assert KERNEL.config() in last
+    assert all(c.integer("row_block") == 0 for c in last)
+
+
+def test_operands_are_prepared_and_released_gemm_by_gemm() -> None:
+    measurer = FakeTimes(by_block)
+    measure_plan(plan_of(1, 4), MemoryStore(), REGISTRY, measurer=measurer)
+    assert measurer.held == []
+
+
+# Going on
+
+
+class Killed(BaseException):
+    """What ends a process in the middle, as Ctrl-C does."""
+
+
+@pytest.mark.parametrize("kill_at", [0, 1, 7, 20, 33])
+def test_an_interrupted_tuning_goes_on_where_it_stopped(kill_at: int) -> None:
+    def kill(batch: int) -> None:
+        if batch == kill_at:
+            raise Killed
+
+    plan, store, whole = plan_of(1, 16), MemoryStore(), MemoryStore()
+    expected = tune(plan, whole, REGISTRY, measurer=FakeTimes(by_block, noise=0.02), verify=False)
+    with pytest.raises(Killed):
+        measure_plan(plan, store, REGISTRY, measurer=FakeTimes(by_block, noise=0.02, on_sample=kill))
+    before = keys(store)
+    assert len(before) == kill_at
+    second = FakeTimes(by_block, noise=0.02)
+    table = tune(plan, store, REGISTRY, measurer=second, verify=False)
+    assert keys(store)[: len(before)] == before
+    assert second.batches == len(keys(store)) - kill_at
+    assert sorted(keys(store)) == sorted(keys(whole))
+    assert table.digest == expected.digest
+
+
+def test_a_finished_tuning_measures_nothing_again() -> None:
+    store = MemoryStore()
+    measure_plan(plan_of(1, 4), store, REGISTRY, measurer=FakeTimes(by_block))
+    again = FakeTimes(by_block)
+    run = measure_plan(plan_of(1, 4), store, REGISTRY, measurer=again)
+    assert (again.batches, again.checks, run.measured) == (0, 0, 0)
+
+
+def test_fresh_starts_a_new_run_that_then_goes_on() -> None:
+    plan, store = plan_of(4), MemoryStore()
+    tune(plan, store, REGISTRY, measurer=FakeTimes(by_block), verify=False)
+
+    def kill(batch: int) -> None:
+        if batch == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        measure_plan(plan, store, REGISTRY, fresh=True, measurer=FakeTimes(by_block, on_sample=kill))
+    assert Counter(m.run for m in store.measurements())[1] == 5
+
+    def inverted(gemm: ExpertGemm, tokens: int, config: TileConfig) -> float:
+        return 1e5 / by_block(gemm, tokens, config) ** 2
+
+    run = measure_plan(plan, store, REGISTRY, measurer=FakeTimes(inverted))
+    assert run.run == 1
+    assert Counter(m.run for m in store.measurements())[1] == 5 + run.measured
+    third = measure_plan(plan, store, REGISTRY, fresh=True, measurer=FakeTimes(by_block))
+    assert third.run == 2
+
+
+def test_new_buckets_join_the_latest_run() -> None:
+    store = MemoryStore()
+    measure_plan(plan_of(4), store, REGISTRY, measurer=FakeTimes(by_block))
+    more = FakeTimes(by_block)
+    run = measure_plan(plan_of(4, 16), store, REGISTRY, measurer=more)
+    assert run.run == 0
+    assert {tokens for _, tokens, _, _ in more.log} == {16}
+
+
+# Failures
+
+
+def test_failures_are_kept_and_never_end_the_tuning() -> None:
+    kernel = TorchKernel("zeros", "raises", "no_memory", "no_compiler", "unwritten")
+    store = MemoryStore()
+    plan = make_plan([LAYER], [4], cpu_environment())
+    table = tune(plan, store, Registry((kernel,)), rounds=1, verify=False)
+    found = {m.config["variant"]: m for m in store.measurements() if m.gemm.name == "up" and m.status != "ok"}
+    assert {variant: m.status for variant, m in found.items()} == {
+        "zeros": "wrong_result",
+        "unwritten": "wrong_result",
+        "raises": "runtime_error",
+        "no_memory": "resource",
+        "no_compiler": "compile_error",
+    }
+    assert found["raises"].detail == "RuntimeError: the planted failure"
+    assert not any(m.samples_us for m in found.values())
+    assert all(d.up.config["variant"] == "ordered" for d in table.decisions)
+
+
+def test_a_failing_default_is_a_clear_error_after_all_was_measured() -> None:
+    store = MemoryStore()
+    wrong = FakeTimes(by_block, verdicts={KERNEL.config(): Verdict(status="wrong_result", detail="all zero")})
+    with pytest.raises(DeviceError, match=r"default config .* wrong_result on rank 0: all zero"):
+        tune(plan_of(4), store, REGISTRY, measurer=wrong, verify=False)
+    assert len({m.config for m in store.measurements()}) == 9
+
+
+def test_ctrl_c_passes_through() -> None:
+    def press(batch: int) -> None:
+        if batch == 3:
+            raise KeyboardInterrupt
+
+    store = MemoryStore()
+    with pytest.raises(KeyboardInterrupt):
+        measure_plan(plan_of(4), store, REGISTRY, measurer=FakeTimes(by_block, on_sample=press))
+    assert len(store.measurements()) == 3
+
+
+def test_nothing_that_runs_is_a_device_error_before_anything_is_measured() -> None:
+    store = MemoryStore()
+    with pytest.raises(DeviceError, match="no kernel runs"):
+        measure_plan(plan_of(4), store, Registry(), measurer=FakeTimes(by_block))
+    assert store.measurements() == []
+
+
+@pytest.mark.parametrize("tokens", [(), (1,)])
+def test_an_empty_plan_is_done_at_once(tokens: tuple[int, ...]) -> None:
+    layers = [] if tokens else [LAYER]
+    store = MemoryStore()
+    table = tune(make_plan(layers, tokens, HERE), store, REGISTRY, measurer=FakeTimes(by_block))
+    assert len(table) == 0 and store.measurements() == []
+
+
+# Policies
+
+
+def test_policies_differ_where_a_config_that_is_not_invariant_is_faster() -> None:
+    kernel = TorchKernel("matmul")
+    registry = Registry((kernel,))
+
+    def times(gemm: ExpertGemm, tokens: int, config: TileConfig) -> float:
+        return 50.0 if config["variant"] == "matmul" else by_block(gemm, tokens, config)
+
+    store = MemoryStore()
+    measurer = FakeTimes(times)
+    sound = tune(plan_of(4), store, registry, measurer=measurer, verify=False)
+    assert all(config["variant"] == "ordered" for _, _, config, _ in measurer.log)
+    fast = tune(plan_of(4, policy="fastest"), store, registry, measurer=FakeTimes(times))
+    assert sound.decisions[0].up.config["variant"] == "ordered"
+    assert fast.decisions[0].up.config["variant"] == "matmul"
+    assert len(store.table()) == 2
+
+
+# Budget and progress
+
+
+@pytest.mark.parametrize("budget_s", [0, -1, float("nan"), float("inf")])
+def test_a_budget_must_be_a_positive_time(budget_s: float) -> None:
+    with pytest.raises(UsageError, match="budget"):
+        measure_plan(plan_of(4), MemoryStore(), REGISTRY, budget_s=budget_s)
+    with pytest.raises(UsageError, match="rounds"):
+        measure_plan(plan_of(4), MemoryStore(), REGISTRY, rounds=0)
+
+
+def test_a_budget_cuts_and_says_so_and_each_task_gets_its_part() -> None:
+    def slow(batch: int) -> None:
+        time.sleep(0.004)
+
+    store = MemoryStore()
+    events: list[Progress] = []
+    run = measure_plan(
+        plan_of(1, 4, 16, 64),
+        store,
+        REGISTRY,
+        measurer=FakeTimes(lambda *_: 4000.0, on_sample=slow),
+        budget_s=0.4,
+        progress=events.append,
+    )
+    assert run.cut > 0 and run.elapsed_s < 1.5
+    assert sum(task.cut for task in run.tasks) == run.cut
+    for gemm in LAYER.gemms:
+        for tokens in (1, 4, 16, 64):
+            configs = {m.config for m in store.measurements(gemm=gemm, tokens=tokens)}
+            assert KERNEL.default(gemm, tokens, HERE) in configs
+            assert len(configs) >= 1 + FEW
+    assert sum(max((e.cut for e in events if e.task == task), default=0) for task in range(8)) == run.cut
+
+
+def test_a_spent_budget_still_measures_every_default() -> None:
+    store = MemoryStore()
+
+    def slow(batch: int) -> None:
+        time.sleep(0.01)
+
+    run = measure_plan(plan_of(1, 4, 16), store, REGISTRY, measurer=FakeTimes(by_block, on_sample=slow), budget_s=1e-6)
+    assert run.measured == 6 and run.cut == 6 * 8
+    table = tune(plan_of(1, 4, 16), store, REGISTRY, measurer=FakeTimes(by_block), verify=False)
+    assert len(table) == 3
+
+
+def test_what_a_budget_cut_is_measured_the_next_time() -> None:
+    store = MemoryStore()
+    measure_plan(plan_of(4), store, REGISTRY, measurer=FakeTimes(by_block), budget_s=1e-6)
+    rest = FakeTimes(by_block)
+    run = measure_plan(plan_of(4), store, REGISTRY, measurer=rest)
+    assert run.run == 0 and run.cut == 0
+    whole = MemoryStore()
+    measure_plan(plan_of(4), whole, REGISTRY, measurer=FakeTimes(by_block))
+    assert sorted(keys(store)) == sorted(keys(whole))
+
+
+def test_progress_tells_where_it_stands() -> None:
+    events: list[Progress] = []
+    measure_plan(plan_of(1, 4), MemoryStore(), REGISTRY, measurer=FakeTimes(by_block), progress=events.append)
+    assert [e.task for e in events] == sorted(e.task for e in events)
+    assert {e.task for e in events} == {0, 1, 2, 3} and {e.tasks for e in events} == {4}
+    fractions = [e.fraction for e in events]
+    assert fractions == sorted(fractions) and 0 < fractions[0] < fractions[-1] <= 1
+    assert events[0].label == "E4 H96 I80 top2 bf16 up 1 tokens"
+    assert events[-1].best_us is not None and events[-1].default_us is not None
+    assert events[-1].best_us <= events[-1].default_us
+    assert all(e.remaining_s is not None and e.remaining_s >= 0 for e in events)
+
+
+# Several ranks
+
+
+class ThreadPeers:
+    """Ranks that are threads of one process."""
+
+    class Table:
+        def __init__(self, world_size: int) -> None:
+            self.barrier = threading.Barrier(world_size, timeout=20)
+            self.said: dict[int, tuple[list[Measurement], bool]] = {}
+
+    def __init__(self, table: Table, rank: int, world_size: int) -> None:
+        self.table, self.rank, self.world_size = table, rank, world_size
+        self.merges = 0
+
+    def merge(self, measurements, stop):
+        self.merges += 1
+        self.table.said[self.rank] = (list(measurements), stop)
+        self.table.barrier.wait()
+        said = [self.table.said[rank] for rank in range(self.world_size)]
+        self.table.barrier.wait()
+        return [m for part, _ in said for m in part], any(flag for _, flag in said)
+
+
+def tune_as_two(plan: Plan, stores: list[MemoryStore], measurers: list[FakeTimes], **options: object) -> list:
+    table = ThreadPeers.Table(2)
+    peers = [ThreadPeers(table, rank, 2) for rank in (0, 1)]
+    runs: list = [None, None]
+
+    def work(rank: int) -> None:
+        try:
+            runs[rank] = measure_plan(
+                plan, stores[rank], REGISTRY, measurer=measurers[rank], peers=peers[rank], **options
+            )
+        except BaseException:
+            table.barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert peers[0].merges == peers[1].merges
+    assert all(run is not None for run in runs)
+    return runs
+
+
+def test_ranks_keep_the_same_survivors_and_the_slowest_decides() -> None:
+    def other(gemm: ExpertGemm, tokens: int, config: TileConfig) -> float:
+        """The best config of rank 0 is a bad one on rank 1."""
+        return by_block(gemm, tokens, config) * (2 if config.integer("row_block") == 16 else 1)
+
+    stores = [MemoryStore(), MemoryStore()]
+    measurers = [FakeTimes(by_block, noise=0.01, seed=1), FakeTimes(other, noise=0.01, seed=2)]
+    tune_as_two(plan_of(16), stores, measurers)
+    assert [entry[2:] for entry in measurers[0].log] == [entry[2:] for entry in measurers[1].log]
+    assert sorted(keys(stores[0])) == sorted(keys(stores[1]))
+    assert {(m.rank, m.world_size) for m in stores[0].measurements()} == {(0, 2), (1, 2)}
+    table = tune_table(stores[0], 16)
+    assert table.decisions[0].up.config.integer("row_block") != 16
+    assert table == tune_table(stores[1], 16)
+
+
+def tune_table(store: MemoryStore, *tokens: int):
+    from tilecast.autotune.decide import decide
+
+    return decide(plan_of(*tokens), store, REGISTRY, verify=False)
+
+
+def test_ranks_go_on_together_though_only_one_has_the_store() -> None:
+    stores = [MemoryStore(), MemoryStore()]
+    tune_as_two(plan_of(16), stores, [FakeTimes(by_block), FakeTimes(by_block)])
+    again = [FakeTimes(by_block), FakeTimes(by_block)]
+    runs = tune_as_two(plan_of(16), [stores[0], MemoryStore()], again)
+    assert [run.run for run in runs] == [0, 0]
+    assert [m.batches for m in again] == [0, 0]
+
+
+def test_another_number_of_ranks_is_a_new_run() -> None:
+    store = MemoryStore()
+    measure_plan(plan_of(16), store, REGISTRY, measurer=FakeTimes(by_block))
+    runs = tune_as_two(plan_of(16), [store, MemoryStore()], [FakeTimes(by_block), FakeTimes(by_block)])
+    assert [run.run for run in runs] == [1, 1]
+    assert runs[0].measured == runs[1].measured > 0
+
+
+def test_a_budget_spent_on_one_rank_stops_both() -> None:
+    def slow(batch: int) -> None:
+        time.sleep(0.01)
+
+    stores = [MemoryStore(), MemoryStore()]
+    measurers = [FakeTimes(by_block), FakeTimes(by_block, on_sample=slow)]
+    tune_as_two(plan_of(4, 16), stores, measurers, budget_s=0.3)
+    rounds = [{m.round for m in stores[0].measurements() if m.rank == rank} for rank in (0, 1)]
+    assert max(rounds[0]) - max(rounds[1]) <= 1
+    assert len(tune_table(stores[0], 4, 16)) == 2
+
+
+# The whole, on a real kernel and a real clock
+
+
+def test_a_real_tuning_decides_and_certifies() -> None:
+    kernel = TorchKernel("misclassed", "zeros")
+    store = MemoryStore()
+    environment = cpu_environment()
+    plan = make_plan([LAYER], [1, 3], environment)
+    table = tune(plan, store, Registry((kernel,)), rounds=2)
+    assert [d.bucket.tokens for d in table.decisions] == [1, 3]
+    for decision in table.decisions:
+        assert decision.certificate == "hardware"
+        assert decision.up.config["variant"] == decision.down.config["variant"] == "ordered"
+        assert decision.up.numerics and decision.environment == environment.digest
+    assert len({d.up.config["layout"] for d in table.decisions}) == 1
