@@ -105,15 +105,16 @@ class MoeGemm:
         isa, rows = self.isa, rows_per_expert(gemm, tokens)
         dots = ("bf16", "fma") if gemm.layer.dtype == "bf16" and isa.dot_bf16 else ("fma",)
         narrow, wide = (f"panel{max(16, vectors * isa.lanes)}" for vectors in (2, 4))
-        many = rows > 6
-        for dot, layout, (mr, nv) in product(dots, (narrow, wide, PLAIN), tile_shapes(isa, rows)):
-            if layout != narrow and (mr, nv) not in tile_shapes(isa, rows)[:3]:
+        shapes, many = tile_shapes(isa, rows, gemm.layer.dtype), rows > 6
+        for dot, layout, (mr, nv) in product(dots, (narrow, wide, PLAIN), shapes):
+            favourite = (mr, nv) in shapes[:2]
+            if layout != narrow and not favourite:
                 continue
             for block_n, prefetch, stage, block_k in product(
                 (64, 256),
                 (0,) if layout == PLAIN else (1, 4) if many else (0, 4),
-                (1,) if layout == PLAIN else (0, 1) if many else (0,),
-                (0, 512) if many else (0,),
+                (1,) if layout == PLAIN else (0, 1) if many and layout == narrow else (0,),
+                (0, 512) if many and favourite and layout == narrow else (0,),
             ):
                 yield self._config(
                     mr=mr, nv=nv, unroll=2 if nv > 2 else 4, layout=layout, stage=stage,
@@ -129,10 +130,9 @@ class MoeGemm:
         dot = "bf16" if dtype == "bf16" and isa.dot_bf16 and gemm.k % 2 == 0 else "fma"
         if like is not None:
             dot = str(like["dot"])
-        mr, nv = tile_shapes(isa, rows)[0]
-        packed_float = layout != PLAIN and (dtype == "fp32" or dot == "bf16")
-        stage = int(layout == PLAIN or (rows > 2 * mr and not packed_float))
-        block_n = max(64, nv * isa.lanes, 0 if layout == PLAIN else panel_columns(layout))
+        mr, nv = tile_shapes(isa, rows, dtype)[0]
+        stage = int(layout == PLAIN)
+        block_n = max(64 if rows == 1 else 256, nv * isa.lanes)
         prefetch = 0 if layout == PLAIN else 1 if rows > mr else 4 if rows > 1 else 0
         return self._config(
             mr=mr, nv=nv, unroll=2 if nv > 2 else 4, layout=layout, stage=stage,
@@ -215,14 +215,18 @@ def rows_per_expert(gemm: ExpertGemm, tokens: int) -> int:
     return max(1, -(-tokens * layer.top_k // layer.global_experts))
 
 
-def tile_shapes(isa: Isa, rows: int) -> tuple[tuple[int, int], ...]:
+def tile_shapes(isa: Isa, rows: int, dtype: str) -> tuple[tuple[int, int], ...]:
     """Return the register tiles (rows, vectors) worth trying for this many rows of one expert, likeliest first."""
     wide = isa.registers > 16
     if rows == 1:
         return ((1, 8), (1, 4), (2, 4), (3, 4))
     if rows <= 6:
         return ((8, 2), (6, 4), (4, 4), (2, 8), (1, 8)) if wide else ((6, 2), (4, 2), (3, 4), (2, 4), (1, 8))
-    return ((12, 2), (14, 2), (8, 2), (6, 4), (4, 4)) if wide else ((6, 2), (5, 2), (4, 2), (3, 4), (2, 4))
+    if wide:
+        return (12, 2), (14, 2), (8, 2), (6, 4), (4, 4)
+    # Widening two words of bf16 takes the registers of a sixth row.
+    first = ((5, 2), (6, 2)) if dtype == "bf16" else ((6, 2), (5, 2))
+    return (*first, (4, 2), (3, 4), (2, 4))
 
 
 # The hot path -------------------------------------------------------------------------
