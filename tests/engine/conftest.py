@@ -1,0 +1,26 @@
+"""Every test of the engine starts and ends without a table in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tilecast.engine import runtime
+
+
+@pytest.fixture(autouse=True)
+def no_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("IMPORT", "EXPORT", "TUNE", "MISS", "WARN_CACHE_MISS", "POLICY", "RECORD"):
+        monkeypatch.delenv(f"TM_GEMM_{name}", raising=False)
+    runtime.forget_table()
+    yield
+    runtime.forget_table()
+
+
+@pytest.fixture
+def cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("TILECAST_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"

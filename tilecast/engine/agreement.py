@@ -1,0 +1,253 @@
+"""Ranks agree on one environment and one table before any of them runs, or all fail with the same message.
+
+Rank 0 reads, tunes and writes; what the others use are the bytes it spread, checked by their digest. What a
+rank must decide for itself it decides from data that all ranks have gathered, so all decide the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tilecast.canonical import Json, canonical_json
+from tilecast.engine.group import Group
+from tilecast.engine.runtime import Runtime, default_registry, missing_buckets, use_table
+from tilecast.environment import Environment, cpu_environment
+from tilecast.errors import AgreementError, CacheError
+from tilecast.evidence import TuningTable
+from tilecast.kernels.spec import Registry
+from tilecast.problem import Bucket, ExpertLayer
+from tilecast.settings import DEFAULT_TOKENS, Settings, launcher
+from tilecast.store import Store
+
+if TYPE_CHECKING:
+    from tilecast.autotune.measure import Measurer
+    from tilecast.autotune.race import Progress
+
+_group: Group | None = None
+
+
+def process_group() -> Group:
+    """Return this process's group: all ranks under torchrun, else itself alone. Joined once, at the first call.
+
+    Every rank must come here, since joining counts. Raises AgreementError if the others cannot be reached.
+    """
+    global _group
+    if _group is None:
+        _group = Group.connect(launched=launcher() is not None)
+    return _group
+
+
+def agree_on_environment(group: Group, environment: Environment | None = None) -> Environment:
+    """Return rank 0's environment, once no rank differs from it in a hard field.
+
+    `environment` is this rank's, by default the CPU's. Raises AgreementError, on all ranks, naming the first
+    rank that differs and its fields.
+    """
+    own = environment or cpu_environment()
+    found = _gather_json(group, "environments", own.to_json())
+    environments = [Environment.from_json(value) for value in found]
+    for rank, there in enumerate(environments):
+        hard = [m for m in environments[0].compare(there) if m.hard]
+        if hard:
+            fields = "; ".join(f"{m.field}: rank 0 {m.here!r}, rank {rank} {m.there!r}" for m in hard)
+            raise AgreementError(f"rank {rank} has another device or toolchain than rank 0: {fields}; use equal ranks")
+    return environments[0]
+
+
+def agree_on_table(group: Group, table: TuningTable | None) -> TuningTable:
+    """Return rank 0's table (None: an empty one) on every rank; the others' argument is ignored.
+
+    Raises AgreementError, on all ranks, if any of them did not get the very bytes that rank 0 sent.
+    """
+    if group.world_size == 1:
+        return table or TuningTable()
+    sent = (table or TuningTable()).to_bytes() if group.rank == 0 else None
+    received = group.broadcast("table", sent)
+    digests = [seen.decode("ascii", "replace") for seen in group.gather("digest", _sha256(received))]
+    for rank, seen in enumerate(digests):
+        if seen != digests[0]:
+            raise AgreementError(
+                f"rank {rank} received a table of digest {seen[:12]}, rank 0 sent {digests[0][:12]}; start all again"
+            )
+    with group.guard():
+        adopted = TuningTable.from_bytes(received)
+        if adopted.to_bytes() != received:
+            raise AgreementError(
+                "the table is not in its canonical form, so its digest proves nothing; export it again"
+            )
+    return adopted
+
+
+def check_coverage(group: Group, runtime: Runtime, layers: Sequence[ExpertLayer]) -> list[list[ExpertLayer]]:
+    """Return every rank's layers, once for each of them all ranks hit, or all miss, at the same token counts.
+
+    Layers are compared by their place in the list: with uneven shards they are different ones. Raises
+    AgreementError on all ranks.
+    """
+    everyone = gather_layers(group, layers)
+    for place in range(len(everyone[0])):
+        first = runtime.buckets(everyone[0][place])
+        for rank, theirs in enumerate(everyone):
+            spans = runtime.buckets(theirs[place])
+            if spans != first:
+                raise AgreementError(
+                    f"the table covers {everyone[0][place].label} of rank 0 at {_spans(first)}, but "
+                    f"{theirs[place].label} of rank {rank} at {_spans(spans)}; tune it for all ranks' shards"
+                )
+    return everyone
+
+
+def gather_layers(group: Group, layers: Sequence[ExpertLayer]) -> list[list[ExpertLayer]]:
+    """Return every rank's layers, in rank order. Raises AgreementError if they are not equally many."""
+    found = _gather_json(group, "layers", [layer.to_json() for layer in layers])
+    everyone = [[ExpertLayer.from_json(value) for value in _sequence(theirs)] for theirs in found]
+    for rank, theirs in enumerate(everyone):
+        if len(theirs) != len(everyone[0]):
+            raise AgreementError(
+                f"rank {rank} has {len(theirs)} layers, rank 0 {len(everyone[0])}; start all with the same model"
+            )
+    return everyone
+
+
+def startup(
+    layers: Iterable[ExpertLayer],
+    settings: Settings | None = None,
+    *,
+    group: Group | None = None,
+    registry: Registry | None = None,
+    environment: Environment | None = None,
+    store: Store | None = None,
+    measurer: Measurer | None = None,
+    budget_s: float | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Runtime:
+    """Do what the environment variables ask for and return the runtime that is then in use on all ranks.
+
+    Imports (TM_GEMM_IMPORT, read by rank 0), tunes what `layers` (this rank's, in model order) miss
+    (TM_GEMM_TUNE, or TM_GEMM_MISS=tune), exports what was agreed on (TM_GEMM_EXPORT, written by rank 0). In
+    one process it does the same without others. Every rank must call it. `store` keeps rank 0's measurements,
+    by default a file in the cache folder. Errors of any rank are raised, with one message, on all: CacheError,
+    ConfigError, CoverageError, AgreementError, DeviceError.
+    """
+    mine = group or process_group()
+    with mine.guard():
+        here = agree_on_environment(mine, environment)
+        chosen = settings or Settings.from_environment()
+        orders = _agree_on_orders(mine, chosen)
+        kernels = registry or default_registry()
+        table = agree_on_table(mine, _read(chosen) if mine.rank == 0 else None)
+        own = tuple(dict.fromkeys(layers))
+        runtime = _adopt(table, here, kernels, chosen, orders)
+        if orders.tokens is not None:
+            everyone = [layer for theirs in gather_layers(mine, own) for layer in theirs]
+            missing = {layer: missing_buckets(runtime, layer, orders.tokens) for layer in dict.fromkeys(everyone)}
+            if any(missing.values()):
+                table = _tune(mine, runtime, missing, chosen, store, measurer, budget_s, progress)
+                runtime = _adopt(table, here, kernels, chosen, orders)
+        check_coverage(mine, runtime, own)
+        if mine.rank == 0 and chosen.export_to is not None:
+            # Imported here, as in _read: most processes neither import nor export.
+            from tilecast.cache_store.bundle import export_table
+
+            export_table(table, chosen.export_to)
+        # Nobody starts to serve before rank 0 has written: an export that fails ends all.
+        mine.gather("ready", b"")
+    return runtime
+
+
+def spans_of(buckets: Iterable[Bucket]) -> str:
+    """Return buckets as text, such as `1–16, 17–64`; `no tokens` for none."""
+    return _spans(tuple(buckets))
+
+
+@dataclass(frozen=True, slots=True)
+class _Orders:
+    """What rank 0's settings say and all ranks follow. `tokens` is None where nothing is to be tuned."""
+
+    policy: str
+    miss: str
+    tokens: tuple[int, ...] | None
+
+
+def _agree_on_orders(group: Group, settings: Settings) -> _Orders:
+    tokens: tuple[int, ...] | None = None
+    if settings.tune is not None:
+        tokens = settings.tune.tokens
+    elif settings.miss == "tune":
+        tokens = DEFAULT_TOKENS
+    own: Json = {"policy": settings.policy, "miss": settings.miss, "tokens": None if tokens is None else list(tokens)}
+    first = json.loads(group.broadcast("orders", canonical_json(own).encode("ascii")))
+    agreed = first["tokens"]
+    return _Orders(first["policy"], first["miss"], None if agreed is None else tuple(agreed))
+
+
+def _adopt(table: TuningTable, here: Environment, registry: Registry, settings: Settings, orders: _Orders) -> Runtime:
+    return use_table(
+        table, policy=orders.policy, miss=orders.miss, environment=here, registry=registry, settings=settings
+    )
+
+
+def _read(settings: Settings) -> TuningTable | None:
+    if settings.export_to is not None:
+        _check_writable(settings.export_to)
+    if settings.import_from is None:
+        return None
+    from tilecast.cache_store.bundle import import_table
+
+    return import_table(settings.import_from)
+
+
+def _check_writable(path: str) -> None:
+    """Fail before the tuning, not after it."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise CacheError(f"cannot export to {path}: there is no folder {folder}; create it")
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise CacheError(f"cannot export to {path}: it is not a file that can be written; choose another path")
+
+
+def _tune(
+    group: Group,
+    runtime: Runtime,
+    missing: dict[ExpertLayer, tuple[Bucket, ...]],
+    settings: Settings,
+    store: Store | None,
+    measurer: Measurer | None,
+    budget_s: float | None,
+    progress: Callable[[Progress], None] | None,
+) -> TuningTable:
+    # Imported here: serving from a table needs no tuner.
+    from tilecast.cache_store.store import open_store
+    from tilecast.engine.tuning import tune_missing
+
+    opened = None
+    if group.rank == 0 and store is None:
+        settings.cache_dir.mkdir(parents=True, exist_ok=True)
+        opened = store = open_store(settings.cache_dir / "store.db")
+    try:
+        return tune_missing(runtime, missing, store, group, measurer=measurer, budget_s=budget_s, progress=progress)
+    finally:
+        if opened is not None:
+            opened.close()
+
+
+def _gather_json(group: Group, name: str, value: Json) -> list[object]:
+    return [json.loads(seen) for seen in group.gather(name, canonical_json(value).encode("ascii"))]
+
+
+def _sequence(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode("ascii")
+
+
+def _spans(buckets: tuple[Bucket, ...]) -> str:
+    return ", ".join(f"{b.above + 1}–{b.tokens}" for b in buckets) + " tokens" if buckets else "no tokens"

@@ -1,0 +1,287 @@
+"""Tuning by all ranks together: each measures, rank 0 decides on everybody's measurements, all adopt.
+
+All ranks tune the same plan (the union of their layers). What any of them has measured before or measures now
+is merged, so all go through the same steps.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from tilecast.autotune.plan import Plan
+from tilecast.autotune.select import breaks_class
+from tilecast.autotune.tuner import MIN_BUDGET_S, decide, measure_plan
+from tilecast.cache_store.memory import MemoryStore
+from tilecast.canonical import Json, canonical_json
+from tilecast.engine.agreement import agree_on_environment, agree_on_table, gather_layers
+from tilecast.engine.group import Group
+from tilecast.engine.runtime import Runtime, default_registry
+from tilecast.environment import Environment
+from tilecast.errors import AgreementError
+from tilecast.evidence import Measurement, TuningTable
+from tilecast.kernels.routing import ExpertLayout
+from tilecast.kernels.spec import GemmWeights, Kernel, Registry, numerics_class
+from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, GemmName, ParamValue, TileConfig
+from tilecast.store import Store
+
+if TYPE_CHECKING:
+    from tilecast.autotune.measure import Measurer
+    from tilecast.autotune.race import Progress
+
+
+def tune_together(
+    plan: Plan,
+    store: Store | None,
+    group: Group,
+    *,
+    registry: Registry | None = None,
+    measurer: Measurer | None = None,
+    budget_s: float | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    fresh: bool = False,
+) -> TuningTable:
+    """Tune `plan` on all ranks and return the table that all of them then have.
+
+    Ranks may come with different layers (uneven shards): all measure all of them. Buckets, policy and routing
+    must be equal. `store` is rank 0's and keeps every rank's measurements and the decisions; None keeps them
+    for this call only. `progress` is called on every rank. Errors of any rank, its death included, are raised
+    on all ranks with one message.
+    """
+    kernels = registry or default_registry()
+    with group.guard():
+        agreed = _agree_on_plan(plan, group)
+        own = store if store is not None and group.rank == 0 else MemoryStore()
+        deadline = None if budget_s is None else time.monotonic() + budget_s
+        while True:
+            left = None if deadline is None else max(MIN_BUDGET_S, deadline - time.monotonic())
+            measure_plan(
+                agreed,
+                own,
+                kernels,
+                measurer=measurer,
+                budget_s=left,
+                progress=_Watch(group, progress),
+                peers=GroupPeers(group),
+                fresh=fresh,
+            )
+            decided, settled = None, True
+            if group.rank == 0:
+                before = _broken(agreed, own)
+                decided = decide(agreed, own, kernels)
+                settled = _broken(agreed, own) == before
+            # Configs that failed the class check may have driven others out of the race: those run on without.
+            if group.broadcast("settled", b"yes" if settled else b"no") == b"yes":
+                break
+            fresh = False
+        table = agree_on_table(group, decided)
+        if group.rank == 0:
+            own.put_decisions(list(table.decisions))
+    return table
+
+
+def _broken(plan: Plan, store: Store) -> set[str]:
+    found = store.measurements(environment=plan.environment.digest, routing=plan.routing)
+    return {m.key for m in found if breaks_class(m)}
+
+
+def tune_missing(
+    runtime: Runtime,
+    missing: Mapping[ExpertLayer, tuple[Bucket, ...]],
+    store: Store | None,
+    group: Group,
+    *,
+    measurer: Measurer | None = None,
+    budget_s: float | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> TuningTable:
+    """Tune the buckets that `runtime`'s table lacks and return it with them added, the same on all ranks.
+
+    `missing` must be equal on all ranks. New decisions of a layer that has some read the weight layout, and
+    under `reproducible` are of the numerics class, that those have. `budget_s` is shared by the plans that
+    this takes, one per distinct set of missing buckets. Raises as `tune_together` does.
+    """
+    table = runtime.table
+    plans = _plans(runtime, missing)
+    tasks = sum(len(plan.tasks) for plan, _ in plans) or 1
+    for plan, registry in plans:
+        share = None if budget_s is None else budget_s * len(plan.tasks) / tasks
+        added = tune_together(
+            plan, store, group, registry=registry, measurer=measurer, budget_s=share, progress=progress
+        )
+        table = table.merged(added)
+    return table
+
+
+class GroupPeers:
+    """The tuner's view of the other ranks: their measurements, merged once per round, and whether to stop."""
+
+    def __init__(self, group: Group) -> None:
+        """Merge over `group`."""
+        self.rank = group.rank
+        self.world_size = group.world_size
+        self._group = group
+
+    def merge(self, measurements: Sequence[Measurement], stop: bool) -> tuple[list[Measurement], bool]:
+        """Return all ranks' measurements, in rank order, and whether any rank wants to stop."""
+        payload = canonical_json({"stop": stop, "measurements": [_to_json(m) for m in measurements]})
+        everyone = [json.loads(seen) for seen in self._group.gather("measurements", payload.encode("ascii"))]
+        merged = [_from_json(value) for theirs in everyone for value in theirs["measurements"]]
+        return merged, any(theirs["stop"] for theirs in everyone)
+
+
+class _Watch:
+    """Progress that also looks whether another rank has failed, so that none measures on for minutes."""
+
+    def __init__(self, group: Group, progress: Callable[[Progress], None] | None) -> None:
+        self._group = group
+        self._progress = progress
+
+    def __call__(self, event: Progress) -> None:
+        self._group.check()
+        if self._progress is not None:
+            self._progress(event)
+
+
+def _agree_on_plan(plan: Plan, group: Group) -> Plan:
+    environment = agree_on_environment(group, plan.environment)
+    own: Json = {
+        "buckets": [[b.above, b.tokens] for b in plan.buckets], "policy": plan.policy, "routing": plan.routing,
+    }  # fmt: skip
+    found = group.gather("plan", canonical_json(own).encode("ascii"))
+    for rank, theirs in enumerate(found):
+        if theirs != found[0]:
+            raise AgreementError(
+                f"rank {rank} is to tune {theirs.decode('ascii')[:200]}, rank 0 {found[0].decode('ascii')[:200]}; "
+                f"start all with the same options"
+            )
+    layers = dict.fromkeys(layer for theirs in gather_layers(group, plan.layers) for layer in theirs)
+    return replace(plan, environment=environment, layers=tuple(layers))
+
+
+# Staying with the layout and class of what is decided already ------------------------------------------------
+
+
+def _plans(runtime: Runtime, missing: Mapping[ExpertLayer, tuple[Bucket, ...]]) -> list[tuple[Plan, Registry]]:
+    """Return the plans that cover `missing`: undecided layers together, every decided one for itself."""
+    groups: dict[tuple[tuple[Bucket, ...], ExpertLayer | None], list[ExpertLayer]] = {}
+    for layer, lacking in missing.items():
+        if lacking:
+            groups.setdefault((lacking, layer if runtime.buckets(layer) else None), []).append(layer)
+    found = []
+    for (lacking, decided), layers in groups.items():
+        plan = Plan(
+            environment=runtime.environment, layers=tuple(layers), buckets=lacking,
+            policy=runtime.policy, routing=runtime.routing,
+        )  # fmt: skip
+        found.append((plan, runtime.registry if decided is None else _anchored(runtime, decided)))
+    return found
+
+
+def _anchored(runtime: Runtime, layer: ExpertLayer) -> Registry:
+    """Return a registry of kernels that offer only what goes with `layer`'s decisions."""
+    anchor = runtime.anchor(layer)
+    anchors: dict[GemmName, tuple[Kernel, TileConfig]] = {
+        "up": (anchor.up_kernel, anchor.up), "down": (anchor.down_kernel, anchor.down),
+    }  # fmt: skip
+    # The anchor's kernel first: the first one gives the defaults, and they must fit too.
+    ordered = sorted(runtime.registry, key=lambda kernel: kernel is not anchor.up_kernel)
+    return Registry(tuple(_Anchored(kernel, anchors, runtime.policy) for kernel in ordered))
+
+
+class _Anchored:
+    """A kernel restricted to configs with the layout, and under `reproducible` the class, of given ones."""
+
+    def __init__(self, kernel: Kernel, anchors: Mapping[GemmName, tuple[Kernel, TileConfig]], policy: str) -> None:
+        self.name = kernel.name
+        self.device_kind = kernel.device_kind
+        self.domain: dict[str, tuple[ParamValue, ...] | range] = kernel.domain
+        self._kernel = kernel
+        self._anchors = anchors
+        self._policy = policy
+
+    def rejects(self, gemm: ExpertGemm, environment: Environment) -> str | None:
+        if self._policy == "reproducible" and self._kernel is not self._anchors[gemm.name][0]:
+            return "the layer is decided for another kernel's numerics class"
+        return self._kernel.rejects(gemm, environment)
+
+    def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
+        return self._kernel.space(gemm, tokens, environment)
+
+    def invalid(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> str | None:
+        kernel, anchor = self._anchors[gemm.name]
+        layout = kernel.layout(gemm, anchor)
+        if self._kernel.layout(gemm, config) != layout:
+            return f"the layer's weights are stored as {layout}"
+        if self._policy == "reproducible":
+            wanted = numerics_class(kernel, gemm, anchor, environment)
+            if numerics_class(self._kernel, gemm, config, environment) != wanted:
+                return "the layer is decided for another numerics class"
+        return self._kernel.invalid(gemm, config, environment)
+
+    def default(
+        self, gemm: ExpertGemm, tokens: int, environment: Environment, like: TileConfig | None = None
+    ) -> TileConfig:
+        kernel, anchor = self._anchors[gemm.name]
+        return self._kernel.default(gemm, tokens, environment, like or (anchor if kernel is self._kernel else None))
+
+    def numerics(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> dict[str, Json]:
+        return self._kernel.numerics(gemm, config, environment)
+
+    def batch_invariant(self, gemm: ExpertGemm, config: TileConfig) -> bool:
+        return self._kernel.batch_invariant(gemm, config)
+
+    def layout(self, gemm: ExpertGemm, config: TileConfig) -> str:
+        return self._kernel.layout(gemm, config)
+
+    def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
+        return self._kernel.pack(weights, layout)
+
+    def up(
+        self,
+        config: TileConfig,
+        hidden: torch.Tensor,
+        weights: GemmWeights,
+        route: ExpertLayout,
+        out: torch.Tensor,
+    ) -> None:
+        self._kernel.up(config, hidden, weights, route, out)
+
+    def down(
+        self,
+        config: TileConfig,
+        intermediate: torch.Tensor,
+        weights: GemmWeights,
+        route: ExpertLayout,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        self._kernel.down(config, intermediate, weights, route, topk_weights, out)
+
+
+# Measurements between ranks ----------------------------------------------------------------------------------
+
+
+def _to_json(measurement: Measurement) -> dict[str, Json]:
+    plain = ("environment", "tokens", "status", "routing", "numerics", "error_ratio", "rank", "world_size")
+    rest = ("run", "round", "detail", "measured_at")
+    return {
+        "layer": measurement.gemm.layer.to_json(),
+        "gemm": measurement.gemm.name,
+        "config": measurement.config.to_json(),
+        "samples_us": list(measurement.samples_us),
+        **{name: getattr(measurement, name) for name in (*plain, *rest)},
+    }
+
+
+def _from_json(value: dict[str, object]) -> Measurement:
+    fields = dict(value)
+    gemm = ExpertGemm(layer=ExpertLayer.from_json(fields.pop("layer")), name=cast(GemmName, fields.pop("gemm")))
+    config = TileConfig.from_json(fields.pop("config"))
+    samples = tuple(cast(list[float], fields.pop("samples_us")))
+    return Measurement(gemm=gemm, config=config, samples_us=samples, **fields)  # type: ignore[arg-type]
