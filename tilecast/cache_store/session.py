@@ -27,6 +27,7 @@ ADVICE = {
     "malformed": "it is damaged; restore a copy or delete it",
     "no such table": "it is damaged or not Tilecast's; restore a copy or delete it",
     "no such column": "it is damaged or not Tilecast's; restore a copy or delete it",
+    "too big": "it holds a longer text than Tilecast writes; do not use it",
     "decode": "it is damaged; restore a copy or delete it",
     "full": "free some space and try again",
     "disk i/o": "check the disk, its free space and the file-size limit, and try again",
