@@ -14,12 +14,14 @@ from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timi
 from tilecast.engine.peers import PEERS, LayerWeights, OneDnnGemms, Peer, Prepared, TransformersExperts, find_peers
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError, UsageError
+from tilecast.kernels.cpu.peak import Peaks
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import sort_slots
 from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.problem import ExpertLayer, TileConfig
 
 LAYER = ExpertLayer(hidden=64, intermediate=96, experts=4, top_k=2)
+PEAKS = Peaks(threads=1, read_gb_s=1e3, fma_gflop_s=1e4, dot_bf16_gflop_s=1e4)
 WHOLE_LAYER_PEERS = [peer for peer in PEERS if not peer.gemms_only]
 LAYERS = [
     LAYER,
@@ -117,7 +119,7 @@ def test_peers_are_found_by_name() -> None:
 
 
 def bench(layer: ExpertLayer, tokens: list[int], peers: list[Peer], rounds: int = 2) -> BenchResult:
-    return bench_layer(layer, tokens, peers=peers, rounds=rounds, budget_s=20, threads=1)
+    return bench_layer(layer, tokens, peers=peers, rounds=rounds, budget_s=20, threads=1, peaks=PEAKS)
 
 
 def test_bench_times_ours_the_default_and_peers() -> None:
@@ -197,7 +199,8 @@ def point_of(tokens: int, **p50_us: float) -> Point:
     ]
     return Point(
         layer=LAYER, tokens=tokens, policy="fastest", up=config, down=config, hit=True, active_experts=2.0, flops=4e6,
-        bytes=1e6, limit_us=50.0, bound="memory", timings=(*timings, Timing(name="absent", status="unavailable")),
+        bytes=1e6, dot=False, limit_us=50.0, bound="memory",
+        timings=(*timings, Timing(name="absent", status="unavailable")),
     )  # fmt: skip
 
 
@@ -214,6 +217,33 @@ def test_figures_of_a_point() -> None:
     assert point.speedup() == 0.8, "the best peer: neither the default nor the target"
     assert point.speedup("slow") == 4.0 and point.speedup("gemms alone") == 0.6
     assert point.speedup("absent") is None and point.speedup("slow", "absent") == 4.0
+
+
+def test_a_limit_that_was_exceeded_is_said_to_be_none() -> None:
+    """20 GB/s make 1 MB take 50 µs: 40 µs cannot be, unless the reading of 20 GB/s was too low."""
+    assert not point_of(1, ours=60.0).limit_exceeded
+    point = point_of(1, ours=60.0, quick=40.0)
+    assert point.limit_exceeded and point.to_json()["limit_exceeded"] is True
+    assert result_of(point).share_summary() is None, "a share of what is no limit is not summed up"
+
+
+def test_limits_are_this_machines_unless_given() -> None:
+    measured = bench_layer(LAYER, [1], peers=(), rounds=1, budget_s=5, threads=1)
+    assert 0.1 < measured.read_gb_s < 1e4 and measured.fma_gflop_s > 0.1
+    (point,) = measured.points
+    assert point.limit_us == pytest.approx(
+        measured.peaks.limit_us(bytes_read=point.bytes, flops=point.flops, dot=point.dot)
+    )
+    assert bench(LAYER, [1], [], rounds=1).peaks == PEAKS
+
+
+def test_better_readings_of_the_peaks_hold_for_every_point() -> None:
+    low = result_of(point_of(1, ours=40.0))
+    high = dataclasses.replace(result_of(point_of(8, ours=40.0)), read_gb_s=50.0, fma_gflop_s=100.0)
+    merged = low.merged(high)
+    assert (merged.read_gb_s, merged.fma_gflop_s) == (50.0, 200.0)
+    assert [(point.limit_us, point.bound) for point in merged.points] == [(20.0, "memory")] * 2
+    assert low.points[0].limit_exceeded and not any(point.limit_exceeded for point in merged.points)
 
 
 def test_summaries_over_points() -> None:

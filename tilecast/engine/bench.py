@@ -9,6 +9,7 @@ other layers ran in between, and activations are warm, as their producer has jus
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 
 from tilecast.autotune.gate import MAX_ERROR_RATIO, error_ratio
 from tilecast.autotune.workload import hash_seed, normal_stack, uniform_ids
-from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timing
+from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timing, best_peaks
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.peers import PEERS, Bound, LayerWeights, Peer, Prepared
 from tilecast.engine.runtime import Runtime, default_registry
@@ -45,7 +46,7 @@ __all__ = [
     "work",
 ]
 
-FLUSH_FACTOR = 2
+FLUSH_FACTOR = 4
 MIN_FLUSH_BYTES = 64 << 20
 """The flush reads this many times the last-level cache, and at least so much where its size is unknown."""
 MIN_ROUNDS = 3
@@ -103,6 +104,7 @@ def bench_layer(
     budget_s: float = 120.0,
     threads: int = 0,
     seed: int = 0,
+    peaks: Peaks | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Time one layer at some token counts on `threads` threads (0: as many as torch uses now).
@@ -110,7 +112,9 @@ def bench_layer(
     `table` (None: an empty one) is looked up under `policy`; tuning is the caller's business. Sampling stops
     after `rounds`, or when a point's share of `budget_s` is spent, but not before every contestant has
     `MIN_ROUNDS` samples. A contestant that cannot run, fails, or is wrong against float64 gets no time and
-    says why. Memory: the plain weights, and one more copy for each contestant that packs them.
+    says why. `peaks` None: the machine's limits are read before, between and after the points, about a second
+    each time, and the best readings count. Memory: the plain weights, and one more copy for each contestant that
+    packs them.
     Raises InputError for token counts or rounds below 1, and what validating a table raises.
     """
     for count in tokens:
@@ -118,10 +122,10 @@ def bench_layer(
     check_int("rounds", rounds, 1)
     if not tokens:
         raise UsageError("no token counts to time, expected at least one")
-    environment = cpu_environment()
     with _threads(threads) as used, torch.no_grad():
-        peaks = measure_peaks(used)
-        bench = _Bench(layer, environment, table or TuningTable(), policy, peaks, seed)
+        environment = cpu_environment()
+        readings = [peaks or _fresh_peaks(used)]
+        bench = _Bench(layer, environment, table or TuningTable(), policy, readings[0], seed)
         deadline = time.monotonic() + budget_s
         points = []
         for place, count in enumerate(tokens):
@@ -129,13 +133,15 @@ def bench_layer(
                 progress(f"{layer.label}, {count} tokens, {policy}")
             share_s = (deadline - time.monotonic()) / (len(tokens) - place)
             points.append(bench.point(count, peers, rounds, share_s))
+            readings.append(peaks or _fresh_peaks(used))
+    limits = best_peaks(readings)
     return BenchResult(
         environment=environment,
         threads=used,
-        read_gb_s=peaks.read_gb_s,
-        fma_gflop_s=peaks.fma_gflop_s,
-        dot_bf16_gflop_s=peaks.dot_bf16_gflop_s,
-        points=tuple(points),
+        read_gb_s=limits.read_gb_s,
+        fma_gflop_s=limits.fma_gflop_s,
+        dot_bf16_gflop_s=limits.dot_bf16_gflop_s,
+        points=tuple(point.with_peaks(limits) for point in points),
     )
 
 
@@ -170,8 +176,6 @@ class _Bench:
         active, flops, size = (sum(values) / len(values) for values in zip(*routed, strict=True))
         entry = self.runtime.lookup(self.layer, tokens)
         dot = "bf16" in (dict(entry.up.params).get("dot"), dict(entry.down.params).get("dot"))
-        limit_us = self.peaks.limit_us(bytes_read=size, flops=flops, dot=dot)
-        read_us = self.peaks.limit_us(bytes_read=size, flops=0.0)
         return Point(
             layer=self.layer,
             tokens=tokens,
@@ -182,10 +186,11 @@ class _Bench:
             active_experts=active,
             flops=flops,
             bytes=size,
-            limit_us=limit_us,
-            bound="memory" if read_us >= limit_us else "compute",
+            dot=dot,
+            limit_us=math.inf,
+            bound="memory",
             timings=tuple(contestant.timing() for contestant in contestants),
-        )
+        ).with_peaks(self.peaks)
 
     def _enter(self, peer: Peer, tokens: int) -> _Contestant:
         contestant = _Contestant(name=peer.name, gemms_only=peer.gemms_only)
@@ -323,6 +328,12 @@ def _reporting(contestant: _Contestant) -> Iterator[None]:
     except Exception as error:  # whatever another library raises; an interrupt is none of these
         lines = str(error).strip().splitlines() or [""]
         contestant.fail("runtime_error", f"{type(error).__name__}: {lines[0]}")
+
+
+def _fresh_peaks(threads: int) -> Peaks:
+    """Measure the machine's limits anew: a reading is too low whenever something else is running."""
+    measure_peaks.cache_clear()
+    return measure_peaks(threads)
 
 
 @contextmanager

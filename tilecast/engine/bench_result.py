@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.evidence import percentile
+from tilecast.kernels.cpu.peak import Peaks
 from tilecast.problem import ExpertLayer, TileConfig
 
 OURS = "tilecast"
@@ -58,8 +59,9 @@ class Point:
     """One layer at one token count.
 
     `up` and `down` are the configs that Tilecast ran, `hit` whether the table decided them; `flops` and
-    `bytes` (active experts' weights, activations once) are means over the routings drawn; `limit_us` is the
-    least time that this machine needs for them, bound by `memory` or `compute`.
+    `bytes` (active experts' weights, activations once) are means over the routings drawn; `dot` whether the
+    configs use bf16 dot products; `limit_us` is the least time that this machine needs by its measured peaks,
+    bound by `memory` or `compute`.
     """
 
     layer: ExpertLayer
@@ -71,9 +73,24 @@ class Point:
     active_experts: float
     flops: float
     bytes: float
+    dot: bool
     limit_us: float
     bound: str
     timings: tuple[Timing, ...]
+
+    def with_peaks(self, peaks: Peaks) -> Point:
+        """Return this point with its limit worked out from other peaks."""
+        limit_us = peaks.limit_us(bytes_read=self.bytes, flops=self.flops, dot=self.dot)
+        read_us = peaks.limit_us(bytes_read=self.bytes, flops=0.0)
+        return replace(self, limit_us=limit_us, bound="memory" if read_us >= limit_us else "compute")
+
+    @property
+    def limit_exceeded(self) -> bool:
+        """Whether a contestant was faster than the limit: then a peak was measured too low, on a busy machine.
+
+        No share of such a point says anything.
+        """
+        return any((self.share(timing.name) or 0.0) > 1.0 for timing in self.timings)
 
     def timing(self, name: str) -> Timing | None:
         """Return one contestant's timing, None if it was not asked for."""
@@ -95,7 +112,7 @@ class Point:
         return None if time is None else self.bytes / time / 1e3
 
     def share(self, name: str = OURS) -> float | None:
-        """Return the share of the machine's limit that a contestant reaches, 1 being all of it."""
+        """Return the share of the machine's limit that a contestant reaches; above 1 see `limit_exceeded`."""
         time = self.p50_us(name)
         return None if time is None else self.limit_us / time
 
@@ -133,6 +150,7 @@ class Point:
             "bytes": self.bytes,
             "limit_us": self.limit_us,
             "bound": self.bound,
+            "limit_exceeded": self.limit_exceeded,
             "speedup_over_best_peer": self.speedup(),
             "contestants": contestants,
         }
@@ -155,7 +173,11 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """Points measured in one process on one machine, with that machine's measured limits."""
+    """Points measured in one process on one machine, with that machine's limits.
+
+    A peak is the best of the readings taken between the points: what the machine can do, not what its
+    neighbours happened to leave over. All points' limits are worked out from these.
+    """
 
     environment: Environment
     threads: int
@@ -164,9 +186,26 @@ class BenchResult:
     dot_bf16_gflop_s: float
     points: tuple[Point, ...]
 
+    @property
+    def peaks(self) -> Peaks:
+        """The machine's limits."""
+        return Peaks(
+            threads=self.threads,
+            read_gb_s=self.read_gb_s,
+            fma_gflop_s=self.fma_gflop_s,
+            dot_bf16_gflop_s=self.dot_bf16_gflop_s,
+        )
+
     def merged(self, other: BenchResult) -> BenchResult:
-        """Return this result with another's points appended; the limits stay this one's."""
-        return replace(self, points=self.points + other.points)
+        """Return this result with another's points appended, all under the better readings of both."""
+        peaks = best_peaks((self.peaks, other.peaks))
+        return replace(
+            self,
+            read_gb_s=peaks.read_gb_s,
+            fma_gflop_s=peaks.fma_gflop_s,
+            dot_bf16_gflop_s=peaks.dot_bf16_gflop_s,
+            points=tuple(point.with_peaks(peaks) for point in self.points + other.points),
+        )
 
     @property
     def contestants(self) -> tuple[str, ...]:
@@ -181,8 +220,8 @@ class BenchResult:
         return _summarise(" or ".join(names) or "best peer", self.points, lambda point: point.speedup(*names))
 
     def share_summary(self) -> Summary | None:
-        """Sum up the share of the machine's limit that Tilecast reaches."""
-        return _summarise("limit", self.points, lambda point: point.share())
+        """Sum up the share of the machine's limit that Tilecast reaches, over the points whose limit held."""
+        return _summarise("limit", [p for p in self.points if not p.limit_exceeded], lambda point: point.share())
 
     def summaries(self, also: Sequence[Sequence[str]] = ()) -> tuple[Summary, ...]:
         """Return the summaries over the limit, the best peer, each contestant, and groups given in `also`."""
@@ -204,6 +243,16 @@ class BenchResult:
             "points": [point.to_json() for point in self.points],
             "summaries": [summary.to_json() for summary in self.summaries()],
         }
+
+
+def best_peaks(readings: Sequence[Peaks]) -> Peaks:
+    """Return the best of several readings of one machine's limits, field by field."""
+    return Peaks(
+        threads=readings[0].threads,
+        read_gb_s=max(reading.read_gb_s for reading in readings),
+        fma_gflop_s=max(reading.fma_gflop_s for reading in readings),
+        dot_bf16_gflop_s=max(reading.dot_bf16_gflop_s for reading in readings),
+    )
 
 
 def _summarise(against: str, points: Iterable[Point], value_of: Callable[[Point], float | None]) -> Summary | None:
