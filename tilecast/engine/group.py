@@ -106,12 +106,14 @@ class Group:
         *,
         rank: int,
         world_size: int,
+        name: str | None = None,
         beat_s: float = 1.0,
         dead_after_s: float = 10.0,
         start_within_s: float = 60.0,
     ) -> None:
         """Join the ranks that share `store` and start sending heartbeats.
 
+        `name` keeps groups that share a store apart; by default groups are numbered as each process makes them.
         A rank silent for `dead_after_s` seconds is dead; one that never spoke is given `start_within_s`.
         Raises InputError for a rank outside 0 to world_size - 1, AgreementError when the store is gone.
         """
@@ -134,7 +136,7 @@ class Group:
         self._prefix = ""
         if world_size > 1 and store is not None:
             # Groups of one job are made in the same order everywhere; the number keeps their keys apart.
-            self._prefix = f"tilecast/{next(_instances)}/"
+            self._prefix = f"tilecast/{next(_instances) if name is None else name}/"
             self._store = store
             self._set(f"beat/{rank}", b"0")
             self._thread = threading.Thread(target=self._send_beats, name="tilecast-heartbeat", daemon=True)
