@@ -87,8 +87,7 @@ def guarded(call: Callable[[], object], *, debug: bool) -> int:
             complain("interrupted")
         return int(code)
     except BrokenPipeError:
-        _silence_stdout()
-        return ExitCode.BROKEN_PIPE
+        return quiet_broken_pipe()
     except Interrupted as error:
         complain(str(error))
         return ExitCode.INTERRUPTED
@@ -126,7 +125,8 @@ def _trace(debug: bool) -> None:
         traceback.print_exc(file=sys.stderr)
 
 
-def _silence_stdout() -> None:
-    """Point standard output at nothing, so that the interpreter's last flush does not complain."""
+def quiet_broken_pipe() -> ExitCode:
+    """Point standard output at nothing, so that the last flush does not complain, and return the exit code."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ExitCode.BROKEN_PIPE

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from tilecast._version import VERSION
 from tilecast.cli import bench, cache_export, cache_import, cache_show, check, demo, doctor, tune
-from tilecast.cli._exit import guarded
+from tilecast.cli._exit import guarded, quiet_broken_pipe
 
 _HELP = (
     "Tune the expert GEMMs of Mixture-of-Experts models before deploy and run them with reproducible bits.\n\n"
@@ -52,6 +52,13 @@ class _Commands(TyperGroup):
         if standalone_mode:
             sys.exit(code)
         return code
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a closed pipe is met here, before Typer makes a failure of it."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise typer.Exit(quiet_broken_pipe()) from None
 
 
 def _help_of(command: Callable[..., None]) -> str:

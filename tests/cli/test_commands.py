@@ -1,0 +1,147 @@
+"""What the commands say about tables and machines, without measuring anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import SPEC, Command, table_of
+from tilecast.cache_store.bundle import export_table, import_table
+from tilecast.cli.check import Bits, _judge
+from tilecast.engine.runtime import Runtime
+from tilecast.environment import cpu_environment
+from tilecast.errors import AgreementError, CoverageError
+from tilecast.kernels import registry
+
+
+def test_show_tells_every_decision(cli: Command, table: Path) -> None:
+    done = cli("cache", "show", table)
+    assert done.code == 0
+    assert "E4 H64 I96 top2 bf16" in done.out
+    assert "2–4" in done.out
+    assert "fits this machine" in done.out
+    document = json.loads(cli("cache", "show", table, "--json").out)
+    assert document["digest"] == table_of().digest
+    assert [d["tokens"] for d in document["decisions"]] == [1, 4]
+    assert document["decisions"][0]["speed_up"] == pytest.approx(1.25)
+
+
+def test_show_selects_layers_by_label_or_digest(cli: Command, table: Path) -> None:
+    digest = table_of().decisions[0].layer.digest
+    for wanted in ("i96", digest[:8]):
+        assert len(json.loads(cli("cache", "show", table, wanted, "--json").out)["decisions"]) == 2
+    cli("cache", "show", table, "H999").failed(3, "H999", "E4 H64 I96")
+
+
+def test_an_empty_table_is_shown(cli: Command, tmp_path: Path) -> None:
+    path = tmp_path / "empty.db"
+    export_table(table_of(tokens=(1,)).for_environment("none"), path)
+    assert "0 decisions" in cli("cache", "show", path).out
+
+
+def test_import_then_export_keeps_the_bytes(cli: Command, table: Path, tmp_path: Path) -> None:
+    store, out = tmp_path / "store.db", tmp_path / "out.db"
+    document = json.loads(cli("cache", "import", table, "--store", store, "--json").out)
+    assert (document["decisions"], document["configs_checked"]) == (2, 4)
+    assert cli("cache", "export", store, out).code == 0
+    assert import_table(out) == table_of()
+    assert out.read_bytes() == table.read_bytes()
+
+
+def test_a_foreign_table_is_imported_and_reported(cli: Command, foreign: Path, tmp_path: Path) -> None:
+    done = cli("cache", "import", foreign, "--store", tmp_path / "store.db")
+    assert done.code == 0
+    assert "another CPU" in done.out
+    assert "not for this machine" in done.out
+
+
+def test_import_without_a_store_uses_the_cache_folder(cli: Command, table: Path) -> None:
+    where = json.loads(cli("cache", "import", table, "--json").out)["store"]
+    assert import_table(where).decisions
+
+
+def test_doctor_describes_the_machine(cli: Command) -> None:
+    document = json.loads(cli("doctor", "--json").out)
+    assert document["machine"]["environment"]["digest"] == cpu_environment().digest
+    assert {fact["kernel"] for fact in document["kernels"]} == {kernel.name for kernel in registry}
+    assert document["table"] is None
+    assert "none" in cli("doctor").out
+
+
+def test_doctor_tells_hits_and_misses(cli: Command, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TM_GEMM_IMPORT", str(table))
+    assert cli("doctor", SPEC, "--tokens", "1,3").code == 0
+    done = cli("doctor", SPEC, "--tokens", "1,3,9", "--json")
+    assert done.code == 4
+    assert "does not cover 1 point" in done.err.splitlines()[-1]
+    points = json.loads(done.out)["coverage"]
+    assert [(p["tokens"], p["hit"]) for p in points] == [(1, True), (3, True), (9, False)]
+    assert "covers 9 tokens" in points[-1]["why"]
+
+
+def test_doctor_names_the_field_that_differs(cli: Command, table: Path, foreign: Path) -> None:
+    done = cli("doctor", SPEC, "--dtype", "fp32", "--tokens", "1", "--table", table, "--json")
+    assert done.code == 4
+    assert "dtype" in json.loads(done.out)["coverage"][0]["why"]
+    done = cli("doctor", SPEC, "--tokens", "1", "--table", foreign, "--json")
+    assert done.code == 4
+    assert "device" in json.loads(done.out)["coverage"][0]["why"]
+
+
+def test_without_a_table_a_model_is_no_error(cli: Command) -> None:
+    assert cli("doctor", SPEC, "--tokens", "1").code == 0
+
+
+def test_doctor_is_loud_about_weak_certificates(cli: Command, tmp_path: Path) -> None:
+    path = tmp_path / "weak.db"
+    export_table(table_of(certificate="none"), path)
+    done = cli("doctor", "--table", path, "--json")
+    assert done.code == 0
+    assert "warning" in done.err
+    assert json.loads(done.out)["table"]["weak_certificates"] == 2
+
+
+def test_doctor_says_which_shards_are_different_layers(cli: Command) -> None:
+    done = cli("doctor", "E=4,H=64,I=97,k=2", "--tp", "2", "--tokens", "1", "--json")
+    assert "different layers" in done.err
+    assert [part["layer"]["intermediate"] for part in json.loads(done.out)["model"]["layers"]] == [49, 48]
+
+
+def test_check_runs_the_table_and_repeats_its_bits(cli: Command, table: Path) -> None:
+    first, second = (json.loads(cli("check", SPEC, "--tokens", "1,4,9", "--table", table, "--json").out) for _ in "ab")
+    assert first == second
+    assert first["table_digest"] == table_of().digest
+    assert [point["decided"] for point in first["points"]] == [True, True, False]
+    assert all(point["same_alone"] for point in first["points"])
+
+
+def _bits(**changes: object) -> Bits:
+    fields = {"layer": "L", "tokens": 4, "decided": True, "sha256": ("aa", "aa"), "same_alone": True}
+    return Bits(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_other_bits_are_a_disagreement() -> None:
+    reproducible, fastest = (
+        Runtime(table_of(), environment=cpu_environment(), registry=registry, policy=policy)
+        for policy in ("reproducible", "fastest")
+    )
+    _judge([_bits()], reproducible)
+    with pytest.raises(AgreementError, match="rank 1 returned other bits"):
+        _judge([_bits(sha256=("aa", "bb"))], fastest)
+    with pytest.raises(CoverageError, match="alone"):
+        _judge([_bits(same_alone=False)], reproducible)
+    _judge([_bits(same_alone=False)], fastest)
+
+
+def test_help_and_version(cli: Command) -> None:
+    commands = ([], ["tune"], ["bench"], ["doctor"], ["check"], ["demo"], *(["cache", c] for c in ("show", "export")))
+    for command in commands:
+        done = cli(*command, "--help")
+        assert done.code == 0
+        assert done.err == ""
+        assert "Usage: tilecast" in done.out
+    assert "Exit codes" in cli("--help").out
+    assert "mixtral-8x7b" in cli("tune", "--help").out
+    assert cli("--version").out.startswith("tilecast ")
