@@ -14,6 +14,8 @@ from tilecast.errors import InputError
 
 type_names = {dict: "object", list: "list", str: "string", int: "integer", float: "number", bool: "boolean"}
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
 Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 
 
@@ -22,7 +24,7 @@ def canonical_json(value: Json) -> str:
 
     Raises ValueError for NaN and infinities, TypeError for what JSON has no form for.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def digest(value: Json) -> str:

@@ -3,97 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
+from tests import cases
+from tests.cases import CASES, ODD, SMALL, Case, Operands, assert_both_gemms, operands
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import ConfigError, DeviceError
 from tilecast.kernels.cpu.onednn import KERNEL, ONEDNN, cannot_prepack_here
-from tilecast.kernels.reference import reference_down, reference_up
-from tilecast.kernels.routing import ExpertLayout, sort_slots
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel, numerics_class
-from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
-
-SMALL = ExpertLayer(hidden=64, intermediate=96, experts=4, top_k=2)
-ODD = ExpertLayer(hidden=33, intermediate=47, experts=5, top_k=3)
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    layer: ExpertLayer
-    tokens: int
-    routing: str = "uniform"
-
-
-CASES = [
-    Case("zero tokens", SMALL, 0),
-    Case("one token", SMALL, 1),
-    Case("all to one expert", dataclasses.replace(SMALL, top_k=1), 21, "one"),
-    Case("experts with none", dataclasses.replace(SMALL, experts=16, global_experts=16), 3),
-    Case("odd sizes", ODD, 37),
-    Case("absent slots", ODD, 19, "absent"),
-    Case("nothing present", SMALL, 3, "none"),
-    Case("bias", dataclasses.replace(ODD, bias=True), 18),
-    Case("not gated", dataclasses.replace(SMALL, gated=False, activation="relu2"), 9),
-    Case("clamped", dataclasses.replace(SMALL, activation="swiglu_oai", bias=True), 9),
-    Case("one column", ExpertLayer(hidden=1, intermediate=1, experts=1, top_k=1), 5),
-]
-
-
-@dataclass(frozen=True)
-class Operands:
-    layer: ExpertLayer
-    route: ExpertLayout
-    topk_weights: torch.Tensor
-    up: GemmWeights
-    down: GemmWeights
-    hidden: torch.Tensor
-    intermediate: torch.Tensor
-
-
-def draw_ids(layer: ExpertLayer, tokens: int, routing: str, generator: torch.Generator) -> torch.Tensor:
-    if routing == "one":
-        return torch.full((tokens, layer.top_k), layer.experts - 1)
-    if routing == "none":
-        return torch.full((tokens, layer.top_k), -1)
-    ids = torch.rand(tokens, layer.experts, generator=generator).argsort(1)[:, : layer.top_k]
-    if routing == "absent":
-        ids[::2, 0] = -1
-        ids[1::3, 1] = layer.experts + 7
-        ids[5] = -1
-    return ids
-
-
-def weights_of(gemm: ExpertGemm, generator: torch.Generator) -> GemmWeights:
-    layer = gemm.layer
-    dtype = TORCH_DTYPES[layer.dtype]
-    data = (torch.randn(layer.experts, gemm.n, gemm.k, generator=generator) / math.sqrt(gemm.k)).to(dtype)
-    bias = torch.randn(layer.experts, gemm.n, generator=generator).to(dtype) if layer.bias else None
-    return GemmWeights(gemm=gemm, layout=PLAIN, data=data, bias=bias)
-
-
-def operands(layer: ExpertLayer, tokens: int, routing: str = "uniform") -> Operands:
-    generator = torch.Generator().manual_seed(7)
-    dtype = TORCH_DTYPES[layer.dtype]
-    route = sort_slots(draw_ids(layer, tokens, routing, generator), layer.experts)
-    intermediate = torch.randn(tokens * layer.top_k, layer.intermediate, generator=generator).to(dtype)
-    # Rows of absent slots hold garbage in real use: nothing may read them.
-    present = route.slots[: int(route.offsets[-1])].long()
-    poisoned = torch.full_like(intermediate, torch.nan)
-    poisoned[present] = intermediate[present]
-    return Operands(
-        layer=layer,
-        route=route,
-        topk_weights=torch.rand(tokens, layer.top_k, generator=generator),
-        up=weights_of(layer.up, generator),
-        down=weights_of(layer.down, generator),
-        hidden=torch.randn(tokens, layer.hidden, generator=generator).to(dtype),
-        intermediate=poisoned,
-    )
+from tilecast.kernels.spec import PLAIN, Kernel, numerics_class
+from tilecast.problem import ExpertLayer, TileConfig
 
 
 def config_of(prepack: str = "no", row_block: int = 0) -> TileConfig:
@@ -101,31 +21,11 @@ def config_of(prepack: str = "no", row_block: int = 0) -> TileConfig:
 
 
 def run_up(config: TileConfig, given: Operands) -> torch.Tensor:
-    slots = given.route.tokens * given.route.top_k
-    out = torch.full((slots, given.layer.intermediate), torch.nan, dtype=given.hidden.dtype)
-    KERNEL.up(config, given.hidden, KERNEL.pack(given.up, KERNEL.layout(given.layer.up, config)), given.route, out)
-    return out
+    return cases.run_up(KERNEL, config, given)
 
 
 def run_down(config: TileConfig, given: Operands, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-    out = torch.full((given.route.tokens, given.layer.hidden), torch.nan, dtype=out_dtype or given.hidden.dtype)
-    packed = KERNEL.pack(given.down, KERNEL.layout(given.layer.down, config))
-    KERNEL.down(config, given.intermediate, packed, given.route, given.topk_weights, out)
-    return out
-
-
-def error(result: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the root-mean-square error relative to the exact result's; 0 for nothing."""
-    if exact.numel() == 0:
-        return 0.0
-    scale = exact.square().mean().sqrt().clamp(min=1e-30)
-    return float((result.double() - exact).square().mean().sqrt() / scale)
-
-
-def assert_as_good_as_torch(result: torch.Tensor, exact: torch.Tensor, same_dtype: torch.Tensor) -> None:
-    assert torch.isfinite(result).all()
-    # Two float32 roundings of slack, for the cases in which torch's own error is zero.
-    assert error(result, exact) <= 2 * error(same_dtype, exact) + 2**-22
+    return cases.run_down(KERNEL, config, given, out_dtype)
 
 
 def usable_configs(layer: ExpertLayer) -> list[TileConfig]:
@@ -138,19 +38,8 @@ def usable_configs(layer: ExpertLayer) -> list[TileConfig]:
 def test_both_gemms_are_as_exact_as_torch(case: Case, dtype: str) -> None:
     layer = dataclasses.replace(case.layer, dtype=dtype)
     given = operands(layer, case.tokens, case.routing)
-    torch_dtype = TORCH_DTYPES[dtype]
-    present = given.route.slots[: int(given.route.offsets[-1])].long()
-    absent = torch.ones(case.tokens * layer.top_k, dtype=torch.bool)
-    absent[present] = False
-    exact_up = reference_up(layer, given.hidden, given.up.data, given.route, given.up.bias)
-    torch_up = reference_up(layer, given.hidden, given.up.data, given.route, given.up.bias, torch_dtype)
-    down = (layer, given.intermediate, given.down.data, given.route, given.topk_weights, given.down.bias)
-    exact_down, torch_down = reference_down(*down), reference_down(*down, torch_dtype)
     for config in usable_configs(layer):
-        result = run_up(config, given)
-        assert_as_good_as_torch(result[present], exact_up[present], torch_up[present])
-        assert torch.isnan(result[absent]).all(), "rows of absent slots were written"
-        assert_as_good_as_torch(run_down(config, given), exact_down, torch_down)
+        assert_both_gemms(KERNEL, config, given)
 
 
 def test_partial_sum_in_float32_is_not_rounded() -> None:

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tilecast import kernels
 from tilecast.errors import InputError
-from tilecast.kernels.routing import ordered_sum, route, router_logits, sort_slots
+from tilecast.kernels.routing import ExpertLayout, ordered_sum, route, router_logits, sort_slots
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+Sort = Callable[[torch.Tensor, int], ExpertLayout]
+SORTS: dict[str, Sort] = {"torch": sort_slots, "device": kernels.sort_slots}
+sorts = pytest.mark.parametrize("sort", SORTS.values(), ids=SORTS)
+"""One contract, both implementations: plain torch, and what the device's own kernels do."""
 
 
 def wide(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -179,29 +188,39 @@ def test_route_refuses(hidden: tuple[int, ...], weight: tuple[int, ...], top_k: 
         route(torch.zeros(hidden), torch.zeros(weight), top_k, scoring=scoring)
 
 
-def test_slots_are_sorted_by_expert_then_slot() -> None:
-    layout = sort_slots(torch.tensor([[2, 0], [0, 3], [2, 2]]), 4)
+@sorts
+def test_slots_are_sorted_by_expert_then_slot(sort: Sort) -> None:
+    layout = sort(torch.tensor([[2, 0], [0, 3], [2, 2]]), 4)
     assert layout.slots.tolist() == [1, 2, 0, 4, 5, 3]
     assert layout.offsets.tolist() == [0, 2, 2, 5, 6]
     assert layout.slots.dtype == layout.offsets.dtype == layout.ids.dtype == torch.int32
     assert (layout.tokens, layout.top_k, layout.experts) == (3, 2, 4)
 
 
+@sorts
 @pytest.mark.parametrize("absent", [-1, -(2**40), 4, 5, 2**31, 2**32, 2**32 + 1, 2**40])
-def test_ids_outside_the_experts_are_absent(absent: int) -> None:
-    layout = sort_slots(torch.tensor([[1, absent], [absent, 1]]), 4)
+def test_ids_outside_the_experts_are_absent(absent: int, sort: Sort) -> None:
+    layout = sort(torch.tensor([[1, absent], [absent, 1]]), 4)
     assert layout.offsets.tolist() == [0, 0, 2, 2, 2]
     assert layout.slots[:2].tolist() == [0, 3]
     assert all(not 0 <= expert < 4 for expert in (int(layout.ids[0, 1]), int(layout.ids[1, 0])))
 
 
-def test_all_slots_absent() -> None:
-    assert sort_slots(torch.full((3, 2), -1), 4).offsets.tolist() == [0] * 5
+@sorts
+def test_no_slots(sort: Sort) -> None:
+    layout = sort(torch.empty(0, 2, dtype=torch.int64), 8)
+    assert (layout.tokens, layout.slots.numel(), layout.offsets.tolist()) == (0, 0, [0] * 9)
 
 
+@sorts
+def test_all_slots_absent(sort: Sort) -> None:
+    assert sort(torch.full((3, 2), -1), 4).offsets.tolist() == [0] * 5
+
+
+@sorts
 @given(st.integers(1, 9), st.lists(st.tuples(*[st.integers(-2, 10)] * 3), max_size=20))
-def test_layout_holds_every_present_slot_once(experts: int, ids: list[tuple[int, int, int]]) -> None:
-    layout = sort_slots(torch.tensor(ids, dtype=torch.int64).reshape(-1, 3), experts)
+def test_layout_holds_every_present_slot_once(sort: Sort, experts: int, ids: list[tuple[int, int, int]]) -> None:
+    layout = sort(torch.tensor(ids, dtype=torch.int64).reshape(-1, 3), experts)
     flat = [expert for row in ids for expert in row]
     offsets = layout.offsets.tolist()
     for expert in range(experts):
@@ -210,15 +229,17 @@ def test_layout_holds_every_present_slot_once(experts: int, ids: list[tuple[int,
     assert offsets[-1] == sum(0 <= expert < experts for expert in flat)
 
 
+@sorts
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
-def test_any_integer_dtype(dtype: torch.dtype) -> None:
+def test_any_integer_dtype(dtype: torch.dtype, sort: Sort) -> None:
     ids = torch.tensor([[1, 0], [100, 1]], dtype=dtype)
-    assert sort_slots(ids, 2).slots[:3].tolist() == [1, 0, 3]
-    assert sort_slots(ids, 512).slots.tolist() == [1, 0, 3, 2]
+    assert sort(ids, 2).slots[:3].tolist() == [1, 0, 3]
+    assert sort(ids, 512).slots.tolist() == [1, 0, 3, 2]
 
 
+@sorts
 @pytest.mark.parametrize("ids", [torch.zeros(4), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64),
                                  torch.zeros(4, 2, dtype=torch.bool)])  # fmt: skip
-def test_sort_slots_refuses(ids: torch.Tensor) -> None:
+def test_sort_slots_refuses(ids: torch.Tensor, sort: Sort) -> None:
     with pytest.raises(InputError, match="expected integers"):
-        sort_slots(ids, 4)
+        sort(ids, 4)

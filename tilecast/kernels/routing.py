@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from tilecast.errors import InputError
@@ -35,13 +34,14 @@ class ExpertLayout:
 
 
 def sort_slots(topk_ids: torch.Tensor, experts: int) -> ExpertLayout:
-    """Sort routed slots by expert, stably. `topk_ids` is an integer tensor [T, k]; raises InputError."""
+    """Sort routed slots by expert, stably. `topk_ids` is an integer tensor [T, k]; raises InputError.
+
+    `tilecast.kernels.sort_slots` does the same in compiled code where it can.
+    """
     not_integers = topk_ids.dtype.is_floating_point or topk_ids.dtype.is_complex or topk_ids.dtype == torch.bool
     if topk_ids.dim() != 2 or not_integers:
         raise InputError(f"topk_ids is {topk_ids.dtype} {tuple(topk_ids.shape)}, expected integers [tokens, top_k]")
     tokens, top_k = topk_ids.shape
-    if topk_ids.device.type == "cpu" and topk_ids.dtype in (torch.int32, torch.int64):
-        return _sort_slots_on_cpu(topk_ids, experts)
     # Clamped before narrowing, so that an id such as 2**32 cannot wrap around into a real expert.
     # Narrow and unsigned types cannot hold the bounds themselves and go through int64.
     wide = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.to(torch.int64)
@@ -52,28 +52,6 @@ def sort_slots(topk_ids: torch.Tensor, experts: int) -> ExpertLayout:
     offsets = torch.zeros(experts + 1, dtype=torch.int32, device=ids.device)
     offsets[1:] = counts.cumsum(0)
     return ExpertLayout(tokens=tokens, top_k=top_k, experts=experts, ids=ids, slots=slots, offsets=offsets)
-
-
-def _sort_slots_on_cpu(topk_ids: torch.Tensor, experts: int) -> ExpertLayout:
-    """Do as `sort_slots` in NumPy, whose calls cost a fraction of torch's at the sizes of decoding."""
-    tokens, top_k = topk_ids.shape
-    clamped = np.ascontiguousarray(np.maximum(topk_ids.numpy(), -1))
-    ids = np.minimum(clamped, experts, out=clamped).astype(np.int32, copy=False)
-    # -1 becomes the largest unsigned number, so one minimum sends every absent slot behind the experts.
-    keys = np.minimum(ids.reshape(-1).view(np.uint32), experts)
-    if experts <= np.iinfo(np.uint16).max:
-        # NumPy sorts 16-bit keys by radix.
-        keys = keys.astype(np.uint16)
-    slots = keys.argsort(kind="stable").astype(np.int32)
-    offsets = np.searchsorted(keys[slots], np.arange(experts + 1)).astype(np.int32)
-    return ExpertLayout(
-        tokens=tokens,
-        top_k=top_k,
-        experts=experts,
-        ids=torch.from_numpy(ids),
-        slots=torch.from_numpy(slots),
-        offsets=torch.from_numpy(offsets),
-    )
 
 
 def route(

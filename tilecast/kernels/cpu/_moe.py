@@ -85,7 +85,7 @@ class Variant:
         if not self.stage:
             source, panel = self.packed_source, self.panel
         else:
-            source, panel = ("pairs" if self.dot else "f32"), self.nr  # type: ignore[assignment]
+            source, panel = ("pairs" if self.dot else "f32"), self.nr
         return Micro(
             nv=self.nv, unroll=self.unroll, source=source, panel=panel, lanes=self.lanes, dot=self.dot,
             prefetch=self.prefetch,

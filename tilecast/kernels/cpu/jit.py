@@ -180,9 +180,8 @@ def openmp_path() -> str | None:
     return None if library is None else str(library._name)
 
 
-@ctypes.CFUNCTYPE(None)
-def _noop() -> None:
-    """Stand in for a barrier where there is one thread."""
+_noop = ctypes.CFUNCTYPE(None)(lambda: None)
+"""Stands in for a barrier where there is one thread."""
 
 
 def _noop_address() -> int:

@@ -106,7 +106,7 @@ class MoeGemm:
         dots = ("bf16", "fma") if gemm.layer.dtype == "bf16" and isa.dot_bf16 else ("fma",)
         narrow, wide = (f"panel{max(16, vectors * isa.lanes)}" for vectors in (2, 4))
         shapes, many = tile_shapes(isa, rows, gemm.layer.dtype), rows > 6
-        for dot, layout, (mr, nv) in product(dots, (narrow, wide, PLAIN), shapes):
+        for dot, layout, (mr, nv) in product(dots, dict.fromkeys((narrow, wide, PLAIN)), shapes):
             favourite = (mr, nv) in shapes[:2]
             if layout != narrow and not favourite:
                 continue
@@ -299,6 +299,8 @@ def _plan(isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: torch.d
     key = (config, out_dtype)
     plan: _Plan | None = weights.plans.get(key)
     if plan is None:
+        if config["layout"] != weights.layout:
+            raise ConfigError(f"{NAME}: the config reads layout {config['layout']}, the weights are {weights.layout}")
         plan = weights.plans[key] = _Plan(isa, config, weights, DTYPE_NAMES[out_dtype])
     return plan
 
