@@ -67,7 +67,7 @@ def test_a_miss_runs_the_default_is_counted_and_logged_once(caplog: pytest.LogCa
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert "the table has no decision for E4 H128" in lines[0] and LAYER.label in lines[0]
-    assert "covers 99 tokens; covered: 1–1, 2–4, 5–16" in lines[1]
+    assert "covers 99 tokens; covered: 1, 2–4, 5–16" in lines[1]
 
 
 def test_a_miss_without_warnings_is_silent(caplog: pytest.LogCaptureFixture) -> None:

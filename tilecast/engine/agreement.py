@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json, canonical_json
 from tilecast.engine.group import Group
-from tilecast.engine.runtime import Runtime, default_registry, missing_buckets, use_table
+from tilecast.engine.runtime import Runtime, default_registry, missing_buckets, spans, use_runtime
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import AgreementError, CacheError
 from tilecast.evidence import TuningTable
@@ -94,11 +94,11 @@ def check_coverage(group: Group, runtime: Runtime, layers: Sequence[ExpertLayer]
     for place in range(len(everyone[0])):
         first = runtime.buckets(everyone[0][place])
         for rank, theirs in enumerate(everyone):
-            spans = runtime.buckets(theirs[place])
-            if spans != first:
+            found = runtime.buckets(theirs[place])
+            if found != first:
                 raise AgreementError(
-                    f"the table covers {everyone[0][place].label} of rank 0 at {_spans(first)}, but "
-                    f"{theirs[place].label} of rank {rank} at {_spans(spans)}; tune it for all ranks' shards"
+                    f"the table covers {everyone[0][place].label} of rank 0 at {spans(first)} tokens, but "
+                    f"{theirs[place].label} of rank {rank} at {spans(found)} tokens; tune it for all ranks' shards"
                 )
     return everyone
 
@@ -143,13 +143,13 @@ def startup(
         kernels = registry or default_registry()
         table = agree_on_table(mine, _read(chosen) if mine.rank == 0 else None)
         own = tuple(dict.fromkeys(layers))
-        runtime = _adopt(table, here, kernels, chosen, orders)
+        runtime = _build(table, here, kernels, chosen, orders)
         if orders.tokens is not None:
             everyone = [layer for theirs in gather_layers(mine, own) for layer in theirs]
             missing = {layer: missing_buckets(runtime, layer, orders.tokens) for layer in dict.fromkeys(everyone)}
             if any(missing.values()):
                 table = _tune(mine, runtime, missing, chosen, store, measurer, budget_s, progress)
-                runtime = _adopt(table, here, kernels, chosen, orders)
+                runtime = _build(table, here, kernels, chosen, orders)
         check_coverage(mine, runtime, own)
         if mine.rank == 0 and chosen.export_to is not None:
             # Imported here, as in _read: most processes neither import nor export.
@@ -158,12 +158,8 @@ def startup(
             export_table(table, chosen.export_to)
         # Nobody starts to serve before rank 0 has written: an export that fails ends all.
         mine.gather("ready", b"")
-    return runtime
-
-
-def spans_of(buckets: Iterable[Bucket]) -> str:
-    """Return buckets as text, such as `1–16, 17–64`; `no tokens` for none."""
-    return _spans(tuple(buckets))
+    # Only now, so that a start that failed leaves what was in use as it was.
+    return use_runtime(runtime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +183,14 @@ def _agree_on_orders(group: Group, settings: Settings) -> _Orders:
     return _Orders(first["policy"], first["miss"], None if agreed is None else tuple(agreed))
 
 
-def _adopt(table: TuningTable, here: Environment, registry: Registry, settings: Settings, orders: _Orders) -> Runtime:
-    return use_table(
-        table, policy=orders.policy, miss=orders.miss, environment=here, registry=registry, settings=settings
+def _build(table: TuningTable, here: Environment, registry: Registry, settings: Settings, orders: _Orders) -> Runtime:
+    return Runtime(
+        table,
+        environment=here,
+        registry=registry,
+        policy=orders.policy,
+        miss=orders.miss,
+        warn_miss=settings.warn_cache_miss,
     )
 
 
@@ -247,7 +248,3 @@ def _sequence(value: object) -> list[object]:
 
 def _sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).hexdigest().encode("ascii")
-
-
-def _spans(buckets: tuple[Bucket, ...]) -> str:
-    return ", ".join(f"{b.above + 1}–{b.tokens}" for b in buckets) + " tokens" if buckets else "no tokens"

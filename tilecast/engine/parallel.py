@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tilecast.engine.agreement import process_group
-from tilecast.engine.experts import PreparedExperts, check_inputs, prepare_experts
+from tilecast.engine.experts import PreparedExperts, check_inputs, layer_of, prepare_experts
 from tilecast.engine.group import Group
 from tilecast.errors import AgreementError, ModelError
 from tilecast.models.sharding import split
@@ -48,9 +48,11 @@ def shard_experts(
 
     I is cut into `tp` parts, the gate's and the up projection's rows each, and E into `ep`; sizes differ by at
     most one, larger parts first; rank = ep_rank * tp + tp_rank. The down projection's bias must be added once,
-    so only the first tensor-parallel rank keeps it and the others hold zeros. Raises ModelError for impossible numbers.
+    so only the first tensor-parallel rank keeps it and the others hold zeros. Raises ModelError for impossible numbers,
+    InputError for weights that do not fit each other.
     """
-    experts, _, intermediate = w2.shape
+    layer = layer_of(w13, w2, top_k=1, gated=gated, bias13=bias13, bias2=bias2)
+    experts, intermediate = layer.experts, layer.intermediate
     for name, parts, total in (("tp", tp, intermediate), ("ep", ep, experts)):
         if not 1 <= parts <= total:
             raise ModelError(f"{name} is {parts}, expected 1 to {total}, the size that it splits")

@@ -207,9 +207,9 @@ class Runtime:
     def _reason(self, layer: ExpertLayer, tokens: int) -> str:
         if not self.table.decisions:
             return f"no table is in use, so nothing is decided for {layer.label} at {tokens} tokens"
-        spans = ", ".join(f"{b.above + 1}–{b.tokens}" for b in self.buckets(layer))
-        if spans:
-            return f"no decision for {layer.label} covers {tokens} tokens; covered: {spans}"
+        covered = self.buckets(layer)
+        if covered:
+            return f"no decision for {layer.label} covers {tokens} tokens; covered: {spans(covered)}"
         others = {(d.policy, d.routing) for d in self.table.decisions if d.layer == layer}
         if others:
             seen = ", ".join(sorted(f"{policy}/{routing}" for policy, routing in others))
@@ -272,8 +272,13 @@ class Runtime:
 
 
 def _entry_name(decision: Decision, gemm: ExpertGemm) -> str:
-    span = f"{decision.bucket.above + 1}–{decision.bucket.tokens} tokens"
-    return f"entry {decision.layer.label}, {span}, {decision.policy}, {gemm.name}"
+    return f"entry {decision.layer.label}, {spans([decision.bucket])} tokens, {decision.policy}, {gemm.name}"
+
+
+def spans(buckets: Iterable[Bucket]) -> str:
+    """Return buckets as text, such as `1, 2–16, 17–64`; `no` for none."""
+    parts = [str(b.tokens) if b.tokens == b.above + 1 else f"{b.above + 1}–{b.tokens}" for b in buckets]
+    return ", ".join(parts) or "no"
 
 
 def _usable_environments(table: TuningTable, here: Environment) -> dict[str, int]:
@@ -339,18 +344,24 @@ def use_table(
     What is not given comes from `settings`, by default from the environment variables. Layers that were
     prepared before keep the runtime that they were prepared with. Raises what `Runtime` raises.
     """
-    global _current
-
     chosen = settings or Settings.from_environment()
-    _current = Runtime(
-        table or TuningTable(),
-        environment=environment or cpu_environment(),
-        registry=registry or default_registry(),
-        policy=policy or chosen.policy,
-        miss=miss or chosen.miss,
-        warn_miss=chosen.warn_cache_miss if warn_miss is None else warn_miss,
+    return use_runtime(
+        Runtime(
+            table or TuningTable(),
+            environment=environment or cpu_environment(),
+            registry=registry or default_registry(),
+            policy=policy or chosen.policy,
+            miss=miss or chosen.miss,
+            warn_miss=chosen.warn_cache_miss if warn_miss is None else warn_miss,
+        )
     )
-    return _current
+
+
+def use_runtime(runtime: Runtime) -> Runtime:
+    """Make a runtime the one in use and return it."""
+    global _current
+    _current = runtime
+    return runtime
 
 
 def forget_table() -> None:

@@ -1,0 +1,118 @@
+"""Ranks as real processes: agreement, tuning together, parallel layers, and every way in which they may fail."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+
+import pytest
+
+from tests.torchrun.launch import Ended, processes, torchrun
+
+pytestmark = pytest.mark.torchrun
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:  # type: ignore[type-arg]
+    return torchrun("flows", tmp_path_factory.mktemp("flows"), request.param)
+
+
+def test_all_ranks_always_have_the_same_table(reports) -> None:  # type: ignore[no-untyped-def]
+    for report in reports:
+        assert report["digests"] == reports[0]["digests"]
+    first, again, wider, loaded, filled = reports[0]["digests"]
+    assert first == again and wider == loaded and first != wider
+    assert filled
+
+
+def test_what_was_exported_is_what_every_rank_ran(reports) -> None:  # type: ignore[no-untyped-def]
+    for report in reports:
+        assert report["exported"] == [report["digests"][0], report["digests"][2]]
+
+
+def test_uneven_shards_are_tuned_as_different_layers(reports) -> None:  # type: ignore[no-untyped-def]
+    assert len({report["layer"] for report in reports}) == 2
+    for report in reports:
+        assert report["buckets"] == [[1, 4], [1, 4, 16], [1, 4, 16]]
+
+
+def test_a_second_start_measures_only_what_is_missing(reports) -> None:  # type: ignore[no-untyped-def]
+    assert reports[0]["untouched"]
+    assert reports[0]["fresh_tokens"] == [16]
+    assert reports[0]["refilled"] == [1, 16]
+    assert all(report["kept"] for report in reports)
+
+
+def test_rank_0_stores_what_every_rank_measured(reports) -> None:  # type: ignore[no-untyped-def]
+    assert reports[0]["ranks_measured"] == list(range(len(reports)))
+
+
+def test_a_parallel_layer_has_the_same_bits_on_every_rank(reports) -> None:  # type: ignore[no-untyped-def]
+    for report in reports:
+        assert report["bits"] == reports[0]["bits"]
+        assert report["expert_parallel"] == reports[0]["expert_parallel"]
+        assert report["zero"] == reports[0]["zero"]
+    assert len(set(reports[0]["bits"])) == 4
+
+
+def test_a_parallel_layer_is_the_sum_of_its_shards_in_rank_order(reports) -> None:  # type: ignore[no-untyped-def]
+    for report in reports:
+        assert report["bits"] == report["by_hand"]
+
+
+def test_sums_are_in_rank_order_and_the_same_everywhere(reports) -> None:  # type: ignore[no-untyped-def]
+    world = len(reports)
+    for report in reports:
+        assert report["sums"]["sum"] == report["sums"]["wanted"] == reports[0]["sums"]["sum"]
+        assert report["sums"]["large"] == [world * (world + 1) / 2]
+        assert report["sums"]["empty"] == [0, 7]
+        assert report["local_ids"] == [[-1, -1, 0, 1, -1, -1]]
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Ended], list[dict]]:  # type: ignore[type-arg]
+    folder = tmp_path_factory.mktemp("failures")
+    ended = processes("failures", folder, 3)
+    reports = [folder / f"rank{rank}.json" for rank in range(3)]
+    assert all(path.exists() for path in reports), [rank.errors[-2000:] for rank in ended]
+    return ended, [json.loads(path.read_text()) for path in reports]
+
+
+FAILURES = {
+    "another_device": ("AgreementError", "^rank 1 has another device .* device: rank 0 .* rank 1 'another CPU'"),
+    "another_kernel": ("AgreementError", "^rank 2 has another .* kernel_source: rank 0"),
+    "soft_difference": ("TilecastError", "^agreed on system 0$"),
+    "wrong_digest": ("AgreementError", "^rank 1 received a table of digest"),
+    "no_such_file": ("CacheError", "^rank 0: .*absent.db.* does not exist"),
+    "not_a_table": ("CacheError", "^rank 0: .*text.db.* not a SQLite"),
+    "unwritable_export": ("CacheError", "^rank 0: cannot export to .* there is no folder"),
+    "impossible_config": ("ConfigError", "entry E4 H64 I96 top2 fp32, 1 tokens, reproducible, up: .*mr=99 is outside"),
+    "unknown_kernel": ("ConfigError", "entry E4 .* no kernel is named 'no.such_kernel'"),
+    "table_of_another_device": ("CoverageError", "tuned for another device .* there 'another CPU'"),
+    "some_ranks_hit": ("AgreementError", "rank 0 at 1, 2–4, 5–16 tokens, but .* I95 .* of rank 2 at no tokens"),
+    "another_model": ("AgreementError", "^rank 1 has 1 layers, rank 0 2"),
+    "other_options": ("AgreementError", "^rank 2 is to tune .*rank 0"),
+    "unfit_input": ("InputError", "^rank 2: hidden is torch.float64"),
+    "unfit_shard": ("InputError", "^rank 1: w13 is float32"),
+    "error_while_tuning": ("TilecastError", "^rank 1: OSError: no space left on device"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_is_the_same_on_every_rank_within_seconds(failures, name: str) -> None:  # type: ignore[no-untyped-def]
+    kind, pattern = FAILURES[name]
+    _, reports = failures
+    for report in reports:
+        seen, message, seconds = report[name]
+        assert (seen, message) == (kind, reports[0][name][1])
+        assert re.search(pattern, message) and "\n" not in message
+        assert seconds < 30
+
+
+def test_a_rank_that_dies_while_tuning_ends_all_with_one_message(failures) -> None:  # type: ignore[no-untyped-def]
+    ended, _ = failures
+    assert [rank.code for rank in ended] == [5, 5, -signal.SIGKILL]
+    assert [rank.errors.strip().splitlines()[-1] for rank in ended[:2]] == [
+        "tilecast: rank 2 died: no sign of life for 5 s; start all ranks again"
+    ] * 2
