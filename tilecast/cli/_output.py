@@ -58,6 +58,10 @@ class Output:
         if self.json_wanted or self.quiet:
             return
         for thing in things:
+            if isinstance(thing, Table) and thing.title:
+                # Rich would fold a title to the width of its table.
+                self._out.print(f"\n[bold]{thing.title}[/bold]", highlight=False)
+                thing.title = None
             self._out.print(escape(thing) if isinstance(thing, str) else thing, highlight=False)
 
     def heading(self, text: str) -> None:
@@ -151,7 +155,7 @@ def _console(stream: object) -> Console:
 
 def table(title: str, columns: Iterable[str], *, left: Iterable[str] = ()) -> Table:
     """Return an empty table. Columns are right-aligned but for those named in `left`; `left` ones may fold."""
-    result = Table(title=escape(title) or None, title_justify="left", title_style="bold", header_style="bold")
+    result = Table(title=escape(title) or None, header_style="bold")
     folding = set(left)
     for name in columns:
         if name in folding:
