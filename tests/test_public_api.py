@@ -9,12 +9,41 @@ import pytest
 
 import tilecast
 
-PUBLIC = """
-AgreementError Bucket CacheError ConfigError CoverageError Decision DeviceError Environment ExpertGemm ExpertLayer
-InputError Measurement ModelError MoeBlock PreparedExperts SchemaError TensorParallelExperts TileConfig TilecastError
-TuningTable UsageError __version__ all_reduce_ordered current export_table fused_experts import_table lookup misses
-prepare_experts shard_experts startup use_table
-""".split()
+PUBLIC = [
+    "AgreementError",
+    "Bucket",
+    "CacheError",
+    "ConfigError",
+    "CoverageError",
+    "Decision",
+    "DeviceError",
+    "Environment",
+    "ExpertGemm",
+    "ExpertLayer",
+    "InputError",
+    "Measurement",
+    "ModelError",
+    "MoeBlock",
+    "PreparedExperts",
+    "SchemaError",
+    "TensorParallelExperts",
+    "TileConfig",
+    "TilecastError",
+    "TuningTable",
+    "UsageError",
+    "__version__",
+    "all_reduce_ordered",
+    "current",
+    "export_table",
+    "fused_experts",
+    "import_table",
+    "lookup",
+    "misses",
+    "prepare_experts",
+    "shard_experts",
+    "startup",
+    "use_table",
+]
 
 
 def test_names_are_pinned_and_sorted() -> None:

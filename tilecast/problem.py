@@ -183,6 +183,13 @@ class TileConfig:
                 raise ConfigError(f"config of {kernel}: {name} is out of range")
         object.__setattr__(self, "kernel", kernel)
         object.__setattr__(self, "params", pairs)
+        # Configs are keys on the way to every launch.
+        object.__setattr__(self, "_hash", hash((kernel, pairs)))
+
+    def __hash__(self) -> int:
+        """Return the hash of kernel and parameters, computed once."""
+        value: int = self.__dict__["_hash"]
+        return value
 
     def __getitem__(self, name: str) -> ParamValue:
         """Return one parameter; raises ConfigError if the config has none of that name."""

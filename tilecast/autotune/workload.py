@@ -15,7 +15,8 @@ import torch
 
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
-from tilecast.kernels.routing import ExpertLayout, sort_slots
+from tilecast.kernels import sort_slots
+from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 

@@ -15,7 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tilecast.engine import runtime as runtime_module
 from tilecast.engine.runtime import MAX_MISSES, Entry, Runtime
 from tilecast.errors import DeviceError, InputError
-from tilecast.kernels.routing import SCORINGS, route, sort_slots
+from tilecast.kernels import sort_slots
+from tilecast.kernels.routing import SCORINGS, route
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel, numerics_class
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig, check_int, check_name
 

@@ -126,6 +126,8 @@ class MoeGemm:
     ) -> TileConfig:
         """Return the heuristic config; with `like`, one of the same weight layout and numerics class."""
         isa, dtype, rows = self.isa, gemm.layer.dtype, rows_per_expert(gemm, tokens)
+        if like is not None and like.kernel != NAME:
+            like = None
         layout = f"panel{max(16, 2 * isa.lanes)}" if like is None else str(like["layout"])
         dot = "bf16" if dtype == "bf16" and isa.dot_bf16 and gemm.k % 2 == 0 else "fma"
         if like is not None:
