@@ -131,9 +131,18 @@ def test_merged_takes_the_other_where_keys_are_equal() -> None:
     assert len(mine) == 2
 
 
-def test_merged_refuses_buckets_that_do_not_fit() -> None:
-    with pytest.raises(InputError, match="overlap"):
-        TuningTable((HERE,), (decision(0, 4),)).merged(TuningTable((HERE,), (decision(0, 8),)))
+def test_merged_displaces_what_the_other_overlaps_in_the_same_series() -> None:
+    elsewhere = (decision(0, 8, environment=THERE.digest), decision(0, 8, policy="fastest"))
+    mine = TuningTable((HERE, THERE), (decision(0, 2), decision(2, 8), decision(8, 16), *elsewhere))
+    other = TuningTable((HERE,), (decision(0, 4), decision(4, 6)))
+    merged = mine.merged(other)
+    assert set(merged.decisions) == {*other.decisions, decision(8, 16), *elsewhere}
+    assert set(other.merged(mine).decisions) == set(mine.decisions)
+
+
+@given(tables(), tables())
+def test_merging_tables_keeps_all_of_the_other(mine: TuningTable, other: TuningTable) -> None:
+    assert set(other.decisions) <= set(mine.merged(other).decisions)
 
 
 @given(tables())

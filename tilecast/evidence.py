@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -204,6 +204,14 @@ class Decision:
         """Sum of both default configs' medians in µs."""
         return self.up.default_us + self.down.default_us
 
+    def overlaps(self, other: Decision) -> bool:
+        """Whether both are of one series (environment, layer, policy, routing) and cover some token count alike."""
+        return (
+            self.sort_key[:4] == other.sort_key[:4]
+            and self.bucket.above < other.bucket.tokens
+            and other.bucket.above < self.bucket.tokens
+        )
+
     def choice(self, gemm: GemmName) -> Choice:
         """Return the choice for `up` or `down`."""
         return self.up if gemm == "up" else self.down
@@ -286,10 +294,12 @@ class TuningTable:
         )
 
     def merged(self, other: TuningTable) -> TuningTable:
-        """Return both tables' decisions; where keys are equal, `other` wins."""
-        mine = {decision.key: decision for decision in self.decisions}
-        mine.update({decision.key: decision for decision in other.decisions})
-        return replace(self, environments=self.environments + other.environments, decisions=tuple(mine.values()))
+        """Return both tables' decisions; where buckets of one series overlap, `other` displaces, as in a store."""
+        series: dict[tuple[str, ...], list[Decision]] = {}
+        for decision in other.decisions:
+            series.setdefault(decision.sort_key[:4], []).append(decision)
+        kept = [d for d in self.decisions if not any(new.overlaps(d) for new in series.get(d.sort_key[:4], ()))]
+        return TuningTable(self.environments + other.environments, (*kept, *other.decisions))
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON form."""

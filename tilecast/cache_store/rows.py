@@ -163,12 +163,7 @@ def settled(decisions: Iterable[Decision]) -> list[Decision]:
 
 def displaces(new: Decision, old: Decision) -> bool:
     """Whether putting `new` removes `old`: same series, other bucket, some token count in both."""
-    return (
-        new.sort_key[:4] == old.sort_key[:4]
-        and new.bucket.tokens != old.bucket.tokens
-        and new.bucket.above < old.bucket.tokens
-        and old.bucket.above < new.bucket.tokens
-    )
+    return new.bucket.tokens != old.bucket.tokens and new.overlaps(old)
 
 
 def measurement_row(measurement: Measurement) -> dict[str, Any]:
