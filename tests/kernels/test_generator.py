@@ -29,7 +29,7 @@ HERE = cpu_environment()
 def variant(isa: Isa, **changes: object) -> Variant:
     base = Variant(
         gemm="up", dtype="bf16", out="bf16", activation="silu", gated=True, bias=False, mr=4, nv=2, unroll=2,
-        panel=2 * isa.lanes, stage=False, prefetch=1, dot="", lanes=isa.lanes, fma=isa.fma,
+        panel=2 * isa.lanes, max_nv=2, stage=False, prefetch=1, dot="", lanes=isa.lanes, fma=isa.fma,
     )  # fmt: skip
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
@@ -57,10 +57,10 @@ def test_compiles_for_cpus_that_are_not_here(name: str, changes: dict[str, objec
 @pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16"])
 def test_inner_loop_of_the_default_tile_keeps_its_sums_in_registers(name: str) -> None:
     isa = CROSS[name]
-    mr, nv = moe_gemm.tile_shapes(isa, 64, "bf16")[0]
+    mr, nv = moe_gemm.tile_shapes(isa, 256, 64, "bf16")[0]
     dot = "native" if isa.dot_bf16 else ""
-    assembly = jit.compile_assembly(variant(isa, mr=mr, nv=nv, unroll=4, dot=dot), isa)
-    body = assembly[assembly.index(f"micro_{mr}:") :].split(".Lfunc_end")[0]
+    assembly = jit.compile_assembly(variant(isa, mr=mr, nv=nv, max_nv=nv, unroll=4, dot=dot), isa)
+    body = assembly[assembly.index(f"micro_{mr}x{nv}:") :].split(".Lfunc_end")[0]
     loops = [part for part in body.split("\n.LBB") if part.count("fmadd") + part.count("dpbf16") >= 4 * mr * nv]
     assert loops, "no unrolled loop was found"
     vector_spills = [line for part in loops for line in part.splitlines() if "mm" in line and "(%rsp)" in line]
@@ -125,7 +125,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fresh_variant(mr: int) -> Variant:
-    return variant(host_isa(), mr=mr, nv=1, unroll=1, panel=16)
+    return variant(host_isa(), mr=mr, nv=1, max_nv=1, unroll=1, panel=16)
 
 
 def build(v: Variant) -> int:

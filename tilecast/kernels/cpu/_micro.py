@@ -42,9 +42,14 @@ class Micro:
         return 2 if self.source == "pairs" else 1
 
     @property
-    def vector_bytes(self) -> int:
-        """Bytes of one vector of columns at one step."""
-        return self.lanes * (2 if self.source == "f16" else 4)
+    def panels(self) -> int:
+        """Panels side by side that one tile reads."""
+        return max(1, self.nv * self.lanes // self.panel)
+
+    @property
+    def lines_per_panel(self) -> int:
+        """Cache lines prefetched in each panel a turn."""
+        return -(-self.prefetch // self.panels)
 
     @property
     def column_bytes(self) -> int:
@@ -53,32 +58,33 @@ class Micro:
 
 
 def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Value:
-    """Emit `name`(a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first, later).
+    """Emit `name`(a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first, later, later_stride).
 
     a_pointers: array of `mr` row addresses, to which a_offset bytes are added; b: weights at this chunk;
-    panel_stride: bytes between neighbouring panels; steps: steps in the chunk; c: float32 totals, rows
-    c_stride bytes apart; first: 1 if the totals are to be set, not added to; later: where to prefetch from.
+    panel_stride: bytes between neighbouring panels; steps: steps in the chunk; c: float32 totals, rows c_stride
+    bytes apart; first: 1 if the totals are to be set, not added to; later: where to prefetch from, in each of
+    the panels that lie later_stride bytes apart.
     """
-    kind = ir.FunctionType(VOID, [PTR, I64, PTR, I64, I64, PTR, I64, I64, PTR])
+    kind = ir.FunctionType(VOID, [PTR, I64, PTR, I64, I64, PTR, I64, I64, PTR, I64])
     function = ir.Function(module, kind, name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     function.attributes.add("nounwind")
     emit = Emit(function, micro.lanes, fma)
-    a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first, later = function.args
+    a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first, later, later_stride = function.args
 
     a_size = 4 * (micro.step if not micro.dot else 1)
     rows = [emit.at(emit.load(a_pointers, 8 * m, PTR), a_offset) for m in range(mr)]
-    panels = max(1, micro.nv * micro.lanes // micro.panel)
-    bases = [emit.at(b, emit.imul(panel_stride, p)) for p in range(panels)]
+    bases = [emit.at(b, emit.imul(panel_stride, p)) for p in range(micro.panels)]
     zero = emit.splat(0.0)
     acc = [[emit.slot(emit.floats, zero) for _ in range(micro.nv)] for _ in range(mr)]
     pitch = micro.panel * micro.column_bytes
 
     def turn(index: Value, unroll: int) -> None:
-        at = emit.imul(emit.idiv(index, micro.unroll), CACHE_LINE * micro.prefetch)
+        at = emit.imul(emit.idiv(index, micro.unroll), CACHE_LINE * micro.lines_per_panel)
         for line in range(micro.prefetch):
-            emit.prefetch(emit.at(later, emit.iadd(at, CACHE_LINE * line)))
+            panel, offset = line % micro.panels, CACHE_LINE * (line // micro.panels)
+            emit.prefetch(emit.at(emit.at(later, emit.imul(later_stride, panel)), emit.iadd(at, offset)))
         for u in range(unroll):
             step = emit.iadd(index, u)
             _step(emit, micro, rows, bases, acc, emit.imul(step, a_size), emit.imul(step, pitch))

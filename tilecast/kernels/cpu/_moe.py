@@ -42,10 +42,21 @@ ARGS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A register tile of nr columns for blocks of `least` to `most` rows."""
+
+    nr: int
+    least: int
+    most: int
+    micro: Micro
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variant:
     """Everything that the generated code depends on; sizes and blocking are run-time arguments.
 
-    panel is 0 for plain weights; out is the dtype that `down` rounds its sums to.
+    mr, nv: the register tile; jobs of few rows use tiles of up to max_nv vectors instead, with as many sums in
+    flight. panel is 0 for plain weights; out is the dtype that `down` rounds its sums to.
     """
 
     gemm: str
@@ -56,6 +67,7 @@ class Variant:
     bias: bool
     mr: int
     nv: int
+    max_nv: int
     unroll: int
     panel: int
     stage: bool
@@ -65,9 +77,24 @@ class Variant:
     fma: bool
 
     @property
-    def nr(self) -> int:
-        """Columns of one register tile."""
-        return self.nv * self.lanes
+    def widest(self) -> int:
+        """Columns of the widest register tile."""
+        return self.tiles[0].nr
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """The register tiles, widest first: each serves jobs of up to `most` rows that the ones before do not."""
+        found: list[Tile] = []
+        nv, least = self.max_nv, 1
+        while nv > self.nv:
+            most = self.mr * self.nv // nv
+            if most >= least:
+                found.append(Tile(nr=nv * self.lanes, least=least, most=most, micro=self.micro(nv)))
+                least = most + 1
+            nv //= 2
+        # More rows than mr are cut into equal blocks, of which the smallest has half of mr.
+        least = min(least, (self.mr + 1) // 2)
+        return (*found, Tile(nr=self.nv * self.lanes, least=least, most=self.mr, micro=self.micro(self.nv)))
 
     @property
     def widens(self) -> bool:
@@ -79,22 +106,21 @@ class Variant:
         """How packed weights lie."""
         return {"fp32": "f32", "fp16": "f16", "bf16": "pairs"}[self.dtype]  # type: ignore[return-value]
 
-    @property
-    def micro(self) -> Micro:
-        """The micro-kernel's shape."""
+    def micro(self, nv: int) -> Micro:
+        """Return the micro-kernel of a tile of nv vectors."""
         if not self.stage:
             source, panel = self.packed_source, self.panel
         else:
-            source, panel = ("pairs" if self.dot else "f32"), self.nr
+            source, panel = ("pairs" if self.dot else "f32"), nv * self.lanes
         return Micro(
-            nv=self.nv, unroll=self.unroll, source=source, panel=panel, lanes=self.lanes, dot=self.dot,
+            nv=nv, unroll=self.unroll, source=source, panel=panel, lanes=self.lanes, dot=self.dot,
             prefetch=self.prefetch,
         )  # fmt: skip
 
     def scratch_layout(self, block_m: int, block_n: int) -> tuple[int, int, int, int]:
         """Return byte offsets of the stage, row pointers and totals in a thread's scratch, and its size."""
-        stage = 8 * self.nr
-        pointers = stage + 4 * FLUSH_K * self.nr
+        stage = 8 * self.widest
+        pointers = stage + 4 * FLUSH_K * self.widest
         totals = pointers + 8 * block_m
         return stage, pointers, totals, -(-(totals + 4 * block_m * block_n) // 4096) * 4096
 
@@ -103,13 +129,14 @@ class Gemm:
     """Emits one variant's entry function."""
 
     def __init__(self, module: Value, variant: Variant) -> None:
-        self.variant, self.micro = variant, variant.micro
+        self.variant, self.module = variant, module
         v = variant
-        self.micros = [emit_micro(module, f"micro_{m}", v.micro, m, v.fma) for m in range(1, v.mr + 1)]
-        self.stage = None
-        if v.stage:
-            packed = emit_stage_packed(module, v.micro, v.packed_source, v.panel, v.fma) if v.panel else None
-            self.stage = packed or emit_stage_plain(module, v.micro, v.dtype, v.fma)
+        self.micros = {
+            (tile.nr, m): emit_micro(module, f"micro_{m}x{tile.micro.nv}", tile.micro, m, v.fma)
+            for tile in v.tiles
+            for m in range(tile.least, tile.most + 1)
+        }
+        self.stages = {tile.nr: self._stage(tile.micro) for tile in v.tiles} if v.stage else {}
         function = ir.Function(module, ir.FunctionType(VOID, [PTR]), ENTRY)
         function.attributes.add("nounwind")
         self.emit = Emit(function, v.lanes, v.fma)
@@ -119,6 +146,12 @@ class Gemm:
         self.args = {
             name: self.emit.load(self.block, 8 * i, PTR if name in pointers else I64) for i, name in enumerate(ARGS)
         }
+
+    def _stage(self, micro: Micro) -> Value:
+        v, name = self.variant, f"stage_{micro.nv}"
+        if v.panel:
+            return emit_stage_packed(self.module, name, micro, v.packed_source, v.panel, v.fma)
+        return emit_stage_plain(self.module, name, micro, v.dtype, v.fma)
 
     def build(self) -> None:
         """Emit the phases."""
@@ -212,71 +245,88 @@ class Gemm:
             pointer = emit.at(base, emit.imul(row, args["row_stride"]))
             emit.store(pointer, self.row_pointers, emit.imul(r, 8))
         weights = emit.at(args["weights"], emit.imul(expert, args["expert_stride"]))
-        blocks = emit.ceil_div(rows, v.mr)
-        with emit.loop(0, args["k_padded"], args["block_k"]) as k0:
-            k1 = emit.imin(args["k_padded"], emit.iadd(k0, args["block_k"]))
-            with emit.loop(0, columns, v.nr) as column:
-                if not v.panel:
-                    self._point_at_weight_rows(weights, emit.iadd(column0, column))
-                with emit.loop(k0, k1, FLUSH_K) as k:
-                    length = emit.imin(i64(FLUSH_K), emit.isub(k1, k))
-                    b, raw = self._chunk(weights, emit.iadd(column0, column), k, length)
-                    self._row_blocks(b, raw, column, k, length, rows, blocks)
+        after = emit.function.append_basic_block("tiles_done")
+        *wider, narrowest = v.tiles
+        for tile in (*wider, narrowest):
+            other = None
+            if tile is not narrowest:
+                this, other = (emit.function.append_basic_block(name) for name in ("tile", "narrower"))
+                emit.cbranch(emit.icmp_unsigned("<=", rows, i64(tile.most)), this, other)
+                emit.position_at_end(this)
+            self._product(tile, weights, column0, columns, rows)
+            emit.branch(after)
+            emit.position_at_end(other or after)
         self._epilogue(expert, first_slot, rows, column0, columns)
 
-    def _chunk(self, weights: Value, column: Value, k: Value, length: Value) -> tuple[Value, Value]:
+    def _product(self, tile: Tile, weights: Value, column0: Value, columns: Value, rows: Value) -> None:
+        """Multiply a job's rows with its columns, tile by tile, into the totals."""
+        emit, args = self.emit, self.args
+        with emit.loop(0, args["k_padded"], args["block_k"]) as k0:
+            k1 = emit.imin(args["k_padded"], emit.iadd(k0, args["block_k"]))
+            with emit.loop(0, columns, tile.nr) as column:
+                if not self.variant.panel:
+                    self._point_at_weight_rows(tile, weights, emit.iadd(column0, column))
+                with emit.loop(k0, k1, FLUSH_K) as k:
+                    length = emit.imin(i64(FLUSH_K), emit.isub(k1, k))
+                    b, raw = self._chunk(tile, weights, emit.iadd(column0, column), k, length)
+                    self._row_blocks(tile, b, raw, column, k, length, rows)
+
+    def _chunk(self, tile: Tile, weights: Value, column: Value, k: Value, length: Value) -> tuple[Value, Value]:
         """Return the address of a chunk of weights, staged if the variant stages, and the unstaged one."""
         emit, v = self.emit, self.variant
         if not v.panel:
             size = DTYPES[v.dtype]
-            steps = emit.idiv(length, self.micro.step)
-            emit.builder.call(self.stage, [self.weight_rows, emit.imul(k, size), steps, self.staged])
+            steps = emit.idiv(length, tile.micro.step)
+            operands = [self.weight_rows, emit.imul(k, size), steps, self.staged]
+            emit.builder.call(self.stages[tile.nr], operands)
             return self.staged, self.staged
-        packed = Micro(nv=v.nv, unroll=1, source=v.packed_source, panel=v.panel, lanes=v.lanes)
+        packed = Micro(nv=1, unroll=1, source=v.packed_source, panel=v.panel, lanes=v.lanes)
         at = emit.imul(emit.udiv(column, i64(v.panel)), self.args["panel_stride"])
         at = emit.iadd(at, emit.imul(emit.urem(column, i64(v.panel)), packed.column_bytes))
         at = emit.iadd(at, emit.imul(emit.idiv(k, packed.step), v.panel * packed.column_bytes))
         b = emit.at(weights, at)
         if not v.stage:
             return b, b
-        steps = emit.idiv(length, packed.step)
-        emit.builder.call(self.stage, [b, self.args["panel_stride"], steps, self.staged])
+        operands = [b, self.args["panel_stride"], emit.idiv(length, packed.step), self.staged]
+        emit.builder.call(self.stages[tile.nr], operands)
         return self.staged, b
 
     def _row_blocks(
-        self, b: Value, raw: Value, column: Value, k: Value, length: Value, rows: Value, blocks: Value
+        self, tile: Tile, b: Value, raw: Value, column: Value, k: Value, length: Value, rows: Value
     ) -> None:
         """Run the micro-kernel over the rows, cut into blocks whose sizes differ by at most one."""
-        emit, v = self.emit, self.variant
+        emit, v, args = self.emit, self.variant, self.args
         a_offset = emit.imul(k, 2 if v.dot else 4)
-        steps = emit.idiv(length, self.micro.step)
+        steps = emit.idiv(length, tile.micro.step)
         first = emit.zext(emit.icmp_unsigned("==", k, i64(0)), I64)
+        # Each block of rows prefetches its part of the chunk that follows in each panel, until all is asked for.
+        part = emit.imul(emit.ceil_div(steps, v.unroll), CACHE_LINE * tile.micro.lines_per_panel)
+        chunk = emit.imul(length, v.panel * DTYPES[v.dtype])
+        blocks = emit.ceil_div(rows, tile.most)
         with emit.loop(0, blocks) as i:
             start = emit.udiv(emit.imul(i, rows), blocks)
             size = emit.isub(emit.udiv(emit.imul(emit.iadd(i, 1), rows), blocks), start)
             c = emit.at(self.totals, emit.iadd(emit.imul(start, self.totals_stride), emit.imul(column, 4)))
             a = emit.at(self.row_pointers, emit.imul(start, 8))
-            # Each block of rows prefetches its part of the chunk that follows in memory, until all of it is asked for.
-            part = emit.imul(emit.ceil_div(steps, v.unroll), CACHE_LINE * v.prefetch)
-            chunk = emit.imul(length, v.nr * DTYPES[v.dtype])
             done = emit.imul(i, part)
-            later = emit.at(raw, emit.select(emit.icmp_unsigned("<", done, chunk), emit.iadd(chunk, done), i64(0)))
+            ahead = emit.select(emit.icmp_unsigned("<", done, chunk), emit.iadd(chunk, done), i64(0))
+            operands = [a, a_offset, b, args["panel_stride"], steps, c, self.totals_stride, first]
+            operands += [emit.at(raw, ahead), args["panel_stride"]]
             after = emit.function.append_basic_block("after")
             switch = emit.builder.switch(size, after)
-            for m, micro in enumerate(self.micros, start=1):
+            for m in range(tile.least, tile.most + 1):
                 case = emit.function.append_basic_block(f"rows_{m}")
                 switch.add_case(i64(m), case)
                 emit.builder.position_at_end(case)
-                operands = [a, a_offset, b, self.args["panel_stride"], steps, c, self.totals_stride, first, later]
-                emit.builder.call(micro, operands)
+                emit.builder.call(self.micros[tile.nr, m], operands)
                 emit.builder.branch(after)
             emit.builder.position_at_end(after)
 
-    def _point_at_weight_rows(self, weights: Value, column: Value) -> None:
+    def _point_at_weight_rows(self, tile: Tile, weights: Value, column: Value) -> None:
         """Note the plain rows behind a tile's columns; padding columns point at row 0 and are never stored."""
         emit, v, args = self.emit, self.variant, self.args
         row_bytes = emit.imul(args["k"], DTYPES[v.dtype])
-        with emit.loop(0, i64(v.nr)) as c:
+        with emit.loop(0, i64(tile.nr)) as c:
             at = emit.iadd(column, c)
             if v.gemm == "up" and v.gated:
                 group = emit.idiv(at, 2 * v.lanes)

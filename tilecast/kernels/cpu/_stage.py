@@ -15,14 +15,14 @@ from tilecast.problem import DTYPES
 ONE = {"bf16": ir.IntType(16), "fp16": ir.HalfType(), "fp32": ir.FloatType()}
 
 
-def emit_stage_packed(module: Value, micro: Micro, source: Source, panel: int, fma: bool) -> Value:
-    """Emit `stage`(b, panel_stride, steps, scratch): packed panels to float32 rows of nv · lanes columns."""
-    function = ir.Function(module, ir.FunctionType(VOID, [PTR, I64, I64, PTR]), "stage")
+def emit_stage_packed(module: Value, name: str, micro: Micro, source: Source, panel: int, fma: bool) -> Value:
+    """Emit `name`(b, panel_stride, steps, scratch): packed panels to float32 rows of nv · lanes columns."""
+    function = ir.Function(module, ir.FunctionType(VOID, [PTR, I64, I64, PTR]), name)
     function.linkage = "internal"
     emit = Emit(function, micro.lanes, fma)
     b, panel_stride, steps, scratch = function.args
     packed = Micro(nv=micro.nv, unroll=1, source=source, panel=panel, lanes=micro.lanes)
-    bases = [emit.at(b, emit.imul(panel_stride, p)) for p in range(max(1, micro.nv * micro.lanes // panel))]
+    bases = [emit.at(b, emit.imul(panel_stride, p)) for p in range(packed.panels)]
     row_bytes = 4 * micro.nv * micro.lanes
     with emit.loop(0, steps) as step:
         at = emit.imul(step, panel * packed.column_bytes)
@@ -36,13 +36,13 @@ def emit_stage_packed(module: Value, micro: Micro, source: Source, panel: int, f
     return function
 
 
-def emit_stage_plain(module: Value, micro: Micro, dtype: str, fma: bool) -> Value:
-    """Emit `stage`(row_pointers, byte offset of the chunk, steps, scratch): transpose plain rows.
+def emit_stage_plain(module: Value, name: str, micro: Micro, dtype: str, fma: bool) -> Value:
+    """Emit `name`(row_pointers, byte offset of the chunk, steps, scratch): transpose plain rows.
 
     row_pointers holds nv · lanes addresses of weight rows. The scratch becomes rows of nv · lanes words: float32
     values at k, or words of two bf16 at (k, k + 1) where the micro-kernel takes pairs (`steps` counts those).
     """
-    function = ir.Function(module, ir.FunctionType(VOID, [PTR, I64, I64, PTR]), "stage")
+    function = ir.Function(module, ir.FunctionType(VOID, [PTR, I64, I64, PTR]), name)
     function.linkage = "internal"
     emit = Emit(function, micro.lanes, fma)
     pointers, offset, steps, scratch = function.args

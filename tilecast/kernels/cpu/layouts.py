@@ -7,9 +7,16 @@ then the `lanes` up columns that belong to them. Columns are padded with zeros t
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import torch
 
 from tilecast.problem import ExpertGemm
+
+PAGE_BYTES = 4096
+MADV_HUGEPAGE = 14
+"""From Linux's uapi/asm-generic/mman-common.h; the same number on every architecture Tilecast runs on."""
 
 
 def padded_columns(gemm: ExpertGemm, lanes: int) -> int:
@@ -44,7 +51,7 @@ def pack_panels(weights: torch.Tensor, gemm: ExpertGemm, panel: int, lanes: int)
     order = column_order(gemm, lanes)
     columns, depth, per_step = len(order), padded_k(gemm, pairs=pairs), 2 if pairs else 1
     shape = (experts, columns // panel, depth // per_step, panel, per_step)
-    packed = torch.empty(shape, dtype=weights.dtype)
+    packed = _empty_on_large_pages(shape, weights.dtype)
     present, rows = order >= 0, order.clamp(min=0)
     for expert in range(experts):
         padded = torch.zeros(columns, depth, dtype=weights.dtype)
@@ -52,6 +59,17 @@ def pack_panels(weights: torch.Tensor, gemm: ExpertGemm, panel: int, lanes: int)
         padded[~present] = 0
         packed[expert] = padded.view(columns // panel, panel, depth // per_step, per_step).transpose(1, 2)
     return packed
+
+
+def _empty_on_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Allocate, and ask Linux for large pages before the first touch: weights are streamed, page walks cost."""
+    tensor = torch.empty(shape, dtype=dtype)
+    begin = -(-tensor.data_ptr() // PAGE_BYTES) * PAGE_BYTES
+    size = tensor.data_ptr() + tensor.numel() * tensor.itemsize - begin
+    if sys.platform == "linux" and size > 0:
+        # Advice only: where it is refused, everything works as before.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_HUGEPAGE)
+    return tensor
 
 
 def pack_bias(bias: torch.Tensor, gemm: ExpertGemm, lanes: int) -> torch.Tensor:

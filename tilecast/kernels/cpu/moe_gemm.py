@@ -17,6 +17,7 @@ import torch
 from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, InputError
+from tilecast.kernels.cpu._micro import CACHE_LINE
 from tilecast.kernels.cpu._moe import ARGS, FLUSH_K, Variant
 from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.kernels.cpu.jit import available_threads, load_variant, run
@@ -35,11 +36,11 @@ BLOCK_M = 256
 class MoeGemm:
     """The generator's kernel. Parameters:
 
-    mr, nv: rows and vectors of columns held in registers; unroll: k steps per turn; layout: `plain` or
-    `panelN` (N columns a panel); stage: 1 if weights are first brought into float32 scratch; prefetch: cache
-    lines asked for ahead, a turn; block_n: columns of one job; block_k: K that one job covers before it moves
-    to its next tile (0 = all); dot: `fma`, or `bf16` for the pairwise dot product; threads: at most so many
-    (0 = all that torch uses).
+    mr, nv: rows and vectors of columns held in registers (a job of few rows takes wider tiles of as many sums);
+    unroll: k steps per turn; layout: `plain` or `panelN` (N columns a panel); stage: 1 if weights are first
+    brought into scratch; prefetch: cache lines asked for ahead, a turn; block_n: columns of one job; block_k: K
+    that one job covers before it moves to its next tile (0 = all); dot: `fma`, or `bf16` for the pairwise dot
+    product; threads: at most so many (0 = all that torch uses).
     """
 
     name = NAME
@@ -88,8 +89,8 @@ class MoeGemm:
         live = mr * nv + nv + 1
         if live > isa.registers + nv:
             return f"{mr}×{nv} accumulators and {nv + 1} operands do not fit {isa.registers} registers"
-        if layout == PLAIN and not stage:
-            return "plain weights have to be staged"
+        if layout == PLAIN and (not stage or config["prefetch"]):
+            return "plain weights have to be staged" if not stage else "plain weights are not prefetched"
         if layout != PLAIN and stage and (gemm.layer.dtype == "fp32" or dot == "bf16"):
             return "packed weights of this form need no staging"
         if layout != PLAIN and (panel := panel_columns(str(layout))) and max(panel, nr) % min(panel, nr):
@@ -102,22 +103,23 @@ class MoeGemm:
 
     def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
         """Yield every config worth considering for this many tokens, in a fixed order; some may be invalid."""
-        isa, rows = self.isa, rows_per_expert(gemm, tokens)
-        dots = ("bf16", "fma") if gemm.layer.dtype == "bf16" and isa.dot_bf16 else ("fma",)
+        isa, dtype, rows = self.isa, gemm.layer.dtype, rows_per_expert(gemm, tokens)
+        dots = ("bf16", "fma") if dtype == "bf16" and isa.dot_bf16 else ("fma",)
         narrow, wide = (f"panel{max(16, vectors * isa.lanes)}" for vectors in (2, 4))
-        shapes, many = tile_shapes(isa, rows, gemm.layer.dtype), rows > 6
+        shapes, many = tile_shapes(isa, tokens, rows, dtype), rows > 6
         for dot, layout, (mr, nv) in product(dots, dict.fromkeys((narrow, wide, PLAIN)), shapes):
-            favourite = (mr, nv) in shapes[:2]
+            favourite, unroll = (mr, nv) in shapes[:2], 2 if nv > 2 else 4
             if layout != narrow and not favourite:
                 continue
+            keeps_up = prefetch_lines(isa, nv, unroll, dtype)
             for block_n, prefetch, stage, block_k in product(
                 (64, 256),
-                (0,) if layout == PLAIN else (1, 4) if many else (0, 4),
+                (0,) if layout == PLAIN else (1, keeps_up) if many else (0, keeps_up),
                 (1,) if layout == PLAIN else (0, 1) if many and layout == narrow else (0,),
                 (0, 512) if many and favourite and layout == narrow else (0,),
             ):
                 yield self._config(
-                    mr=mr, nv=nv, unroll=2 if nv > 2 else 4, layout=layout, stage=stage,
+                    mr=mr, nv=nv, unroll=unroll, layout=layout, stage=stage,
                     block_n=max(block_n, nv * isa.lanes), block_k=block_k, prefetch=prefetch, dot=dot,
                 )  # fmt: skip
 
@@ -132,13 +134,16 @@ class MoeGemm:
         dot = "bf16" if dtype == "bf16" and isa.dot_bf16 and gemm.k % 2 == 0 else "fma"
         if like is not None:
             dot = str(like["dot"])
-        mr, nv = tile_shapes(isa, rows, dtype)[0]
-        stage = int(layout == PLAIN)
-        block_n = max(64 if rows == 1 else 256, nv * isa.lanes)
-        prefetch = 0 if layout == PLAIN else 1 if rows > mr else 4 if rows > 1 else 0
+        mr, nv = tile_shapes(isa, tokens, rows, dtype)[0]
+        unroll = 2 if nv > 2 else 4
+        prefetch = 1 if rows > 6 else prefetch_lines(isa, nv, unroll, dtype) if rows > 1 else 0
+        active = min(gemm.layer.experts, tokens * gemm.layer.top_k)
+        jobs = active * padded_columns(gemm, isa.lanes) // 256
+        enough = jobs >= 8 * max(1, environment.threads)
         return self._config(
-            mr=mr, nv=nv, unroll=2 if nv > 2 else 4, layout=layout, stage=stage,
-            block_n=block_n, block_k=0, prefetch=prefetch, dot=dot,
+            mr=mr, nv=nv, unroll=unroll, layout=layout, stage=int(layout == PLAIN),
+            block_n=max(256 if enough else 64, nv * isa.lanes), block_k=0,
+            prefetch=0 if layout == PLAIN else prefetch, dot=dot,
         )  # fmt: skip
 
     def _config(self, **params: ParamValue) -> TileConfig:
@@ -217,17 +222,24 @@ def rows_per_expert(gemm: ExpertGemm, tokens: int) -> int:
     return max(1, -(-tokens * layer.top_k // layer.global_experts))
 
 
-def tile_shapes(isa: Isa, rows: int, dtype: str) -> tuple[tuple[int, int], ...]:
+def prefetch_lines(isa: Isa, nv: int, unroll: int, dtype: str) -> int:
+    """Return the cache lines that a tile's loop consumes a turn, as far as the domain of `prefetch` goes."""
+    consumed = unroll * nv * isa.lanes * (2 if dtype == "fp16" else 4) // CACHE_LINE
+    return max(lines for lines in (1, 2, 4, 8) if lines <= max(1, consumed))
+
+
+def tile_shapes(isa: Isa, tokens: int, rows: int, dtype: str) -> tuple[tuple[int, int], ...]:
     """Return the register tiles (rows, vectors) worth trying for this many rows of one expert, likeliest first."""
     wide = isa.registers > 16
-    if rows == 1:
+    if tokens == 1:
         return ((1, 8), (1, 4), (2, 4), (3, 4))
-    if rows <= 6:
-        return ((8, 2), (6, 4), (4, 4), (2, 8), (1, 8)) if wide else ((6, 2), (4, 2), (3, 4), (2, 4), (1, 8))
     if wide:
-        return (12, 2), (14, 2), (8, 2), (6, 4), (4, 4)
+        few, many = ((8, 2), (6, 4), (4, 4), (2, 8), (1, 8)), ((12, 2), (14, 2), (8, 2), (6, 4), (4, 4))
+        return ((4, 4), (8, 2), (6, 4), (2, 8), (1, 8)) if rows == 1 else few if rows <= 6 else many
     # Widening two words of bf16 takes the registers of a sixth row.
     first = ((5, 2), (6, 2)) if dtype == "bf16" else ((6, 2), (5, 2))
+    if rows == 1:
+        return ((3, 4), first[0], (4, 2), (2, 4), (1, 8))
     return (*first, (4, 2), (3, 4), (2, 4))
 
 
@@ -243,9 +255,13 @@ class _Plan:
         gemm, layer = weights.gemm, weights.gemm.layer
         panel = 0 if weights.layout == PLAIN else panel_columns(weights.layout)
         dot = "native" if config["dot"] == "bf16" else ""
+        columns = padded_columns(gemm, isa.lanes)
+        block_n = min(config.integer("block_n"), columns)
+        nv = config.integer("nv")
         self.variant = Variant(
             gemm=gemm.name, dtype=layer.dtype, out=out_dtype, activation=layer.activation if gemm.name == "up" else "",
-            gated=layer.gated, bias=weights.bias is not None, mr=config.integer("mr"), nv=config.integer("nv"),
+            gated=layer.gated, bias=weights.bias is not None, mr=config.integer("mr"), nv=nv,
+            max_nv=max(nv, min(8, block_n // isa.lanes)),
             unroll=config.integer("unroll"), panel=panel, stage=bool(config["stage"]), dot=dot,
             prefetch=config.integer("prefetch"),
             lanes=isa.lanes, fma=isa.fma,
@@ -254,9 +270,7 @@ class _Plan:
         self.bias = pack_bias(weights.bias, gemm, isa.lanes) if weights.bias is not None else None
         pairs = panel > 0 and layer.dtype == "bf16"
         depth, size = padded_k(gemm, pairs=pairs), DTYPES[layer.dtype]
-        columns = padded_columns(gemm, isa.lanes)
         row_bytes = 4 * depth if self.variant.widens else size * gemm.k
-        block_n = min(config.integer("block_n"), columns)
         _, _, _, self.scratch_bytes = self.variant.scratch_layout(BLOCK_M, block_n)
         self.depth, self.k, self.dtype = depth, gemm.k, TORCH_DTYPES[layer.dtype]
         self.width = layer.intermediate if gemm.name == "up" else layer.hidden
