@@ -131,7 +131,7 @@ def test_export_leaves_other_files_alone(cli: Command, table: Path, tmp_path: Pa
     other.write_text("keep me")
     cli("cache", "export", table, other).failed(3, "notes.txt")
     cli("tune", SPEC, "--export", other).failed(3, "notes.txt")
-    cli("tune", SPEC, "--export", tmp_path).failed(3, "folder")
+    cli("tune", SPEC, "--export", tmp_path).failed(3, "--export", "directory")
     assert other.read_text() == "keep me"
 
 

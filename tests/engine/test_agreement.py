@@ -69,6 +69,31 @@ def test_missing_buckets_keep_the_layout_of_the_decided_ones(tmp_path: Path) -> 
     assert here.table.decisions[0].to_json() == table.decisions[0].to_json()
 
 
+def test_tuning_the_rest_of_a_table_keeps_what_was_tuned_on_another_number_of_threads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "in.db"
+    export_table(decided(LAYER, tokens=(4,), environment=replace(HERE, threads=77)), path)
+    with caplog.at_level("WARNING"):
+        here = start(tmp_path, MemoryStore(), import_from=str(path), tune=TuneSettings(tokens=(4, 8)))
+    assert [b.tokens for b in here.buckets(LAYER)] == [4, 8]
+    assert here.lookup(LAYER, 3).hit and here.lookup(LAYER, 8).hit
+
+
+def test_a_start_logs_in_one_line_where_the_table_was_tuned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "in.db"
+    export_table(decided(LAYER, environment=replace(HERE, threads=77)), path)
+    with caplog.at_level("WARNING"):
+        start(tmp_path, import_from=str(path))
+    assert len(caplog.records) == 1 and "bits do not" in caplog.records[0].getMessage()
+
+
+def test_a_cache_folder_that_cannot_be_made_is_a_cache_error(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(CacheError, match="cache"):
+        start(tmp_path, tune=TuneSettings(tokens=(1,)))
+
+
 def test_what_is_covered_is_not_tuned_again(tmp_path: Path) -> None:
     path = tmp_path / "in.db"
     export_table(decided(LAYER, tokens=(1, 4)), path)
@@ -107,10 +132,16 @@ def test_fresh_tuning_measures_again(tmp_path: Path) -> None:
 def test_an_export_that_cannot_be_written_fails_before_anything_is_measured(tmp_path: Path) -> None:
     store = MemoryStore()
     tune = TuneSettings(tokens=(1,))
-    with pytest.raises(CacheError, match=r"cannot export to .* no folder"):
-        start(tmp_path, store, tune=tune, export_to=str(tmp_path / "no" / "x.db"))
-    with pytest.raises(CacheError, match=r"cannot export to .* not a file"):
-        start(tmp_path, store, tune=tune, export_to=str(tmp_path))
+    notes = tmp_path / "notes.txt"
+    notes.write_text("keep me" * 100)
+    for path, reason in (
+        (tmp_path / "no" / "x.db", "cannot be written"),
+        (tmp_path, "is a directory"),
+        (notes, "some other file"),
+    ):
+        with pytest.raises(CacheError, match=reason):
+            start(tmp_path, store, tune=tune, export_to=str(path))
+    assert notes.read_text().startswith("keep me")
     assert store.measurements() == []
 
 

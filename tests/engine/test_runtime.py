@@ -143,13 +143,46 @@ def test_a_table_of_another_device_is_refused_with_the_field(field: str) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_soft_differences_are_allowed_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    there = replace(HERE, system="another system", threads=77)
+@pytest.mark.parametrize(
+    ("changes", "effect"),
+    [
+        ({"system": "another system", "threads": 77}, "times may differ, bits do not"),
+        ({"torch": f"{HERE.torch}.post9", "threads": 77}, "tune it here to be sure of times and bits"),
+    ],
+)
+def test_soft_differences_are_allowed_and_logged_once(
+    caplog: pytest.LogCaptureFixture, changes: dict[str, object], effect: str
+) -> None:
+    there = replace(HERE, **changes)  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
-        here = built(decided(LAYER, environment=there))
+        here = use_table(decided(LAYER, environment=there))
         assert here.lookup(LAYER, 1).hit and here.lookup(LAYER, 2).hit
-    assert [r.getMessage() for r in caplog.records if "another system" in r.getMessage() and "77" in r.getMessage()]
-    assert len(caplog.records) == 1
+        here.with_policy("fastest")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"threads '77' (here '{HERE.threads}')" in line and line.endswith(effect)
+
+
+def test_gaps_are_filled_from_environments_that_differ_softly() -> None:
+    """What was tuned here in addition must not hide what came with the table."""
+    there = replace(HERE, threads=77)
+    foreign = decided(LAYER, tokens=(4, 16), environment=there, choose=marked)
+    here = built(foreign.merged(decided(LAYER, tokens=(8,))))
+    # 1-8 was decided here; 5-16 overlaps it, and so does 1-4.
+    assert here.buckets(LAYER) == (Bucket(above=0, tokens=8),)
+    apart = TuningTable(foreign.environments, tuple(d for d in foreign.decisions if d.bucket.tokens == 16))
+    here = built(apart.merged(decided(LAYER, tokens=(4,))))
+    assert [b.tokens for b in here.buckets(LAYER)] == [4, 16]
+    assert here.lookup(LAYER, 3).up == default_config(LAYER.up, 4)
+    assert here.lookup(LAYER, 9).up == marked(LAYER.up, 16)
+
+
+def test_what_has_another_layout_elsewhere_fills_no_gap() -> None:
+    there = replace(HERE, threads=77)
+    other = decided(
+        LAYER, tokens=(4, 16), environment=there, choose=lambda g, t: default_config(g, t).with_params(layout="panel16")
+    )
+    mine = decided(LAYER, tokens=(4,), choose=lambda g, t: default_config(g, t).with_params(layout="panel32"))
+    assert [b.tokens for b in built(mine.merged(other)).buckets(LAYER)] == [4]
 
 
 def test_the_closest_environment_decides_a_layer() -> None:

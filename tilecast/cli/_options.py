@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -146,21 +144,10 @@ def parse_token_option(text: str | None, default: tuple[int, ...]) -> tuple[int,
 
 def check_writable(option: str, path: Path) -> None:
     """Raise CacheError unless a table can be put at `path`: found out before, not after, the work for it is done."""
-    from tilecast.cache_store.files import read_header, regular_size
+    # Imported here, so that completion and --help do not load the store.
+    from tilecast.cache_store.bundle import check_exportable
 
-    path = path.expanduser()
-    folder = path.parent
-    if path.is_dir():
-        raise CacheError(f"{option} {path} is a folder, expected the path of a file")
-    if not folder.is_dir():
-        raise CacheError(f"{option} {path} cannot be written: there is no folder {folder}; create it first")
-    if regular_size(path) and not read_header(path).is_export:
-        raise CacheError(f"{option} {path} holds something else than an exported table; choose another path")
     try:
-        # Permissions alone do not tell about read-only file systems and full quotas.
-        handle, probe = tempfile.mkstemp(prefix=".tilecast-", dir=folder)
-    except OSError as error:
-        reason = error.strerror or error
-        raise CacheError(f"{option} {path} cannot be written: {reason}; choose another path") from None
-    os.close(handle)
-    os.unlink(probe)
+        check_exportable(path)
+    except CacheError as error:
+        raise CacheError(f"{option} {error}") from None

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json, canonical_json
 from tilecast.engine.group import Group
 from tilecast.engine.runtime import Runtime, default_registry, missing_buckets, spans, use_runtime
 from tilecast.environment import Environment, cpu_environment
-from tilecast.errors import AgreementError, CacheError
+from tilecast.errors import AgreementError
 from tilecast.evidence import TuningTable
 from tilecast.kernels.spec import Registry
 from tilecast.problem import Bucket, ExpertLayer
@@ -156,6 +154,8 @@ def startup(
             from tilecast.cache_store.bundle import export_table
 
             export_table(table, chosen.export_to)
+        if mine.rank == 0:
+            runtime.log_differences()
         # Nobody starts to serve before rank 0 has written: an export that fails ends all.
         mine.gather("ready", b"")
     # Only now, so that a start that failed leaves what was in use as it was.
@@ -195,22 +195,15 @@ def _build(table: TuningTable, here: Environment, registry: Registry, settings: 
 
 
 def _read(settings: Settings) -> TuningTable | None:
-    if settings.export_to is not None:
-        _check_writable(settings.export_to)
-    if settings.import_from is None:
+    if settings.export_to is None and settings.import_from is None:
         return None
-    from tilecast.cache_store.bundle import import_table
+    # Imported here: most processes neither import nor export.
+    from tilecast.cache_store.bundle import check_exportable, import_table
 
-    return import_table(settings.import_from)
-
-
-def _check_writable(path: str) -> None:
-    """Fail before the tuning, not after it."""
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise CacheError(f"cannot export to {path}: there is no folder {folder}; create it")
-    if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise CacheError(f"cannot export to {path}: it is not a file that can be written; choose another path")
+    if settings.export_to is not None:
+        # Found out now, not after the tuning.
+        check_exportable(settings.export_to)
+    return None if settings.import_from is None else import_table(settings.import_from)
 
 
 def _tune(
@@ -229,7 +222,6 @@ def _tune(
 
     opened = None
     if group.rank == 0 and store is None:
-        settings.cache_dir.mkdir(parents=True, exist_ok=True)
         opened = store = open_store(settings.cache_dir / "store.db")
     try:
         return tune_missing(runtime, missing, store, group, measurer=measurer, budget_s=budget_s, progress=progress)

@@ -16,7 +16,7 @@ from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import ConfigError, CoverageError
 from tilecast.evidence import POLICIES, Decision, TuningTable
 from tilecast.kernels.spec import PLAIN, Kernel, Registry, numerics_class
-from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, TileConfig, check_int, check_name
+from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, TileConfig, check_int, check_name, tokens_text
 from tilecast.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,9 @@ MISS_MODES = ("default", "error", "tune")
 
 MAX_MISSES = 1 << 16
 """How many distinct misses are remembered, so that a long-lived process cannot grow without bound."""
+
+BITLESS_FIELDS = frozenset({"threads", "system", "llc_bytes"})
+"""Soft fields of an environment that no numerics class depends on: they change times only."""
 
 ANCHOR_TOKENS = 1
 """The token count whose default config sets the weight layout and numerics class of an undecided layer."""
@@ -91,7 +94,7 @@ class Runtime:
 
         Raises ConfigError for a config that cannot run here (the message names the entry), CoverageError when
         the table holds decisions but only for other devices or toolchains, InputError for an unknown policy
-        or miss mode. Soft differences between environments are logged.
+        or miss mode.
         """
         check_name("policy", policy, POLICIES)
         check_name("miss mode", miss, MISS_MODES)
@@ -109,10 +112,13 @@ class Runtime:
         self._forgotten_misses = 0
         self._anchors: dict[ExpertLayer, Entry] = {}
         usable = _usable_environments(table, environment)
-        decisions = [d for d in table.decisions if d.environment in usable]
+        self.differences = environment.compare(usable[0]) if usable else ()
+        """The soft fields in which the closest environment of the table differs from this one."""
+        order = {e.digest: place for place, e in enumerate(usable)}
+        decisions = [d for d in table.decisions if d.environment in order]
         for decision in decisions:
             self._validate(decision)
-        self._index = self._build_index(decisions, usable)
+        self._index = self._build_index(decisions, order)
 
     def lookup(self, layer: ExpertLayer, tokens: int) -> Entry:
         """Return what runs `layer` for `tokens` (at least 1).
@@ -170,6 +176,15 @@ class Runtime:
         found = [Miss(layer, tokens, m.count, m.entry.reason) for (layer, tokens), m in self._missed.items()]
         return tuple(sorted(found, key=lambda m: (-m.count, m.layer.digest, m.tokens)))
 
+    def log_differences(self) -> None:
+        """Log in one line where the table was tuned, if not quite here; nothing if no field differs."""
+        if not self.differences:
+            return
+        fields = ", ".join(f"{m.field} {m.there!r} (here {m.here!r})" for m in self.differences)
+        harmless = self.policy == "reproducible" and {m.field for m in self.differences} <= BITLESS_FIELDS
+        effect = "times may differ, bits do not" if harmless else "tune it here to be sure of times and bits"
+        logger.warning("the table was tuned with %s: %s", fields, effect)
+
     @property
     def miss_count(self) -> int:
         """How many lookups missed, those too many to be remembered one by one included."""
@@ -206,10 +221,10 @@ class Runtime:
 
     def _reason(self, layer: ExpertLayer, tokens: int) -> str:
         if not self.table.decisions:
-            return f"no table is in use, so nothing is decided for {layer.label} at {tokens} tokens"
+            return f"no table is in use, so nothing is decided for {layer.label} at {tokens_text(tokens)}"
         covered = self.buckets(layer)
         if covered:
-            return f"no decision for {layer.label} covers {tokens} tokens; covered: {spans(covered)}"
+            return f"no decision for {layer.label} covers {tokens_text(tokens)}; covered: {spans(covered)}"
         others = {(d.policy, d.routing) for d in self.table.decisions if d.layer == layer}
         if others:
             seen = ", ".join(sorted(f"{policy}/{routing}" for policy, routing in others))
@@ -226,20 +241,26 @@ class Runtime:
 
     def _build_index(self, decisions: list[Decision], order: dict[str, int]) -> dict[ExpertLayer, _Series]:
         wanted = [d for d in decisions if (d.policy, d.routing) == (self.policy, self.routing)]
-        best: dict[ExpertLayer, int] = {}
+        layers: dict[ExpertLayer, dict[int, list[Decision]]] = {}
         for decision in wanted:
-            rank = order[decision.environment]
-            best[decision.layer] = min(rank, best.get(decision.layer, rank))
-        groups: dict[ExpertLayer, list[Decision]] = {}
-        for decision in wanted:
-            # One environment per layer: buckets of two environments could overlap or differ in class.
-            if order[decision.environment] == best[decision.layer]:
-                groups.setdefault(decision.layer, []).append(decision)
-        return {layer: self._series(layer, group) for layer, group in groups.items()}
+            layers.setdefault(decision.layer, {}).setdefault(order[decision.environment], []).append(decision)
+        return {layer: self._series(layer, self._closest(layer, places)) for layer, places in layers.items()}
+
+    def _closest(self, layer: ExpertLayer, places: dict[int, list[Decision]]) -> list[Decision]:
+        """Return the decisions of the closest environment, and of the others what fills its gaps and fits it."""
+        first, *others = (places[place] for place in sorted(places))
+        for gemm in layer.gemms:
+            self._check_uniform(gemm, first)
+        chosen = list(first)
+        for decision in (d for group in others for d in group):
+            covered = any(
+                decision.bucket.above < c.bucket.tokens and c.bucket.above < decision.bucket.tokens for c in chosen
+            )
+            if not covered and all(self._kind(g, decision) == self._kind(g, first[0]) for g in layer.gemms):
+                chosen.append(decision)
+        return sorted(chosen, key=lambda d: d.bucket.tokens)
 
     def _series(self, layer: ExpertLayer, decisions: list[Decision]) -> _Series:
-        for gemm in layer.gemms:
-            self._check_uniform(gemm, decisions)
         entries = tuple(
             Entry(
                 up_kernel=self.registry[d.up.config.kernel],
@@ -253,26 +274,30 @@ class Runtime:
         return _Series(tuple(d.bucket.tokens for d in decisions), tuple(d.bucket.above for d in decisions), entries)
 
     def _check_uniform(self, gemm: ExpertGemm, decisions: list[Decision]) -> None:
-        """Weights are stored once per layer, so all its buckets must read one layout; likewise one class."""
-        seen: tuple[str, str] | None = None
+        wanted = self._kind(gemm, decisions[0])
         for decision in decisions:
-            config = decision.choice(gemm.name).config
-            kernel = self.registry[config.kernel]
-            classes = numerics_class(kernel, gemm, config, self.environment) if self.policy == "reproducible" else ""
-            layout = kernel.layout(gemm, config)
-            # Only the plain layout is common to kernels; others' names mean something within one kernel.
-            now = (layout if layout == PLAIN else f"{kernel.name} {layout}", classes)
-            seen = seen or now
-            if now != seen:
-                what = "weight layout" if now[0] != seen[0] else "numerics class"
+            now = self._kind(gemm, decision)
+            if now != wanted:
+                what = "weight layout" if now[0] != wanted[0] else "numerics class"
                 raise ConfigError(
                     f"{_entry_name(decision, gemm)}: its {what} differs from that of the layer's smaller buckets, "
                     f"expected one for all; tune this layer again"
                 )
 
+    def _kind(self, gemm: ExpertGemm, decision: Decision) -> tuple[str, str]:
+        """Return what all buckets share: the layout, as weights are stored once, and under `reproducible` the class."""
+        config = decision.choice(gemm.name).config
+        kernel = self.registry[config.kernel]
+        classes = numerics_class(kernel, gemm, config, self.environment) if self.policy == "reproducible" else ""
+        layout = kernel.layout(gemm, config)
+        # Only the plain layout is common to kernels; others' names mean something within one kernel.
+        return layout if layout == PLAIN else f"{kernel.name} {layout}", classes
+
 
 def _entry_name(decision: Decision, gemm: ExpertGemm) -> str:
-    return f"entry {decision.layer.label}, {spans([decision.bucket])} tokens, {decision.policy}, {gemm.name}"
+    bucket = decision.bucket
+    covered = tokens_text(1) if bucket.tokens == 1 else f"{spans([bucket])} tokens"
+    return f"entry {decision.layer.label}, {covered}, {decision.policy}, {gemm.name}"
 
 
 def spans(buckets: Iterable[Bucket]) -> str:
@@ -281,8 +306,8 @@ def spans(buckets: Iterable[Bucket]) -> str:
     return ", ".join(parts) or "no"
 
 
-def _usable_environments(table: TuningTable, here: Environment) -> dict[str, int]:
-    """Return the digests of the environments whose decisions hold here, each with its place: closest first."""
+def _usable_environments(table: TuningTable, here: Environment) -> list[Environment]:
+    """Return the environments whose decisions hold here, closest first."""
     used = {d.environment for d in table.decisions}
     candidates = sorted(
         (e for e in table.environments if e.digest in used), key=lambda e: (len(here.compare(e)), e.digest)
@@ -292,11 +317,7 @@ def _usable_environments(table: TuningTable, here: Environment) -> dict[str, int
         hard = [[m for m in here.compare(e) if m.hard] for e in candidates]
         fields = "; ".join(str(m) for m in min(hard, key=len))
         raise CoverageError(f"the table was tuned for another device or toolchain: {fields}; tune it here")
-    for there in usable[:1]:
-        soft = here.compare(there)
-        if soft:
-            logger.warning("the table was tuned where %s", "; ".join(str(m) for m in soft))
-    return {e.digest: place for place, e in enumerate(usable)}
+    return usable
 
 
 def missing_buckets(runtime: Runtime, layer: ExpertLayer, tokens: Iterable[int]) -> tuple[Bucket, ...]:
@@ -345,16 +366,16 @@ def use_table(
     prepared before keep the runtime that they were prepared with. Raises what `Runtime` raises.
     """
     chosen = settings or Settings.from_environment()
-    return use_runtime(
-        Runtime(
-            table or TuningTable(),
-            environment=environment or cpu_environment(),
-            registry=registry or default_registry(),
-            policy=policy or chosen.policy,
-            miss=miss or chosen.miss,
-            warn_miss=chosen.warn_cache_miss if warn_miss is None else warn_miss,
-        )
+    made = Runtime(
+        table or TuningTable(),
+        environment=environment or cpu_environment(),
+        registry=registry or default_registry(),
+        policy=policy or chosen.policy,
+        miss=miss or chosen.miss,
+        warn_miss=chosen.warn_cache_miss if warn_miss is None else warn_miss,
     )
+    made.log_differences()
+    return use_runtime(made)
 
 
 def use_runtime(runtime: Runtime) -> Runtime:
