@@ -252,6 +252,11 @@ class Bucket:
         return self.above < tokens <= self.tokens
 
 
+def tokens_text(tokens: int) -> str:
+    """Write a token count: `1 token`, `16 tokens`."""
+    return f"{tokens} token" if tokens == 1 else f"{tokens} tokens"
+
+
 def buckets(tokens: tuple[int, ...] | list[int]) -> tuple[Bucket, ...]:
     """Return the buckets that the given token counts bound, ascending, duplicates dropped."""
     edges = sorted(set(tokens))

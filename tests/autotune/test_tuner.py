@@ -292,7 +292,7 @@ def test_progress_tells_where_it_stands() -> None:
     assert {e.task for e in events} == {0, 1, 2, 3} and {e.tasks for e in events} == {4}
     fractions = [e.fraction for e in events]
     assert fractions == sorted(fractions) and 0 < fractions[0] < fractions[-1] <= 1
-    assert events[0].label == "E4 H96 I80 top2 bf16 up 1 tokens"
+    assert events[0].label == "E4 H96 I80 top2 bf16 up 1 token"
     assert events[-1].best_us is not None and events[-1].default_us is not None
     assert events[-1].best_us <= events[-1].default_us
     assert all(e.remaining_s is not None and e.remaining_s >= 0 for e in events)

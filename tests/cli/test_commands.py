@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+import typer
 
-from tests.cli.conftest import SPEC, Command, table_of
+from tests.cli.conftest import LAYER, SPEC, Command, table_of
 from tilecast.cache_store.bundle import export_table, import_table
+from tilecast.cli._bench_tables import show_bench
+from tilecast.cli._output import Output
+from tilecast.cli._tables import config_text, decision_tables
 from tilecast.cli.check import Bits, _judge
+from tilecast.cli.demo import _run
+from tilecast.engine.bench_result import OURS, BenchResult, Point, Timing
 from tilecast.engine.runtime import Runtime
 from tilecast.environment import cpu_environment
 from tilecast.errors import AgreementError, CoverageError
 from tilecast.kernels import registry
+from tilecast.problem import TileConfig
 
 
 def test_show_tells_every_decision(cli: Command, table: Path) -> None:
@@ -26,6 +34,33 @@ def test_show_tells_every_decision(cli: Command, table: Path) -> None:
     assert document["digest"] == table_of().digest
     assert [d["tokens"] for d in document["decisions"]] == [1, 4]
     assert document["decisions"][0]["speed_up"] == pytest.approx(1.25)
+
+
+def test_decisions_fit_a_narrow_terminal_and_keep_their_configs_apart(cli: Command, table: Path) -> None:
+    shown = cli("cache", "show", table).out
+    rows = [line for line in shown.splitlines() if line[:1] in "│┃"]
+    assert max(map(len, rows)) <= 100
+    assert max(len(row) for row in rows if "%" in row) <= 80
+    up = table_of().decisions[0].up.config
+    assert "threads=0" in up.label
+    assert any("layout=" in line and "unroll=" in line for line in rows), shown
+    assert "=0" not in shown
+    assert "reproducible, certificate: hardware" in shown
+
+
+def test_decisions_of_several_devices_are_shown_apart() -> None:
+    here, there = table_of(tokens=(1,)), table_of(tokens=(1,), device="another CPU", certificate="none")
+    titles = [str(shown.title) for shown in decision_tables(here.merged(there).decisions)]
+    assert len(titles) == 4
+    for each, certificate in ((here, "hardware"), (there, "none")):
+        title = next(title for title in titles if each.environments[0].digest[:12] in title)
+        assert title.startswith(f"E4 H64 I96 top2 bf16, reproducible, certificate: {certificate}, environment ")
+
+
+def test_configs_are_written_without_what_is_off() -> None:
+    config = TileConfig("k", {"mr": 10, "stage": 0, "dot": "fma"})
+    assert config_text(config) == "k dot=fma mr=10"
+    assert config_text(config, kernel=False) == "dot=fma mr=10"
 
 
 def test_show_selects_layers_by_label_or_digest(cli: Command, table: Path) -> None:
@@ -92,6 +127,52 @@ def test_doctor_names_the_field_that_differs(cli: Command, table: Path, foreign:
 
 def test_without_a_table_a_model_is_no_error(cli: Command) -> None:
     assert cli("doctor", SPEC, "--tokens", "1").code == 0
+
+
+def test_doctor_says_that_no_table_is_in_use(cli: Command) -> None:
+    document = json.loads(cli("doctor", SPEC, "--tokens", "1", "--json").out)
+    assert [point["why"] for point in document["coverage"]] == ["no table is in use"]
+
+
+def test_bench_saves_its_document_beside_the_tables(cli: Command, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text("an older one")
+    line = ["bench", SPEC, "--tokens", "1", "--rounds", "1", "--no-tune", "--peers", "none", "--save"]
+    done = cli(*line, path)
+    assert done.code == 0, done.err
+    assert "of limit" in done.out
+    assert [point["tokens"] for point in json.loads(path.read_text())["points"]] == [1]
+    for wrong in (tmp_path, tmp_path / "no" / "bench.json"):
+        cli(*line, wrong).failed(3, str(wrong))
+
+
+def test_a_share_of_a_limit_that_did_not_hold_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    for limit_us, marked in ((50.0, False), (200.0, True)):
+        config = TileConfig("k", {})
+        point = Point(
+            layer=LAYER, tokens=1, policy="reproducible", up=config, down=config, hit=True, active_experts=2,
+            flops=1e6, bytes=1e6, dot=False, limit_us=limit_us, bound="memory",
+            timings=(Timing(name=OURS, samples_us=(100.0,)),),
+        )  # fmt: skip
+        result = BenchResult(
+            environment=cpu_environment(), threads=1, read_gb_s=1.0, fma_gflop_s=1.0, dot_bf16_gflop_s=1.0,
+            points=(point,),
+        )  # fmt: skip
+        show_bench(Output(), result)
+        shown = capsys.readouterr().out
+        assert (f"{limit_us:.1f}% !" in shown) is marked
+        assert ("a peak was measured too low" in shown) is marked
+
+
+@pytest.mark.parametrize(("ended", "code"), [(5, 5), (-9, 137)])
+def test_the_demo_ends_as_its_step_did(
+    ended: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, ended))
+    with pytest.raises(typer.Exit) as caught:
+        _run(["check", SPEC, "--tp", "1"], [], tmp_path / "table.db")
+    assert caught.value.exit_code == code
+    assert capsys.readouterr().err == f"tilecast: demo ended with its step `tilecast check {SPEC}`, exit code {code}\n"
 
 
 def test_doctor_is_loud_about_weak_certificates(cli: Command, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 
 import pytest
+from rich.console import Console
 
 from tilecast.cli._options import parse_budget, parse_dtypes
 from tilecast.cli._output import Output, add_row, duration, microseconds, percent, plural, ratio, table
@@ -53,6 +56,37 @@ def test_json_is_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(found.out) == {"a": 1}
     assert "a note" in found.err
     assert "half" in found.err
+
+
+def test_progress_in_a_log_is_a_line_for_each_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    with Output().progress("working") as reporter:
+        for done in range(1000):
+            reporter.update(done=done, total=1000, text=f"step {done}", remaining_s=None)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"working: {10 * tenth:3d}% step {100 * tenth}" for tenth in range(10)]
+
+
+def test_progress_in_a_log_shows_life_where_a_tenth_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.monotonic", iter((0.0, 59.0, 61.0)).__next__)
+    with Output().progress("working") as reporter:
+        for step in "abc":
+            reporter.update(done=1, total=100, text=step, remaining_s=None)
+    assert capsys.readouterr().err.splitlines() == ["working:   1% a", "working:   1% c"]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_bar_keeps_its_room_beside_a_long_text(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    output = Output()
+    output._notes = Console(file=screen, force_terminal=True, width=columns, color_system=None)
+    with output.progress("tuning") as reporter:
+        reporter.update(done=1, total=4, text="3 of 10: E8 H4096 I1792 " + "long " * 30, remaining_s=185.0)
+    last = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).splitlines() if line.strip()]
+    assert re.fullmatch(r"tuning [━╸╺ ]{10,} 25% \d:\d\d:\d\d 3 min 05 s left *", last[-2]), last
+    assert last[-1].startswith("  3 of 10: E8 H4096")
+    assert len(last[-1]) <= columns
 
 
 def test_people_get_no_json_and_texts_are_literal(capsys: pytest.CaptureFixture[str]) -> None:

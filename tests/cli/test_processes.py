@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -135,4 +136,10 @@ def test_the_demo_on_a_small_layer(process: Command, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "torch loop" in done.out
     assert "all 2 ranks run the same table and return the same bits" in done.out
+    *_, title, table, speed, bits, took = done.out.splitlines()
+    assert title == "What this showed"
+    assert re.fullmatch(rf"  table: [0-9a-f]{{12}}, 5 decisions in {tmp_path}/demo.db, the same in every process", table)
+    assert re.match(r"  speed: [\d.]+× a plain PyTorch loop over experts \(worst [\d.]+×\)", speed)
+    assert bits.startswith("  bits:  equal on 2 ranks")
+    assert took.startswith("done in ")
     assert (tmp_path / "demo.db").exists()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tilecast.autotune.prescreen import Candidate
 from tilecast.errors import CoverageError, DeviceError
 from tilecast.evidence import Choice, Measurement, percentile
-from tilecast.problem import Bucket, ExpertGemm, TileConfig
+from tilecast.problem import Bucket, ExpertGemm, TileConfig, tokens_text
 
 NOISE_FLOOR = 0.01
 """No win below 1% is believed."""
@@ -160,7 +160,8 @@ def choose(
 def _require_default(e: Evidence) -> None:
     if e.default in e.timings:
         return
-    where = f"the default config {e.default.label} for {e.gemm.layer.label} {e.gemm.name} at {e.bucket.tokens} tokens"
+    gemm = f"{e.gemm.layer.label} {e.gemm.name} at {tokens_text(e.bucket.tokens)}"
+    where = f"the default config {e.default.label} for {gemm}"
     if e.default in e.failures:
         raise DeviceError(f"{where} does not work here: {e.failures[e.default]}")
     raise CoverageError(f"{where} was not measured on every rank; run tune again, it goes on where it stopped")

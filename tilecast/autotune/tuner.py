@@ -19,7 +19,7 @@ from tilecast.autotune.select import breaks_class, fastest
 from tilecast.errors import UsageError
 from tilecast.evidence import Measurement, TuningTable
 from tilecast.kernels.spec import Registry
-from tilecast.problem import ExpertGemm, TileConfig
+from tilecast.problem import ExpertGemm, TileConfig, tokens_text
 from tilecast.store import Store
 
 __all__ = ["Progress", "TaskReport", "TuningRun", "decide", "measure_plan", "tune"]
@@ -234,7 +234,7 @@ class _Loop:
             Progress(
                 task=number,
                 tasks=len(self._tasks),
-                label=f"{gemm.layer.label} {gemm.name} {bucket.tokens} tokens",
+                label=f"{gemm.layer.label} {gemm.name} {tokens_text(bucket.tokens)}",
                 round=state.round,
                 rounds=self._rounds,
                 alive=state.alive,

@@ -103,7 +103,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise the CacheError that `write_atomically` would raise for the path's folder; leaves nothing behind."""
+    """Raise the CacheError that `write_atomically` would raise for the path or its folder; leaves nothing behind."""
+    regular_size(path)
     with _writing_beside(path, Path(os.path.realpath(path))) as temporary:
         temporary.touch(exist_ok=False)
         temporary.unlink()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from tilecast.environment import Environment, Mismatch
 from tilecast.evidence import Decision, TuningTable
-from tilecast.problem import ExpertLayer
+from tilecast.problem import ExpertLayer, tokens_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def _near_miss(
             0, f"no decision is for this layer, policy and routing; the nearest is for {nearest.layer.label}"
         )
     if not any(tokens in d.bucket for d in series):
-        reasons.append(f"no decision covers {tokens} tokens; covered: {covered(series)}")
+        reasons.append(f"no decision covers {tokens_text(tokens)}; covered: {covered(series)}")
     return Match(environment=there, differences=found, reasons=tuple(reasons))
 
 

@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json
 from tilecast.cli._output import Output, add_row, microseconds, percent, ratio, table
+from tilecast.cli._tables import config_text
 from tilecast.evidence import TuningTable
 
 if TYPE_CHECKING:
     from tilecast.engine.bench_result import BenchResult, Point, Timing
     from tilecast.problem import ExpertLayer
+
+
+EXCEEDED = "!"
+"""Marks a share of a limit that did not hold."""
 
 
 def bench_json(
@@ -66,9 +71,11 @@ def _show_layer(output: Output, points: list[Point], result: BenchResult) -> Non
         add_row(times, str(point.tokens), microseconds(point.p50_us()), *against)
         add_row(rates, str(point.tokens), *_rates(point, result))
         origin = "decided" if point.hit else "default"
-        add_row(configs, str(point.tokens), "up", origin, point.up.label)
-        add_row(configs, "", "down", origin, point.down.label, end_section=True)
+        add_row(configs, str(point.tokens), "up", origin, config_text(point.up))
+        add_row(configs, "", "down", origin, config_text(point.down), end_section=True)
     output.show(times, rates, configs)
+    if any(point.limit_exceeded for point in points):
+        output.show(f"{EXCEEDED} a contestant beat this limit: a peak was measured too low, so the share says nothing")
 
 
 def _against(point: Point, name: str) -> str:
@@ -87,7 +94,7 @@ def _rates(point: Point, result: BenchResult) -> tuple[str, ...]:
         percent(None if gb_s is None else gb_s / result.read_gb_s),
         microseconds(point.limit_us),
         point.bound,
-        percent(point.share()),
+        percent(point.share()) + (f" {EXCEEDED}" if point.limit_exceeded else ""),
     )
 
 

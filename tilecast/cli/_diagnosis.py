@@ -9,8 +9,9 @@ from importlib import metadata
 
 from tilecast._version import VERSION
 from tilecast.canonical import Json
+from tilecast.cli._tables import config_text
 from tilecast.environment import Environment
-from tilecast.evidence import TuningTable
+from tilecast.evidence import Decision, TuningTable
 from tilecast.problem import DTYPES, ExpertLayer
 
 PACKAGES = ("torch", "llvmlite", "transformers", "triton", "numba")
@@ -103,15 +104,16 @@ def kernel_facts(here: Environment, layers: Iterable[ExpertLayer] | None) -> lis
 
 
 def coverage(
-    layers: Iterable[ExpertLayer], found: TuningTable, here: Environment, counts: tuple[int, ...], policy: str
+    layers: Iterable[ExpertLayer], found: TuningTable | None, here: Environment, counts: tuple[int, ...], policy: str
 ) -> list[Point]:
-    """Return for every layer and token count which decision would run, or why none."""
-    from tilecast.cache_store.match import match
+    """Return for every layer and token count which decision would run, or why none; `found` None: no table."""
+    from tilecast.cache_store.match import Match, match
 
+    no_table = Match(reasons=("no table is in use",))
     points = []
     for layer in layers:
         for tokens in counts:
-            result = match(found, here, layer, tokens, policy)
+            result = no_table if found is None else match(found, here, layer, tokens, policy)
             decision = result.decision
             points.append(
                 Point(
@@ -125,8 +127,5 @@ def coverage(
     return points
 
 
-def _configs(decision: object) -> str:
-    from tilecast.evidence import Decision
-
-    assert isinstance(decision, Decision)
-    return f"up {decision.up.config.label}; down {decision.down.config.label}"
+def _configs(decision: Decision) -> str:
+    return f"up {config_text(decision.up.config)}; down {config_text(decision.down.config)}"

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from tilecast.canonical import Json
 
@@ -50,7 +51,7 @@ class Output:
     def emit(self, document: Json) -> None:
         """Write the one JSON document, where JSON is wanted."""
         if self.json_wanted and not self.quiet:
-            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            sys.stdout.write(json_text(document))
             sys.stdout.flush()
 
     def show(self, *things: Table | str) -> None:
@@ -97,33 +98,44 @@ class _Silent:
 
 
 class _Lines:
-    """Progress for logs: a line whenever the text's first word group changes, at most every few seconds."""
+    """Progress for logs: a line for each tenth of the work, and one a minute where a tenth takes longer."""
 
-    EVERY_S = 5.0
+    STEPS = 10
+    EVERY_S = 60.0
 
     def __init__(self, output: Output, title: str) -> None:
         self._output = output
         self._title = title
+        self._step = -1
         self._next = 0.0
 
     def update(self, *, done: float, total: float, text: str, remaining_s: float | None) -> None:
         now = time.monotonic()
-        if now < self._next:
+        share = done / total if total else 1.0
+        step = int(self.STEPS * share)
+        if step == self._step and now < self._next:
             return
-        self._next = now + self.EVERY_S
-        share = 100 * done / total if total else 100
-        self._output.note(f"{self._title}: {share:3.0f}% {text}{_rest(remaining_s)}")
+        self._step, self._next = step, now + self.EVERY_S
+        self._output.note(f"{self._title}: {100 * share:3.0f}% {text}{_rest(remaining_s)}")
+
+
+class _BarAbove(Progress):
+    """A bar with a line of its own below it for what is being done: in one line the text would push the bar out."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(f"  {task.fields['text']}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class _Bar:
     def __init__(self, console: Console, title: str) -> None:
-        self._progress = Progress(
+        self._progress = _BarAbove(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[rest]}"),
-            TextColumn("[dim]{task.fields[text]}"),
             console=console,
             transient=True,
             refresh_per_second=2,  # a renderer thread that wakes often would disturb what is being timed
@@ -138,9 +150,7 @@ class _Bar:
         self._progress.stop()
 
     def update(self, *, done: float, total: float, text: str, remaining_s: float | None) -> None:
-        self._progress.update(
-            self._task, completed=done, total=total, text=escape(text), rest=_rest(remaining_s).strip(" ,")
-        )
+        self._progress.update(self._task, completed=done, total=total, text=text, rest=_rest(remaining_s).strip(" ,"))
 
 
 def _rest(remaining_s: float | None) -> str:
@@ -163,6 +173,11 @@ def table(title: str, columns: Iterable[str], *, left: Iterable[str] = ()) -> Ta
         else:
             result.add_column(name, justify="right", no_wrap=True)
     return result
+
+
+def json_text(document: Json) -> str:
+    """Write the JSON document of a command."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def add_row(into: Table, *cells: str, style: str | None = None, end_section: bool = False) -> None:

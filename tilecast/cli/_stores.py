@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tilecast.environment import Environment
 from tilecast.errors import CacheError, ConfigError
 from tilecast.evidence import TuningTable
-from tilecast.problem import ExpertGemm, TileConfig
+from tilecast.problem import ExpertGemm, TileConfig, tokens_text
 from tilecast.settings import Settings
 
 if TYPE_CHECKING:
@@ -90,9 +90,10 @@ def check_configs(of: TuningTable, here: Environment, source: str) -> int:
         for gemm in decision.layer.gemms:
             reason = _impossible(gemm, decision.choice(gemm.name).config, here if here.accepts(there) else None)
             if reason is not None:
+                place = f"{decision.layer.label} at {tokens_text(decision.bucket.tokens)}"
                 raise ConfigError(
-                    f"{source}: the {gemm.name} config for {decision.layer.label} at {decision.bucket.tokens} tokens "
-                    f"is impossible: {reason}; nothing was imported, tune this layer again"
+                    f"{source}: the {gemm.name} config for {place} is impossible: {reason}; nothing was "
+                    f"imported, tune this layer again"
                 )
             checked += 1
     return checked

@@ -9,9 +9,13 @@ from rich.table import Table
 from tilecast.canonical import Json
 from tilecast.cli._output import add_row, microseconds, percent, ratio, table
 from tilecast.evidence import Choice, Decision, TuningTable
-from tilecast.problem import ExpertLayer
+from tilecast.problem import ExpertLayer, TileConfig
 
-COLUMNS = ("tokens", "GEMM", "default µs", "tuned µs", "speed-up", "runner-up", "noise", "class", "config")
+TIMES = ("tokens", "GEMM", "default µs", "tuned µs", "speed-up", "runner-up", "noise")
+CONFIGS = ("tokens", "GEMM", "class", "config")
+
+Series = tuple[str, ExpertLayer, str, str]
+"""What decisions shown in one table have in common: environment, layer, policy and certificate."""
 
 
 def span(decision: Decision) -> str:
@@ -21,45 +25,58 @@ def span(decision: Decision) -> str:
     return str(low) if low == bucket.tokens else f"{low}–{bucket.tokens}"
 
 
-def by_layer(decisions: Iterable[Decision]) -> dict[ExpertLayer, list[Decision]]:
-    """Group decisions by layer, keeping their order."""
-    groups: dict[ExpertLayer, list[Decision]] = {}
-    for decision in decisions:
-        groups.setdefault(decision.layer, []).append(decision)
-    return groups
+def config_text(config: TileConfig, *, kernel: bool = True) -> str:
+    """Write a config for reading: without the parameters that are 0, which is off or no bound in every kernel."""
+    parts = [config.kernel] if kernel else []
+    return " ".join([*parts, *(f"{name}={value}" for name, value in config.params if value != 0)])
 
 
 def decision_tables(decisions: Iterable[Decision]) -> list[Table]:
-    """Return one table per layer, three rows per bucket: up, down and both."""
-    return [_layer_table(layer, group) for layer, group in by_layer(decisions).items()]
+    """Return two tables for each series of buckets: the times, and the configs."""
+    groups: dict[Series, list[Decision]] = {}
+    for d in decisions:
+        groups.setdefault((d.environment, d.layer, d.policy, d.certificate), []).append(d)
+    environments = len({environment for environment, *_ in groups})
+    tables = []
+    for (environment, layer, policy, certificate), group in groups.items():
+        title = f"{layer.label}, {policy}, certificate: {certificate}"
+        title += f", environment {environment[:12]}" if environments > 1 else ""
+        tables += [_times(title, group), _configs(layer.label, group)]
+    return tables
 
 
-def _layer_table(layer: ExpertLayer, decisions: list[Decision]) -> Table:
-    result = table(layer.label, COLUMNS, left=("GEMM", "config"))
-    policies = len({decision.policy for decision in decisions}) > 1
+def _times(title: str, decisions: list[Decision]) -> Table:
+    """Return three rows per bucket: up, down and both."""
+    result = table(title, TIMES, left=("GEMM",))
     for decision in decisions:
         for name, choice in (("up", decision.up), ("down", decision.down)):
             add_row(result, span(decision) if name == "up" else "", name, *_choice_cells(choice))
         speed = ratio(decision.default_us / decision.tuned_us)
-        facts = f"{decision.policy}, " if policies else ""
-        facts += f"certificate: {decision.certificate}"
         add_row(
             result, "", "both", microseconds(decision.default_us), microseconds(decision.tuned_us), speed,
-            "", "", "", facts, style="bold", end_section=True,
+            "", "", style="bold", end_section=True,
         )  # fmt: skip
     return result
 
 
+def _configs(label: str, decisions: list[Decision]) -> Table:
+    choices = [(d, name, choice) for d in decisions for name, choice in (("up", d.up), ("down", d.down))]
+    kernels = {choice.config.kernel for _, _, choice in choices}
+    of = f" of {kernels.pop()}" if len(kernels) == 1 else ""
+    result = table(f"{label}: configs{of}", CONFIGS, left=("GEMM", "class", "config"))
+    for decision, name, choice in choices:
+        up, config = name == "up", config_text(choice.config, kernel=not of)
+        add_row(result, span(decision) if up else "", name, choice.numerics[:8], config, end_section=not up)
+    return result
+
+
 def _choice_cells(choice: Choice) -> tuple[str, ...]:
-    kept = " (default)" if choice.config == choice.default else ""
     return (
         microseconds(choice.default_us),
         microseconds(choice.p50_us),
-        ratio(choice.default_us / choice.p50_us),
+        "default" if choice.config == choice.default else ratio(choice.default_us / choice.p50_us),
         percent(choice.margin, sign=True),
         percent(choice.noise),
-        choice.numerics[:8],
-        choice.config.label + kept,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,7 +28,7 @@ from tilecast.cli._options import (
     parse_policy,
     parse_token_option,
 )
-from tilecast.cli._output import Output, plural
+from tilecast.cli._output import Output, json_text, plural
 from tilecast.cli._run import report_tuning, use_threads
 from tilecast.cli._stores import check_configs, read_table, store_location
 from tilecast.errors import UsageError
@@ -83,6 +84,10 @@ def bench(
         ),
     ] = None,
     store: StoreOption = None,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", metavar="FILE", help="Write the JSON document into this file, too.", show_default=False),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Time expert layers: tuned, with default configs, and by what PyTorch and transformers offer.
@@ -97,6 +102,7 @@ def bench(
 
         tilecast bench mixtral-8x7b --tp 8 --table mixtral.db --peers "torch loop"
     """  # fmt: skip
+    from tilecast.cache_store.files import check_writable, write_atomically
     from tilecast.engine.peers import PEERS, find_peers
 
     output = Output(json_wanted=json_)
@@ -109,6 +115,8 @@ def bench(
     contestants = PEERS if peers is None else find_peers(_names(peers))
     layers = _layers(model_or_layer(model, layer, LAYER), tp, ep, dtype, default=model is None and layer is None)
     where = store_location(store, settings)
+    if save is not None:
+        check_writable(save.expanduser())
     used = use_threads(threads)
     source = table_file or settings.import_from
     found = TuningTable() if source is None else _read(source)
@@ -120,7 +128,10 @@ def bench(
         output.warn("no table is in use and --no-tune is given: the default configs are timed")
     share_s = LAYER_TIMING_S if budget_s is None else budget_s / len(layers)
     result = _timed(output, found, layers, counts, chosen, contestants, rounds=rounds, share_s=share_s, threads=used)
-    output.emit(bench_json(result, source=source, imported=before, table=found, tuned=tuned))
+    document = bench_json(result, source=source, imported=before, table=found, tuned=tuned)
+    if save is not None:
+        write_atomically(save.expanduser(), json_text(document).encode("utf-8"))
+    output.emit(document)
     show_bench(output, result)
 
 

@@ -25,7 +25,7 @@ from tilecast.cli._options import (
 from tilecast.cli._output import Output, add_row, plural, table
 from tilecast.cli._run import launched_rank, use_threads
 from tilecast.errors import AgreementError, CoverageError
-from tilecast.problem import ExpertLayer
+from tilecast.problem import ExpertLayer, tokens_text
 from tilecast.settings import Settings
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def check(
                 reporter.update(
                     done=len(bits),
                     total=len(mine) * len(counts),
-                    text=f"{whole.label}, {count} tokens",
+                    text=f"{whole.label}, {tokens_text(count)}",
                     remaining_s=None,
                 )
                 bits.append(_bits(run, whole, local, count, runtime, group))
@@ -211,7 +211,7 @@ def _judge(bits: list[Bits], runtime: Runtime) -> None:
         if not point.same_on_all_ranks:
             odd = next(rank for rank, seen in enumerate(point.sha256) if seen != point.sha256[0])
             raise AgreementError(
-                f"rank {odd} returned other bits than rank 0 for {point.layer} at {point.tokens} tokens "
+                f"rank {odd} returned other bits than rank 0 for {point.layer} at {tokens_text(point.tokens)} "
                 f"({point.sha256[odd][:12]} and {point.sha256[0][:12]}); use ranks with equal devices and thread counts"
             )
     for point in bits:

@@ -77,7 +77,7 @@ def doctor(
     if split is not None:
         split.explain(output)
         document["model"] = split.to_json()
-        document["coverage"], missing = _coverage(output, split, found or TuningTable(), here, counts, chosen)
+        document["coverage"], missing = _coverage(output, split, found, here, counts, chosen)
     output.emit(document)
     if missing and found is not None:
         raise CoverageError(
@@ -155,7 +155,12 @@ def _table(output: Output, source: str | None, found: TuningTable | None, here: 
 
 
 def _coverage(
-    output: Output, split: ShardedModel, found: TuningTable, here: Environment, counts: tuple[int, ...], policy: str
+    output: Output,
+    split: ShardedModel,
+    found: TuningTable | None,
+    here: Environment,
+    counts: tuple[int, ...],
+    policy: str,
 ) -> tuple[list[Json], int]:
     points = diagnosis.coverage(split.layers, found, here, counts, policy)
     shown = table("Which decision runs", ("layer", "tokens", "hit", "certificate", "why"), left=("layer", "hit", "why"))

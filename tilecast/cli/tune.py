@@ -99,7 +99,8 @@ def _announce(
     split.explain(output)
     shown = ", ".join(map(str, counts[:12])) + (f", … {counts[-1]}" if len(counts) > 12 else "")
     within = "" if budget_s is None else f", within {duration(budget_s)}"
-    output.note(f"tuning {plural(len(split.layers), 'layer')} for {shown} tokens, policy {policy}{within}")
+    noun = "token" if counts == (1,) else "tokens"
+    output.note(f"tuning {plural(len(split.layers), 'layer')} for {shown} {noun}, policy {policy}{within}")
     output.note(f"measurements go to {where}")
 
 

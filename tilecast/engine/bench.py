@@ -31,7 +31,7 @@ from tilecast.kernels.cpu.peak import Peaks, measure_peaks
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import ordered_sum, sort_slots
 from tilecast.kernels.spec import TORCH_DTYPES
-from tilecast.problem import DTYPES, ExpertLayer, check_int
+from tilecast.problem import DTYPES, ExpertLayer, check_int, tokens_text
 
 __all__ = [
     "DEFAULT",
@@ -130,7 +130,7 @@ def bench_layer(
         points = []
         for place, count in enumerate(tokens):
             if progress is not None:
-                progress(f"{layer.label}, {count} tokens, {policy}")
+                progress(f"{layer.label}, {tokens_text(count)}, {policy}")
             share_s = (deadline - time.monotonic()) / (len(tokens) - place)
             points.append(bench.point(count, peers, rounds, share_s))
             readings.append(peaks or _fresh_peaks(used))

@@ -14,7 +14,7 @@ from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.evidence import percentile
 from tilecast.kernels.cpu.peak import Peaks
-from tilecast.problem import ExpertLayer, TileConfig
+from tilecast.problem import ExpertLayer, TileConfig, tokens_text
 
 OURS = "tilecast"
 """The contestant that runs on the table."""
@@ -265,5 +265,5 @@ def _summarise(against: str, points: Iterable[Point], value_of: Callable[[Point]
         points=len(found),
         geometric_mean=math.exp(sum(math.log(value) for value, _ in found) / len(found)),
         worst=worst,
-        worst_point=f"{at.layer.label}, {at.tokens} tokens, {at.policy}",
+        worst_point=f"{at.layer.label}, {tokens_text(at.tokens)}, {at.policy}",
     )
