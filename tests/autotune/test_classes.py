@@ -62,6 +62,33 @@ def test_a_config_that_lies_about_its_class_fails(variant: str) -> None:
         assert verifier.verify(gemm, kernel.config(variant=variant), BUCKETS[2]) is not None
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_the_inputs_tell_the_reversed_sum_from_the_sum(dtype: str, name: str) -> None:
+    kernel = TorchKernel()
+    verifier = ClassVerifier(HERE, Registry((kernel,)))
+    layer = replace(DEEP, dtype=dtype)
+    gemm = layer.up if name == "up" else layer.down
+    for config in (kernel.config(chunk_k=64), kernel.config(layout="transposed")):
+        assert verifier.control(gemm, config) is None
+        assert verifier.verify(gemm, config, BUCKETS[2]) is None
+
+
+def test_inputs_that_cannot_tell_classes_apart_are_told() -> None:
+    """A sum of one product has one order; zeros have the same bits in any."""
+    kernel = TorchKernel("zeros")
+    registry = Registry((kernel,))
+    single = replace(LAYER, hidden=1)
+    assert "0 of " in str(ClassVerifier(HERE, registry).control(single.up, kernel.config()))
+    assert "0 of " in str(ClassVerifier(HERE, registry).control(DEEP.down, kernel.config(variant="zeros")))
+
+
+def test_a_control_that_raises_is_a_reason() -> None:
+    kernel = TorchKernel("raises")
+    reason = ClassVerifier(HERE, Registry((kernel,))).control(DEEP.up, kernel.config(variant="raises"))
+    assert reason is not None and reason.startswith("RuntimeError")
+
+
 def test_a_reference_of_another_layout_or_class_is_a_reason() -> None:
     class Plain(TorchKernel):
         def default(self, gemm, tokens, environment, like=None):

@@ -74,14 +74,18 @@ def test_without_the_check_nothing_is_certified() -> None:
 class Refuses:
     """A verifier that lets nothing pass, or all but some configs."""
 
-    def __init__(self, allowed: TileConfig | None = None) -> None:
+    def __init__(self, allowed: TileConfig | None = None, *, blind: str | None = None) -> None:
         self.allowed = allowed
+        self.blind = blind
         self.asked: list[tuple[TileConfig, Bucket]] = []
         self.releases = 0
 
     def verify(self, gemm: ExpertGemm, config: TileConfig, bucket: Bucket) -> str | None:
         self.asked.append((config, bucket))
         return None if config == self.allowed else "because"
+
+    def control(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
+        return self.blind if gemm.name == "down" else None
 
     def release(self) -> None:
         self.releases += 1
@@ -94,6 +98,18 @@ def test_choosing_again_ends_with_what_passes() -> None:
     assert {d.up.config for d in table.decisions} == {only}
     assert verifier.releases == 2
     assert len(verifier.asked) == len(set(verifier.asked)) + len(verifier.asked) // 2  # up and down
+
+
+def test_a_check_that_cannot_tell_classes_apart_certifies_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    only = KERNEL.config(row_block=64)
+    store = measured_store()
+    with caplog.at_level("WARNING"):
+        table = decide(PLAN, store, REGISTRY, verifier=Refuses(only))
+        assert {d.certificate for d in table.decisions} == {"hardware"} and caplog.records == []
+        table = decide(PLAN, store, REGISTRY, verifier=Refuses(only, blind="all sums are exact"))
+    assert {d.certificate for d in table.decisions} == {"none"}
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("not certified: ") and "down" in line and line.endswith("all sums are exact")
 
 
 def test_when_no_class_holds_it_is_a_device_error() -> None:

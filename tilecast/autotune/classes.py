@@ -38,6 +38,10 @@ class Verifier(Protocol):
         """Return why `config` does not have its class's bits in `bucket`, None if it has."""
         ...
 
+    def control(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
+        """Return why the check could not tell another order of summation from `config`'s, None if it can."""
+        ...
+
     def release(self) -> None:
         """Drop what was kept."""
         ...
@@ -100,6 +104,31 @@ class ClassVerifier:
             return f"{type(error).__name__}: {error}"
         return None
 
+    def control(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
+        """Return why the check could not tell another order of summation from `config`'s, None if it can.
+
+        The negative control: the probes' tokens once more, with K reversed in rows and weights alike. The sums are
+        mathematically the same, taken by the same kernel in the opposite order; so most rows must have other bits.
+        """
+        try:
+            operands = self._prepare(gemm)
+            inputs = operands.inputs(torch.arange(PROBES))
+            dtype = self._out_dtypes(operands.gemm)[0]
+            rows = self._run(operands, config, inputs, dtype)
+            weights = replace(operands.weights, data=operands.weights.data.flip(-1), plans={})
+            backward = self._launch(
+                config, replace(inputs, rows=inputs.rows.flip(-1)), self._pack(config, weights), dtype
+            )
+        except Exception as error:  # As in `verify`.
+            return f"{type(error).__name__}: {error}"
+        present = (inputs.route.ids >= 0) & (inputs.route.ids < operands.gemm.layer.experts)
+        compared = present.flatten() if gemm.name == "up" else present.any(1)
+        kind = INTEGERS[rows.dtype]
+        other = (rows.view(kind) != backward.view(kind)).any(1)[compared]
+        if 2 * int(other.sum()) >= max(1, len(other)):
+            return None
+        return f"with K reversed only {int(other.sum())} of {len(other)} rows had other bits"
+
     def release(self) -> None:
         """Drop the operands and expected rows."""
         self._operands, self._of = None, None
@@ -119,15 +148,10 @@ class ClassVerifier:
         return self._operands
 
     def _differs(self, operands: _Operands, config: TileConfig, reference: TileConfig, tokens: int) -> str | None:
-        dtype = TORCH_DTYPES[operands.gemm.layer.dtype]
-        dtypes = [dtype]
-        if operands.gemm.name == "down":
-            # The unrounded partial sum hides nothing; the rounded one is what a single rank returns.
-            dtypes = [torch.float32, dtype] if dtype != torch.float32 else [torch.float32]
         for start in range(0, PROBES, max(tokens, 3)):
             batch, probes = self._batch(operands, tokens, start)
             inputs = operands.inputs(batch)
-            for out_dtype in dtypes:
+            for out_dtype in self._out_dtypes(operands.gemm):
                 rows = self._run(operands, config, inputs, out_dtype)
                 rows = rows.view(tokens, -1, rows.shape[1])
                 for position, token in probes:
@@ -135,6 +159,12 @@ class ClassVerifier:
                     if not same_bits(rows[position], alone):
                         return f"at {tokens} tokens row {position} differs from the same row alone ({reference.label})"
         return None
+
+    @staticmethod
+    def _out_dtypes(gemm: ExpertGemm) -> tuple[torch.dtype, ...]:
+        dtype = TORCH_DTYPES[gemm.layer.dtype]
+        # The unrounded partial sum hides nothing; the rounded one is what a single rank returns.
+        return (dtype,) if gemm.name == "up" else tuple(dict.fromkeys((torch.float32, dtype)))
 
     def _batch(self, operands: _Operands, tokens: int, start: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Return which token stands at each row, and (row, token) of the probes among them."""
@@ -157,16 +187,20 @@ class ClassVerifier:
         return self._alone[key]
 
     def _run(self, operands: _Operands, config: TileConfig, inputs: Inputs, out_dtype: torch.dtype) -> torch.Tensor:
+        layout = self._registry[config.kernel].layout(operands.gemm, config)
+        key = (config.kernel, layout)
+        if key not in self._packed:
+            self._packed[key] = self._pack(config, operands.weights)
+        return self._launch(config, inputs, self._packed[key], out_dtype)
+
+    def _pack(self, config: TileConfig, weights: GemmWeights) -> GemmWeights:
         kernel = self._registry[config.kernel]
-        layout = kernel.layout(operands.gemm, config)
-        weights = operands.weights
-        if layout != PLAIN:
-            key = (config.kernel, layout)
-            if key not in self._packed:
-                self._packed[key] = kernel.pack(operands.weights, layout)
-            weights = self._packed[key]
-        out = poisoned_output(operands.gemm, inputs.route.tokens, out_dtype)
-        launch(kernel, config, weights, inputs, out)
+        layout = kernel.layout(weights.gemm, config)
+        return weights if layout == PLAIN else kernel.pack(weights, layout)
+
+    def _launch(self, config: TileConfig, inputs: Inputs, weights: GemmWeights, out_dtype: torch.dtype) -> torch.Tensor:
+        out = poisoned_output(weights.gemm, inputs.route.tokens, out_dtype)
+        launch(self._registry[config.kernel], config, weights, inputs, out)
         return out
 
 

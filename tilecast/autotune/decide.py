@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from tilecast.kernels.spec import Registry
 from tilecast.problem import Bucket, ExpertGemm, TileConfig
 from tilecast.store import Store
 
+logger = logging.getLogger(__name__)
+
 CLASS_CHECK_ROUND = 1 << 30
 """The round under which a failed class check is kept: beyond any round that is timed."""
 
@@ -26,8 +29,9 @@ def decide(
 
     Under `reproducible` the chosen configs must keep their class's bits on this machine (`verifier`, by default
     `ClassVerifier`): one that does not is kept as a measurement with status `unstable`, is out of its class from
-    then on, and the choice is made again. Decisions that passed have the certificate `hardware`; with `verify`
-    False, and under `fastest`, which promises no bits, it is `none`. The store's decisions are left as they are.
+    then on, and the choice is made again. Decisions that passed have the certificate `hardware`, if the verifier's
+    negative control shows that the check would have failed another class; else, with `verify` False, and under
+    `fastest`, which promises no bits, it is `none`. The store's decisions are left as they are.
 
     Raises CoverageError where measurements lack, DeviceError where no group of configs serves all buckets.
     """
@@ -38,7 +42,7 @@ def decide(
         check = verifier or ClassVerifier(plan.environment, registry)
     decisions: list[Decision] = []
     for layer in plan.layers:
-        up, down = (_settle(plan, gemm, store, registry, check) for gemm in layer.gemms)
+        (up, up_certain), (down, down_certain) = (_settle(plan, gemm, store, registry, check) for gemm in layer.gemms)
         decisions += [
             Decision(
                 environment=plan.environment.digest,
@@ -48,7 +52,7 @@ def decide(
                 up=up_choice,
                 down=down_choice,
                 routing=plan.routing,
-                certificate="none" if check is None else "hardware",
+                certificate="hardware" if up_certain and down_certain else "none",
             )
             for bucket, up_choice, down_choice in zip(plan.buckets, up, down, strict=True)
         ]
@@ -57,8 +61,11 @@ def decide(
 
 def _settle(
     plan: Plan, gemm: ExpertGemm, store: Store, registry: Registry, verifier: Verifier | None
-) -> tuple[Choice, ...]:
-    """Choose for one GEMM, check the choices, and choose again without what failed, until none fails."""
+) -> tuple[tuple[Choice, ...], bool]:
+    """Choose for one GEMM, check the choices, and choose again without what failed, until none fails.
+
+    Returns the choices, and whether their class is certain.
+    """
     measured = store.measurements(environment=plan.environment.digest, gemm=gemm, routing=plan.routing)
     evidence = gather_evidence(plan, gemm, measured, registry)
     excluded = {m.config for m in measured if breaks_class(m)}
@@ -67,15 +74,28 @@ def _settle(
         while True:
             _, choices = choose(evidence, plan.policy, excluded=excluded)
             if verifier is None:
-                return choices
+                return choices, False
             failed = _failed(verifier, evidence, choices, passed)
             if not failed:
-                return choices
+                return choices, _controlled(verifier, gemm, choices)
             excluded.update(config for config, _, _ in failed)
             store.add_measurements([_record(plan, gemm, measured, *failure) for failure in failed])
     finally:
         if verifier is not None:
             verifier.release()
+
+
+def _controlled(verifier: Verifier, gemm: ExpertGemm, choices: Sequence[Choice]) -> bool:
+    """Whether the check that the choices passed would have failed another class."""
+    for config in dict.fromkeys(choice.config for choice in choices):
+        reason = verifier.control(gemm, config)
+        if reason is not None:
+            logger.warning(
+                "not certified: the class check of %s %s cannot tell classes apart: %s",
+                gemm.layer.label, gemm.name, reason,
+            )  # fmt: skip
+            return False
+    return True
 
 
 def _failed(
