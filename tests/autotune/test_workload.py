@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from tilecast.autotune.workload import (
     uniform_ids,
 )
 from tilecast.errors import DeviceError
+from tilecast.kernels.spec import GemmWeights
 from tilecast.problem import ExpertLayer
 
 WIDE = ExpertLayer(hidden=32, intermediate=32, experts=64, top_k=8)
@@ -96,6 +98,29 @@ def test_the_cache_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     for copy in range(1, 5):
         work.weights(LAYER.up, kernel, "plain", copy)
     assert work.weights(LAYER.up, kernel, "plain", 0) is not first
+
+
+@pytest.mark.parametrize(("stacks_in_memory", "most"), [(2, 2), (4, 2), (8, 4), (16, 8)])
+def test_weights_never_take_more_memory_than_was_checked(
+    monkeypatch: pytest.MonkeyPatch, stacks_in_memory: int, most: int
+) -> None:
+    """Two layouts of one large stack must do where only two fit; else half of the memory stays free."""
+    monkeypatch.setattr("tilecast.autotune.workload._memory_bytes", lambda: stacks_in_memory * LAYER.up.weight_bytes())
+    check_memory(LAYER.up)
+    alive: weakref.WeakSet[GemmWeights] = weakref.WeakSet()
+    peaks = []
+
+    class Counting(TorchKernel):
+        def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
+            packed = super().pack(weights, layout)
+            alive.update((weights, packed))
+            peaks.append(len(alive))
+            return packed
+
+    work, kernels = Workload(HERE), [Counting(name=f"kernel{number}") for number in range(9)]
+    for turn in range(18):
+        alive.add(work.weights(LAYER.up, kernels[turn % 9], "transposed" if turn % 5 else "plain"))
+    assert max(peaks) <= most
 
 
 def test_inputs_have_the_shapes_of_their_gemm() -> None:

@@ -21,6 +21,9 @@ from tilecast.engine.tuning import tune_together
 from tilecast.environment import cpu_environment
 from tilecast.errors import CacheError, CoverageError
 from tilecast.evidence import TuningTable
+from tilecast.kernels.cpu.onednn import OneDnnLinear
+from tilecast.kernels.spec import Registry
+from tilecast.problem import TileConfig
 from tilecast.settings import Settings, TuneSettings
 
 HERE = cpu_environment()
@@ -92,6 +95,26 @@ def test_a_cache_folder_that_cannot_be_made_is_a_cache_error(tmp_path: Path) -> 
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(CacheError, match="cache"):
         start(tmp_path, tune=TuneSettings(tokens=(1,)))
+
+
+def test_the_rest_of_a_layer_whose_gemms_run_on_different_kernels(tmp_path: Path) -> None:
+    path = tmp_path / "in.db"
+    plain = TileConfig("onednn.linear", {"prepack": "no", "row_block": 0})
+    for up, down in ((None, plain), (plain, None)):
+        chosen = {"up": up, "down": down}
+        table = decided(
+            LAYER, tokens=(4,), policy="fastest",
+            choose=lambda g, t, chosen=chosen: chosen[g.name] or default_config(g, t),  # type: ignore[misc]
+        )  # fmt: skip
+        export_table(table, path)
+        here = startup(
+            [LAYER],
+            Settings(
+                cache_dir=tmp_path, import_from=str(path), policy="fastest", tune=TuneSettings(tokens=(4, 8))
+            ),
+            group=Group.alone(), registry=Registry((SmallGemm(), OneDnnLinear())), store=MemoryStore(), budget_s=2,
+        )  # fmt: skip
+        assert [b.tokens for b in here.buckets(LAYER)] == [4, 8]
 
 
 def test_what_is_covered_is_not_tuned_again(tmp_path: Path) -> None:

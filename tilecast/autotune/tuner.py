@@ -131,15 +131,12 @@ def _broken(plan: Plan, store: Store) -> set[str]:
 
 
 def _open_session(plan: Plan, store: Store, measurer: Measurer, peers: Peers, *, fresh: bool) -> Session:
-    stored: list[Measurement] = []
+    merged, _ = peers.merge(_of_latest_run(plan, store), False)
     tokens = {bucket.tokens for bucket in plan.buckets}
-    for gemm in plan.gemms:
-        found = store.measurements(environment=plan.environment.digest, gemm=gemm, routing=plan.routing)
-        stored += [m for m in found if m.tokens in tokens]
-    merged, _ = peers.merge(stored, False)
-    run = max((m.run for m in merged), default=0)
-    other_ranks = any(m.run == run and m.world_size != peers.world_size for m in merged)
-    if merged and (fresh or other_ranks):
+    runs = [m for m in merged if m.tokens in tokens]
+    run = max((m.run for m in runs), default=0)
+    other_ranks = any(m.run == run and m.world_size != peers.world_size for m in runs)
+    if runs and (fresh or other_ranks):
         run += 1
     session = Session(plan=plan, store=store, measurer=measurer, peers=peers, run=run)
     for m in merged:
@@ -149,6 +146,20 @@ def _open_session(plan: Plan, store: Store, measurer: Measurer, peers: Peers, *,
     if new and peers.world_size > 1:
         store.add_measurements(new)
     return session
+
+
+def _of_latest_run(plan: Plan, store: Store) -> list[Measurement]:
+    """Return what a tuning of `plan` goes on with: the latest run, and every class that was found broken.
+
+    Earlier runs are left out, as all of this is sent to all ranks. A config that broke its class at any number
+    of tokens is out at all of them, as it is in `decide`.
+    """
+    tokens = {bucket.tokens for bucket in plan.buckets}
+    found: list[Measurement] = []
+    for gemm in plan.gemms:
+        found += store.measurements(environment=plan.environment.digest, gemm=gemm, routing=plan.routing)
+    latest = max((m.run for m in found if m.tokens in tokens), default=0)
+    return [m for m in found if breaks_class(m) or (m.tokens in tokens and m.run == latest)]
 
 
 class _Loop:

@@ -132,8 +132,9 @@ class Workload:
         if key in self._stacks:
             self._stacks.move_to_end(key)
             return self._stacks[key]
-        made = self._plain(gemm, copy) if layout == PLAIN else kernel.pack(self._source(gemm, copy), layout)
+        # Before and not after: what is dropped, what is packed and the result would stand there all at once.
         self._make_room(gemm)
+        made = self._plain(gemm, copy) if layout == PLAIN else kernel.pack(self._source(gemm, copy), layout)
         self._stacks[key] = made
         return made
 
@@ -188,8 +189,9 @@ class Workload:
 
     def _make_room(self, gemm: ExpertGemm) -> None:
         # Packed data is opaque; every layout holds the same elements, so that the plain size stands for it.
+        # One more is about to be made, and stands beside its source until it is.
         room = max(1, _memory_bytes() // 2 // gemm.weight_bytes() - 1)
-        while len(self._stacks) > room:
+        while len(self._stacks) >= room:
             self._stacks.popitem(last=False)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from tilecast.autotune.classes import ClassVerifier
 from tilecast.autotune.plan import Plan
 from tilecast.autotune.select import breaks_class
 from tilecast.autotune.tuner import MIN_BUDGET_S, decide, measure_plan
@@ -26,7 +27,7 @@ from tilecast.environment import Environment
 from tilecast.errors import AgreementError
 from tilecast.evidence import Measurement, TuningTable
 from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import GemmWeights, Kernel, Registry, numerics_class
+from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel, Registry, numerics_class
 from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, GemmName, ParamValue, TileConfig
 from tilecast.store import Store
 
@@ -73,7 +74,7 @@ def tune_together(
             decided, settled = None, True
             if group.rank == 0:
                 before = _broken(agreed, own)
-                decided = decide(agreed, own, kernels)
+                decided = decide(agreed, own, kernels, verifier=_WatchingVerifier(group, agreed.environment, kernels))
                 settled = _broken(agreed, own) == before
             # Configs that failed the class check may have driven others out of the race: those run on without.
             if group.broadcast("settled", b"yes" if settled else b"no") == b"yes":
@@ -148,6 +149,18 @@ class _Watch:
             self._progress(event)
 
 
+class _WatchingVerifier(ClassVerifier):
+    """The class check, which takes minutes on large layers, looking between configs whether another rank failed."""
+
+    def __init__(self, group: Group, environment: Environment, registry: Registry) -> None:
+        super().__init__(environment, registry)
+        self._group = group
+
+    def verify(self, gemm: ExpertGemm, config: TileConfig, bucket: Bucket) -> str | None:
+        self._group.check()
+        return super().verify(gemm, config, bucket)
+
+
 def _agree_on_plan(plan: Plan, group: Group) -> Plan:
     environment = agree_on_environment(group, plan.environment)
     own: Json = {
@@ -189,9 +202,18 @@ def _anchored(runtime: Runtime, layer: ExpertLayer) -> Registry:
     anchors: dict[GemmName, tuple[Kernel, TileConfig]] = {
         "up": (anchor.up_kernel, anchor.up), "down": (anchor.down_kernel, anchor.down),
     }  # fmt: skip
-    # The anchor's kernel first: the first one gives the defaults, and they must fit too.
-    ordered = sorted(runtime.registry, key=lambda kernel: kernel is not anchor.up_kernel)
-    return Registry(tuple(_Anchored(kernel, anchors, runtime.policy) for kernel in ordered))
+    return _AnchoredRegistry(tuple(_Anchored(kernel, anchors, runtime.policy) for kernel in runtime.registry), anchors)
+
+
+class _AnchoredRegistry(Registry):
+    """A registry whose defaults are of the anchors' kernels, which may be another for `up` than for `down`."""
+
+    def __init__(self, kernels: tuple[Kernel, ...], anchors: Mapping[GemmName, tuple[Kernel, TileConfig]]) -> None:
+        super().__init__(kernels)
+        self._anchors = anchors
+
+    def default_kernel(self, gemm: ExpertGemm, environment: Environment) -> Kernel:
+        return self[self._anchors[gemm.name][0].name]
 
 
 class _Anchored:
@@ -206,8 +228,13 @@ class _Anchored:
         self._policy = policy
 
     def rejects(self, gemm: ExpertGemm, environment: Environment) -> str | None:
-        if self._policy == "reproducible" and self._kernel is not self._anchors[gemm.name][0]:
-            return "the layer is decided for another kernel's numerics class"
+        kernel, anchor = self._anchors[gemm.name]
+        if self._kernel is not kernel:
+            if self._policy == "reproducible":
+                return "the layer is decided for another kernel's numerics class"
+            # Other layouts than the plain one mean something within one kernel only.
+            if (layout := kernel.layout(gemm, anchor)) != PLAIN:
+                return f"the layer's weights are stored as {layout} of {kernel.name}"
         return self._kernel.rejects(gemm, environment)
 
     def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
