@@ -12,6 +12,8 @@ from tests.torchrun.launch import Ended, processes, torchrun
 
 pytestmark = pytest.mark.torchrun
 
+RANKS = 4
+
 
 @pytest.fixture(scope="module", params=[2, 4])
 def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:  # type: ignore[type-arg]
@@ -29,6 +31,10 @@ def test_all_ranks_always_have_the_same_table(reports) -> None:  # type: ignore[
 def test_what_was_exported_is_what_every_rank_ran(reports) -> None:  # type: ignore[no-untyped-def]
     for report in reports:
         assert report["exported"] == [report["digests"][0], report["digests"][2]]
+
+
+def test_every_start_ends_soon(reports) -> None:  # type: ignore[no-untyped-def]
+    assert all(len(report["seconds"]) == 6 and max(report["seconds"]) < 30 for report in reports)
 
 
 def test_uneven_shards_are_tuned_as_different_layers(reports) -> None:  # type: ignore[no-untyped-def]
@@ -59,6 +65,9 @@ def test_a_parallel_layer_has_the_same_bits_on_every_rank(reports) -> None:  # t
 def test_a_parallel_layer_is_the_sum_of_its_shards_in_rank_order(reports) -> None:  # type: ignore[no-untyped-def]
     for report in reports:
         assert report["bits"] == report["by_hand"]
+        assert report["others"] == report["others_by_hand"] == reports[0]["others"]
+        # Two terms give the same sum either way round; more do not, or the comparison could not fail.
+        assert (report["backward"] == report["others"][0]) is (len(reports) == 2)
 
 
 def test_sums_are_in_rank_order_and_the_same_everywhere(reports) -> None:  # type: ignore[no-untyped-def]
@@ -73,13 +82,14 @@ def test_sums_are_in_rank_order_and_the_same_everywhere(reports) -> None:  # typ
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Ended], list[dict]]:  # type: ignore[type-arg]
     folder = tmp_path_factory.mktemp("failures")
-    ended = processes("failures", folder, 3)
-    reports = [folder / f"rank{rank}.json" for rank in range(3)]
+    ended = processes("failures", folder, RANKS)
+    reports = [folder / f"rank{rank}.json" for rank in range(RANKS)]
     assert all(path.exists() for path in reports), [rank.errors[-2000:] for rank in ended]
     return ended, [json.loads(path.read_text()) for path in reports]
 
 
 FAILURES = {
+    "error_before_joining": ("TilecastError", "^rank 1: OSError: the checkpoint"),
     "another_device": ("AgreementError", "^rank 1 has another device .* device: rank 0 .* rank 1 'another CPU'"),
     "another_kernel": ("AgreementError", "^rank 2 has another .* kernel_source: rank 0"),
     "soft_difference": ("TilecastError", "^agreed on system 0$"),
@@ -110,9 +120,17 @@ def test_a_failure_is_the_same_on_every_rank_within_seconds(failures, name: str)
         assert seconds < 30
 
 
+def test_where_a_table_was_tuned_is_told_by_rank_0_alone(failures) -> None:  # type: ignore[no-untyped-def]
+    _, reports = failures
+    (line,) = reports[0]["logged"]
+    assert line.startswith("the table was tuned with threads '77'") and line.endswith("bits do not")
+    assert [report["logged"] for report in reports[1:]] == [[]] * (RANKS - 1)
+
+
 def test_a_rank_that_dies_while_tuning_ends_all_with_one_message(failures) -> None:  # type: ignore[no-untyped-def]
-    ended, _ = failures
-    assert [rank.code for rank in ended] == [5, 5, -signal.SIGKILL]
-    assert [rank.errors.strip().splitlines()[-1] for rank in ended[:2]] == [
-        "tilecast: rank 2 died: no sign of life for 5 s; start all ranks again"
-    ] * 2
+    *living, dead = failures[0]
+    assert [rank.code for rank in living] == [5] * (RANKS - 1) and dead.code == -signal.SIGKILL
+    for rank in living:
+        seconds, message = rank.errors.strip().splitlines()[-2:]
+        assert message == f"tilecast: rank {RANKS - 1} died: no sign of life for 5 s; start all ranks again"
+        assert float(seconds) < 30

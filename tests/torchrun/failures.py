@@ -6,6 +6,7 @@ At the end the last rank kills itself while all tune, and the others must end wi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -145,6 +146,26 @@ class Scenarios:
             registry=small_registry(), store=None, progress=stumble,
         )  # fmt: skip
 
+    def error_before_joining(self, group: Group) -> None:
+        """The first layer over ranks, so torch.distributed's group is not there yet: nobody may wait in it."""
+        use_table(None)
+        with group.guard():
+            if self.rank == 1:
+                raise OSError("the checkpoint's second file is missing")
+            w = weights(LAYER)
+            TensorParallelExperts(w.w13, w.w2, top_k=2, group=group)
+
+    def logged(self) -> list[str]:
+        """What this rank logs about a table that was tuned on another number of threads."""
+        lines: list[str] = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("tilecast").addHandler(handler)
+        with self.group("logged") as group:
+            self.import_of(group, environment=replace(HERE, threads=77))
+        logging.getLogger("tilecast").removeHandler(handler)
+        return lines
+
     def run(self, name: str) -> tuple[str, str, float]:
         scenario: Callable[[Group], None] = getattr(self, name)
         begin = time.monotonic()
@@ -166,19 +187,22 @@ class Scenarios:
 
 
 SCENARIOS = (
-    "another_device", "another_kernel", "soft_difference", "wrong_digest", "no_such_file", "not_a_table",
-    "unwritable_export", "impossible_config", "unknown_kernel", "table_of_another_device", "some_ranks_hit",
-    "another_model", "other_options", "unfit_input", "unfit_shard", "error_while_tuning",
+    "error_before_joining", "another_device", "another_kernel", "soft_difference", "wrong_digest", "no_such_file",
+    "not_a_table", "unwritable_export", "impossible_config", "unknown_kernel", "table_of_another_device",
+    "some_ranks_hit", "another_model", "other_options", "unfit_input", "unfit_shard", "error_while_tuning",
 )  # fmt: skip
 
 
 def main(folder: Path) -> None:
     scenarios = Scenarios(folder)
     results = {name: scenarios.run(name) for name in SCENARIOS}
-    (folder / f"rank{scenarios.rank}.json").write_text(json.dumps(results))
+    report = {**results, "logged": scenarios.logged()}
+    (folder / f"rank{scenarios.rank}.json").write_text(json.dumps(report))
+    begin = time.monotonic()
     try:
         scenarios.die_while_tuning()
     except AgreementError as error:
+        print(f"{time.monotonic() - begin:.1f}", file=sys.stderr)
         print(f"tilecast: {error}", file=sys.stderr)
         sys.exit(5)
 

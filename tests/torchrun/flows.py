@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,6 +40,7 @@ class Starts:
         self.group = process_group()
         self.rank = self.group.rank
         self.store = MemoryStore()
+        self.seconds: list[float] = []
         self.layer = layer_for_rank(WHOLE, self.rank, tp=self.group.world_size)
 
     def __call__(
@@ -53,11 +56,14 @@ class Starts:
             tune=None if tune is None else TuneSettings(tokens=tune),
         )
         store = self.store if self.rank == 0 else None
-        return startup([self.layer], settings, registry=small_registry(), store=store, budget_s=4)
+        begin = time.monotonic()
+        started = startup([self.layer], settings, registry=small_registry(), store=store, budget_s=4)
+        self.seconds.append(time.monotonic() - begin)
+        return started
 
 
-def run_layer(policy: str, tokens: int, ep: int = 1) -> str:
-    w, operands = weights(WHOLE), inputs(WHOLE, tokens)
+def run_layer(policy: str, tokens: int, ep: int = 1, dtype: str = "bf16") -> str:
+    w, operands = weights(replace(WHOLE, dtype=dtype)), inputs(replace(WHOLE, dtype=dtype), tokens)
     layer = TensorParallelExperts(w.w13, w.w2, top_k=2, policy=policy, ep=ep)
     return bits(layer(*operands))
 
@@ -82,17 +88,17 @@ def sums() -> dict[str, object]:
     }
 
 
-def by_hand(tokens: int) -> str:
-    """The layer's bits from all shards run in this process and added in rank order."""
+def by_hand(tokens: int, dtype: str = "bf16", backward: bool = False) -> str:
+    """The layer's bits from all shards run in this process and added in rank order, or `backward`."""
     world = process_group().world_size
-    w, (hidden, ids, scales) = weights(WHOLE), inputs(WHOLE, tokens)
+    w, (hidden, ids, scales) = weights(replace(WHOLE, dtype=dtype)), inputs(replace(WHOLE, dtype=dtype), tokens)
     total: torch.Tensor | None = None
-    for rank in range(world):
+    for rank in reversed(range(world)) if backward else range(world):
         shard = shard_experts(w.w13, w.w2, tp=world, rank=rank)
         partial = prepare_experts(shard.w13, shard.w2, top_k=2)(hidden, ids, scales, out_dtype=torch.float32)
         total = partial if total is None else total + partial
     assert total is not None
-    return bits(total.bfloat16())
+    return bits(total.to(hidden.dtype))
 
 
 def main(folder: Path) -> None:
@@ -127,6 +133,10 @@ def main(folder: Path) -> None:
         "ranks_measured": sorted({m.rank for m in start.store.measurements()}),
         "bits": [run_layer("reproducible", tokens) for tokens in (1, 4, 16, 40)],
         "by_hand": [by_hand(tokens) for tokens in (1, 4, 16, 40)],
+        "others": [run_layer("reproducible", 64, dtype=dtype) for dtype in ("fp32", "fp16")],
+        "others_by_hand": [by_hand(64, dtype) for dtype in ("fp32", "fp16")],
+        "backward": by_hand(64, "fp32", backward=True),
+        "seconds": start.seconds,
         "zero": run_layer("reproducible", 0),
         "expert_parallel": run_layer("reproducible", 16, ep=2),
         "sums": sums(),

@@ -153,14 +153,14 @@ class TensorParallelExperts:
             chosen_tp = mine.world_size // ep if tp is None else tp
             if chosen_tp * ep != mine.world_size:
                 raise ModelError(f"tp={chosen_tp} times ep={ep} is not the number of ranks, {mine.world_size}")
-            ensure_process_group(mine)
             shard = shard_experts(w13, w2, tp=chosen_tp, ep=ep, rank=mine.rank, gated=gated, bias13=bias13, bias2=bias2)
             self._local: PreparedExperts = prepare_experts(
                 shard.w13, shard.w2, top_k=top_k, activation=activation, gated=gated, bias13=shard.bias13,
                 bias2=shard.bias2, global_experts=w2.shape[0], policy=policy,
             )  # fmt: skip
-            # Nobody goes on to the first sum before all have come this far.
+            # torch's rendezvous blocks for half an hour and notices no failure: nobody enters it before all can.
             mine.gather("experts ready", b"")
+            ensure_process_group(mine)
         self._experts = split(w2.shape[0], ep)[mine.rank // chosen_tp]
         self._whole = w2.shape[0]
         self._group = mine
