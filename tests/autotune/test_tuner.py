@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -294,6 +295,15 @@ def test_progress_tells_where_it_stands() -> None:
     assert events[-1].best_us is not None and events[-1].default_us is not None
     assert events[-1].best_us <= events[-1].default_us
     assert all(e.remaining_s is not None and e.remaining_s >= 0 for e in events)
+
+
+def test_another_kernel_source_goes_on_with_nothing_of_the_old_ones() -> None:
+    store, before, after = MemoryStore(), FakeTimes(by_block), FakeTimes(by_block)
+    measure_plan(plan_of(4), store, REGISTRY, measurer=before)
+    changed = replace(plan_of(4), environment=replace(HERE, kernel_source="1" * 64))
+    run = measure_plan(changed, store, REGISTRY, measurer=after)
+    assert run.run == 0 and after.log == before.log
+    assert len(store.environments()) == 2 and len(store.measurements()) == 2 * run.measured
 
 
 # The whole, on a real kernel and a real clock
