@@ -253,9 +253,8 @@ class Runtime:
             self._check_uniform(gemm, first)
         chosen = list(first)
         for decision in (d for group in others for d in group):
-            covered = any(
-                decision.bucket.above < c.bucket.tokens and c.bucket.above < decision.bucket.tokens for c in chosen
-            )
+            new = decision.bucket
+            covered = any(new.above < c.bucket.tokens and c.bucket.above < new.tokens for c in chosen)
             if not covered and all(self._kind(g, decision) == self._kind(g, first[0]) for g in layer.gemms):
                 chosen.append(decision)
         return sorted(chosen, key=lambda d: d.bucket.tokens)
