@@ -171,6 +171,20 @@ def test_wrong_operands_are_one_clear_error() -> None:
             KERNEL.up(config, hidden, packed, given.route, target)
 
 
+def test_weights_and_slots_of_another_layer_are_refused() -> None:
+    """Addresses are computed from sizes: what does not fit must not reach them."""
+    given = operands(dataclasses.replace(SMALL, dtype="bf16"), 4)
+    config = KERNEL.default(SMALL.up, 4, HERE).with_params(layout=PLAIN, stage=1, prefetch=0)
+    out = torch.empty(8, SMALL.intermediate, dtype=torch.bfloat16)
+    for data in (given.up.data[:3], given.up.data.float(), given.up.data.transpose(1, 2)):
+        wrong = dataclasses.replace(given.up, data=data, plans={})
+        with pytest.raises(InputError, match="weights in layout plain are"):
+            KERNEL.up(config, given.hidden, wrong, given.route, out)
+    more = sort_slots(given.route.ids, SMALL.experts + 1)
+    with pytest.raises(InputError, match="sorted over 5 experts"):
+        KERNEL.up(config, given.hidden, given.up, more, out)
+
+
 def test_weights_in_another_layout_than_the_config_reads_are_refused() -> None:
     given = operands(dataclasses.replace(SMALL, dtype="bf16"), 4)
     config = KERNEL.default(SMALL.up, 4, HERE)

@@ -266,6 +266,8 @@ class _Plan:
             prefetch=config.integer("prefetch"),
             lanes=isa.lanes, fma=isa.fma,
         )  # fmt: skip
+        _check_weights(weights, columns, panel)
+        self.experts = layer.experts
         self.address = load_variant(self.variant)
         self.bias = pack_bias(weights.bias, gemm, isa.lanes) if weights.bias is not None else None
         pairs = panel > 0 and layer.dtype == "bf16"
@@ -333,6 +335,8 @@ def _launch(
     scale: torch.Tensor | None,
 ) -> None:
     plan = _plan(isa, config, weights, out.dtype)
+    if route.experts != plan.experts:
+        raise InputError(f"{NAME}: slots are sorted over {route.experts} experts, the weights have {plan.experts}")
     _check("input", source, (rows, plan.k), plan.dtype)
     _check("output", out, (route.tokens if scale is not None else rows * route.top_k, plan.width), out.dtype)
     block = _Block.from_buffer_copy(plan.template)
@@ -354,6 +358,19 @@ def _launch(
         partial = _scratch.take("partial", 4 * (rows * plan.width + isa.lanes))
         block[_PARTIAL], block[_SCALE] = partial.data_ptr(), scale.data_ptr()
     run(plan.address, ctypes.addressof(block), threads)
+
+
+def _check_weights(weights: GemmWeights, columns: int, panel: int) -> None:
+    """Raise InputError unless the stored weights are what their layout says; done once for each stack."""
+    gemm, data = weights.gemm, weights.data
+    pairs = panel > 0 and gemm.layer.dtype == "bf16"
+    size = columns * padded_k(gemm, pairs=pairs) if panel else gemm.n * gemm.k
+    dtype, count = TORCH_DTYPES[gemm.layer.dtype], gemm.layer.experts * size
+    if data.dtype != dtype or data.numel() != count or not data.is_contiguous() or data.device.type != "cpu":
+        raise InputError(
+            f"{NAME}: weights in layout {weights.layout} are {data.dtype} {tuple(data.shape)} on {data.device}, "
+            f"expected {count} contiguous elements of {dtype} for {gemm.layer.label} {gemm.name}"
+        )
 
 
 def _check(what: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
