@@ -80,6 +80,21 @@ def test_ctrl_c_keeps_measurements_and_the_next_run_goes_on(tmp_path: Path) -> N
         assert len(store.measurements()) >= kept > 0
 
 
+def test_ctrl_c_while_starting_is_one_line() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tilecast.cli.app':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from tilecast.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tilecast: interrupted\n")
+
+
 def test_a_closed_pipe_is_quiet(table: Path) -> None:
     command = [sys.executable, "-m", "tilecast", "cache", "show", table, "--json"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
