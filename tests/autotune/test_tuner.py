@@ -261,6 +261,24 @@ def test_a_budget_cuts_and_says_so_and_each_task_gets_its_part() -> None:
     assert sum(max((e.cut for e in events if e.task == task), default=0) for task in range(8)) == run.cut
 
 
+def test_a_budget_too_small_for_all_configs_leaves_time_to_tell_the_best_from_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def slow(batch: int) -> None:
+        now[0] += 1.0
+
+    store = MemoryStore()
+    run = measure_plan(plan_of(4), store, REGISTRY, measurer=FakeTimes(by_block, on_sample=slow), budget_s=20.0)
+    assert run.cut > 0 and run.elapsed_s <= 20.0
+    for gemm in LAYER.gemms:
+        rounds = Counter(m.round for m in store.measurements(gemm=gemm))
+        assert rounds[0] >= 1 + FEW
+        assert rounds[1] > 0
+
+
 def test_a_spent_budget_still_measures_every_default() -> None:
     store = MemoryStore()
 

@@ -26,6 +26,9 @@ GROUP_WITHIN = 1.5
 FEW = 4
 """Candidates besides the default that get a sample even when a task's share of the budget is spent."""
 
+SCREENING_SHARE = 0.6
+"""Part of a task's time that round 0 may take: many configs sampled once and none twice tell nothing from noise."""
+
 TaskKey = tuple[ExpertGemm, int]
 
 
@@ -150,6 +153,8 @@ class Race:
         self._candidates = list(candidates)
         self._required = required
         self._deadline = deadline
+        now = time.monotonic()
+        self._screening_end = now + SCREENING_SHARE * max(0.0, deadline - now)
         self._rounds = rounds
         self._report = report
         self._cost_s: dict[TileConfig, float] = {}
@@ -188,8 +193,9 @@ class Race:
             if candidate.config in present:
                 continue
             must = number == 0 and position < self._required
-            if not must and (stop or self._out_of_time(candidate.config, number)):
-                stop = True
+            cost = self._expected_cost_s(candidate.config, number)
+            stop = stop or (not must and time.monotonic() + cost > self._deadline)
+            if not must and (stop or (number == 0 and time.monotonic() + cost > self._screening_end)):
                 self._cut += 1
                 continue
             measurement = self._measure(candidate, number)
@@ -198,13 +204,11 @@ class Race:
             self._report(self._state(number, len(alive), (position + 1) / len(order)))
         return made, stop
 
-    def _out_of_time(self, config: TileConfig, number: int) -> bool:
+    def _expected_cost_s(self, config: TileConfig, number: int) -> float:
         if number == 0:
             known = self._first_costs_s
-            cost = sum(known) / len(known) if known else 0.0
-        else:
-            cost = self._cost_s.get(config, 0.0) * _samples(number)
-        return time.monotonic() + cost > self._deadline
+            return sum(known) / len(known) if known else 0.0
+        return self._cost_s.get(config, 0.0) * _samples(number)
 
     def _measure(self, candidate: Candidate, number: int) -> Measurement:
         config, session = candidate.config, self._session
