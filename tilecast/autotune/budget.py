@@ -17,6 +17,8 @@ CANDIDATE_COST_S = 0.05
 ORACLE_ELEMENTS_PER_S = 2e8
 """Weights that the float64 oracle converts and multiplies in a second."""
 LAUNCHES_PER_CANDIDATE = 6
+EVEN_SHARE = 0.3
+"""Part of a budget that is shared evenly: making and packing weights costs a task of one token as much as others."""
 
 
 def expected_cost_s(gemm: ExpertGemm, tokens: int, candidates: int) -> float:
@@ -34,10 +36,11 @@ class Budget:
     """A deadline for the whole, from which each task gets its share of what is left."""
 
     def __init__(self, seconds: float | None, costs: tuple[float, ...]) -> None:
-        """Start the clock. `costs` are the tasks' expected costs in their order; None is no limit."""
+        """Start the clock. `costs` are the tasks' expected costs in their order; `seconds` None is no limit."""
         self._start = time.monotonic()
         self._end = math.inf if seconds is None else self._start + seconds * (1 - CHECK_SHARE)
-        self._costs = costs
+        even = 0.0 if seconds is None or not costs else EVEN_SHARE / (1 - EVEN_SHARE) * sum(costs) / len(costs)
+        self._costs = tuple(cost + even for cost in costs)
 
     @property
     def elapsed_s(self) -> float:
