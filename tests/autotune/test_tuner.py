@@ -279,6 +279,18 @@ def test_a_budget_too_small_for_all_configs_leaves_time_to_tell_the_best_from_no
         assert rounds[1] > 0
 
 
+def test_one_slow_set_up_does_not_make_every_config_look_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def packs_once(batch: int) -> None:
+        now[0] += 10.0 if batch == 0 else 0.1
+
+    store = MemoryStore()
+    measure_plan(plan_of(4), store, REGISTRY, measurer=FakeTimes(by_block, on_sample=packs_once), budget_s=39.0)
+    assert Counter(m.round for m in store.measurements(gemm=LAYER.up))[0] == 9
+
+
 def test_a_spent_budget_still_measures_every_default() -> None:
     store = MemoryStore()
 

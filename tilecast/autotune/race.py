@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from tilecast.autotune.measure import Measurer, failure
 from tilecast.autotune.peers import Peers
@@ -206,8 +207,8 @@ class Race:
 
     def _expected_cost_s(self, config: TileConfig, number: int) -> float:
         if number == 0:
-            known = self._first_costs_s
-            return sum(known) / len(known) if known else 0.0
+            # The median: the first config of each weight layout packs for all that follow it.
+            return median(self._first_costs_s) if self._first_costs_s else 0.0
         return self._cost_s.get(config, 0.0) * _samples(number)
 
     def _measure(self, candidate: Candidate, number: int) -> Measurement:
