@@ -57,12 +57,19 @@ def test_the_whole_way(process: Command, tmp_path: Path) -> None:
     assert document["summaries"]
 
 
+def heed_interrupts() -> None:
+    """Undo what a shell does to its background jobs: they, and so their children, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_measurements_and_the_next_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     command = [sys.executable, "-m", "tilecast", "tune", SPEC, "--tokens", "1,2,4,8,16,32,64,128,256", "--store", path]
     environment = child_environment({"OMP_NUM_THREADS": "1"})
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     kept = 0
     deadline = time.monotonic() + 60
     while kept == 0 and time.monotonic() < deadline:
