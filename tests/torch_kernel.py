@@ -87,6 +87,10 @@ class TorchKernel:
     def layout(self, gemm: ExpertGemm, config: TileConfig) -> str:
         return str(config["layout"])
 
+    def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
+        """Return `slot`: row s of the intermediate belongs to slot s."""
+        return "slot"
+
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         assert weights.layout == PLAIN and layout == "transposed"
         data = weights.data.transpose(1, 2).contiguous()

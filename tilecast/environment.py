@@ -139,6 +139,11 @@ def _llc_bytes() -> int:
     return max(sizes) or 32 << 20
 
 
+def gpu_toolchain() -> dict[str, str]:
+    """Return the versions that GPU kernels depend on: torch's and Triton's (`absent` where it is not installed)."""
+    return {"torch": _version("torch"), "triton": _version("triton")}
+
+
 @cache
 def cpu_environment() -> Environment:
     """Return this machine's CPU environment. The thread count is torch's at the first call."""

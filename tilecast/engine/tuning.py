@@ -266,6 +266,10 @@ class _Anchored:
     def layout(self, gemm: ExpertGemm, config: TileConfig) -> str:
         return self._kernel.layout(gemm, config)
 
+    def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
+        """Pass on."""
+        return self._kernel.order(gemm, config)
+
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         return self._kernel.pack(weights, layout)
 

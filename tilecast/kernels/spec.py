@@ -76,6 +76,14 @@ class Kernel(Protocol):
         """Return the name of the weight layout that `config` reads."""
         ...
 
+    def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
+        """Return the order of the intermediate's rows that `config` writes (up) or reads (down).
+
+        `slot`: row s belongs to slot s. `sorted`: row p belongs to slot `route.slots[p]`, rows past
+        `route.offsets[-1]` have no meaning. A layer's up and down run together only with equal orders.
+        """
+        ...
+
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         """Return `plain` weights stored in another layout. The plain tensor is left as it was."""
         ...
@@ -88,9 +96,9 @@ class Kernel(Protocol):
         route: ExpertLayout,
         out: torch.Tensor,
     ) -> None:
-        """Run the up GEMM: hidden [T, H] to out [T·k, I] in slot order, activation applied, one rounding.
+        """Run the up GEMM: hidden [T, H] to out [T·k, I] in the config's `order`, activation applied, one rounding.
 
-        Rows of absent slots are left as they are. Both tensors have the layer's dtype.
+        Rows that belong to no present slot are left as they are. Both tensors have the layer's dtype.
         """
         ...
 
@@ -103,7 +111,7 @@ class Kernel(Protocol):
         topk_weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Run the down GEMM and the ordered combine: intermediate [T·k, I] to out [T, H].
+        """Run the down GEMM and the ordered combine: intermediate [T·k, I] in the config's `order` to out [T, H].
 
         topk_weights is float32 [T, k]. `out` has the layer's dtype (one rounding) or float32 (a rank's
         partial sum, not rounded). Absent slots count as zero.

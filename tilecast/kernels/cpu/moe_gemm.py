@@ -171,6 +171,10 @@ class MoeGemm:
         """Return the name of the weight layout that `config` reads."""
         return str(config["layout"])
 
+    def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
+        """Return `slot`: row s of the intermediate belongs to slot s."""
+        return "slot"
+
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         """Return `plain` weights stored in another layout. The plain tensor is left as it was."""
         if layout == PLAIN or weights.layout == layout:

@@ -113,6 +113,10 @@ class OneDnnLinear:
         """Return `onednn` for prepacked weights, else `plain`."""
         return ONEDNN if config["prepack"] == "yes" else PLAIN
 
+    def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
+        """Return `slot`: row s of the intermediate belongs to slot s."""
+        return "slot"
+
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         """Return plain weights [E, N, K] as E oneDNN tensors. Raises ConfigError or, here unable, DeviceError."""
         if weights.layout != PLAIN:

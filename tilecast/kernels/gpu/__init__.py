@@ -1,0 +1,1 @@
+"""Expert GEMMs and routing in Triton, for NVIDIA and AMD GPUs."""

@@ -1,0 +1,94 @@
+"""What is compiled, and how it is launched: one description serves both, so that they cannot differ.
+
+A `Build` fixes everything that a compiled kernel depends on. The static analysis compiles builds for any target;
+a launch hands the same constants and options to Triton. Whatever changes with the number of tokens is an ordinary
+argument that Triton is told not to specialise on, so a launch never compiles what the analysis did not see.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from tilecast.canonical import Json, digest
+
+PACKAGE = "tilecast.kernels.gpu"
+Constant = int | bool | str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """One kernel function with everything that is compiled into it.
+
+    module, function: `_grouped`, `up_tiles`: a `@triton.jit` function in this package. `signature` gives the
+    run-time arguments in the function's order, with Triton's type names (`*bf16`, `i32`,
+    `tensordesc<bf16[1,128,64]>`); pointers are 16-byte aligned. `constants` are its `tl.constexpr` arguments. options
+    beyond warps and stages are Triton's, by name.
+    """
+
+    module: str
+    function: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Constant], ...]
+    num_warps: int
+    num_stages: int
+    options: tuple[tuple[str, Constant], ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON form; with the kernels' source and a target it names the machine code."""
+        return digest(self.to_json())
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON form."""
+        return {
+            "module": self.module,
+            "function": self.function,
+            "signature": [list(pair) for pair in self.signature],
+            "constants": dict(self.constants),
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "options": dict(self.options),
+        }
+
+    @property
+    def triton_options(self) -> dict[str, Constant]:
+        """What Triton gets beside the arguments. FP fusion is always off: whether a multiply and an add are
+        fused would change bits between kernels of one class, and its default changes between releases."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": False,
+            **dict(self.options),
+        }
+
+    @cached_property
+    def kernel(self) -> Any:
+        """The `@triton.jit` function (the interpreter's where `TRITON_INTERPRET=1` was set at import)."""
+        return getattr(importlib.import_module(f"{PACKAGE}.{self.module}"), self.function)
+
+    @cached_property
+    def _keywords(self) -> dict[str, Constant]:
+        return {**dict(self.constants), **self.triton_options}
+
+    def launch(self, grid: tuple[int, ...], device: torch.device, *args: Any) -> None:
+        """Launch on `device`'s current stream. `args` follow `signature`. Nothing is launched for an empty grid."""
+        if 0 in grid:
+            return
+        with device_guard(device):
+            self.kernel[grid](*args, **self._keywords)
+
+
+def cuda_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Return what makes `device` the current one; nothing to do on the CPU, where the interpreter runs."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+device_guard: Callable[[torch.device], AbstractContextManager[Any]] = cuda_guard
+"""What every launch runs under; tests put their own here to see that it does."""
