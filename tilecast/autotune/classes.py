@@ -216,8 +216,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
 
 
-def wide_operands(gemm: ExpertGemm, seed: int) -> _Operands:
-    """Return operands on which any other order of summation shows.
+def wide_operands(gemm: ExpertGemm, seed: int, tokens: int | None = None) -> _Operands:
+    """Return operands on which any other order of summation shows, by default for as many tokens as a launch takes.
 
     Signs are random, exponents spread over `EXPONENTS` powers of two. The second half of K repeats the first
     with the rows' sign turned, but for a sixteenth of much smaller weights: large partial sums cancel, and what
@@ -236,7 +236,7 @@ def wide_operands(gemm: ExpertGemm, seed: int) -> _Operands:
         weight[..., half : 2 * half] = weight[..., :half]
         weight[..., columns] = small_values.to(dtype)
     bias = _wide((layer.experts, small.n), -EXPONENTS, 0, generator).to(dtype) if layer.bias else None
-    tokens = max(PROBES, tokens_cap(gemm))
+    tokens = tokens or max(PROBES, tokens_cap(gemm))
     per_token = 1 if gemm.name == "up" else layer.top_k
     rows = _wide((tokens, per_token, small.k), 3 - EXPONENTS, 3, generator).to(dtype)
     rows[..., half : 2 * half] = -rows[..., :half]
