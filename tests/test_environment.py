@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 
 from tests.strategies import environments
+from tilecast import environment as environment_module
 from tilecast.canonical import canonical_json
-from tilecast.environment import Environment, cpu_environment, kernel_source_digest
-from tilecast.errors import InputError
+from tilecast.environment import Environment, cpu_environment, cuda_environment, environment_for, kernel_source_digest
+from tilecast.errors import DeviceError, InputError
+from tilecast.kernels.gpu.target import parse_target, target_of
 
 HERE = Environment(
     device_kind="cpu", device="A CPU", arch="x86_64", features="avx2,fma", units=2, llc_bytes=1 << 25,
@@ -96,3 +103,143 @@ def test_this_machine() -> None:
 def test_kernel_sources_of_devices_differ() -> None:
     assert len(kernel_source_digest("cpu")) == 64
     assert kernel_source_digest("cpu") != kernel_source_digest("cuda")
+
+
+# GPUs, told by what torch would say of them ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What `torch.cuda.get_device_properties` returns, as far as it is read."""
+
+    name: str
+    major: int
+    minor: int
+    multi_processor_count: int
+    L2_cache_size: int
+    gcnArchName: str
+
+
+H200 = Properties("NVIDIA H200", 9, 0, 132, 50 << 20, "NVIDIA H200")
+L40S = Properties("NVIDIA L40S", 8, 9, 142, 96 << 20, "NVIDIA L40S")
+MI300X = Properties("AMD Instinct MI300X", 9, 4, 304, 4 << 20, "gfx942:sramecc+:xnack-")
+
+
+class Gpus:
+    """The part of `torch.cuda` that an environment is read from, over given devices."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *devices: Properties, hip: str | None = None) -> None:
+        self.devices = devices
+        self.current = 0
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(self.devices))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(self.devices))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: self.devices[index])
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Environments read anew, drivers from files under the returned folder, of which there are none yet."""
+    monkeypatch.setattr(environment_module, "DRIVER_FILES", (tmp_path / "nvidia", tmp_path / "amdgpu"))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 0, raising=False)
+    environment_module._cuda_environment.cache_clear()
+    yield tmp_path
+    environment_module._cuda_environment.cache_clear()
+
+
+def test_an_nvidia_gpu(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "nvidia").write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)\n"
+        "GCC version:  gcc version 12.3.0\n"
+    )
+    Gpus(monkeypatch, H200)
+    here = cuda_environment()
+    assert (here.device_kind, here.device, here.arch, here.features) == ("cuda", "NVIDIA H200", "sm_90", "")
+    assert (here.units, here.llc_bytes, here.threads) == (132, 50 << 20, 0)
+    assert (here.torch, here.compiler) == (torch.__version__, metadata.version("triton"))
+    assert (here.driver, here.kernel_source) == ("580.65.06", kernel_source_digest("cuda"))
+    assert here.system == cpu_environment().system
+    assert target_of(here) == parse_target("cuda:90")
+    assert Environment.from_json(here.to_json()) == here
+    assert environment_module.here() == environment_for("cuda") == environment_for(torch.device("cuda", 0)) == here
+
+
+def test_an_amd_gpu(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "amdgpu").write_text("6.12.12\n")
+    Gpus(monkeypatch, MI300X, hip="6.4")
+    here = cuda_environment()
+    assert (here.device_kind, here.arch, here.features) == ("cuda", "gfx942", "sramecc+,xnack-")
+    assert (here.units, here.driver) == (304, "6.12.12")
+    assert target_of(here) == parse_target("hip:gfx942")
+
+
+def test_the_driver_is_soft_and_may_be_unknown(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpus(monkeypatch, H200, L40S)
+    assert cuda_environment(0).driver == ""
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13020, raising=False)
+    assert cuda_environment(1).driver == "CUDA 13.2"
+    assert cuda_environment(0).accepts(replace(cuda_environment(0), driver="580.65.06"))
+    assert not cuda_environment(0).accepts(cuda_environment(1))
+
+
+def test_which_gpu(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(monkeypatch, H200, L40S)
+    assert cuda_environment().arch == "sm_90"
+    gpus.current = 1
+    assert cuda_environment().arch == environment_module.here().arch == environment_for("cuda").arch == "sm_89"
+    assert environment_for("cuda:0").arch == "sm_90"
+    assert environment_for("cpu") == cpu_environment()
+    for index in (2, -1):
+        with pytest.raises(DeviceError, match=f"no GPU {index}; torch sees 2"):
+            cuda_environment(index)
+
+
+def test_devices_that_nothing_runs_on(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpus(monkeypatch)
+    assert environment_module.here() == cpu_environment()
+    with pytest.raises(DeviceError, match="torch sees no GPU"):
+        environment_for("cuda")
+    with pytest.raises(DeviceError, match="no kernel runs on meta"):
+        environment_for("meta")
+
+
+def test_a_gpu_without_triton_says_what_to_install(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpus(monkeypatch, H200)
+    monkeypatch.setattr(environment_module, "TRITON_PACKAGES", ("no-such-package-of-triton",))
+    with pytest.raises(DeviceError, match=r"NVIDIA H200 needs Triton.*pip install triton") as caught:
+        environment_module.here()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_kernels_digest_covers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "tilecast"
+    shutil.copytree(environment_module.PACKAGE / "kernels", package / "kernels")
+    monkeypatch.setattr(environment_module, "PACKAGE", package)
+    kernel_source_digest.cache_clear()
+    try:
+        before = {kind: kernel_source_digest(kind) for kind in ("cpu", "cuda")}
+        for name, changed in {
+            "gpu/build.py": {"cuda"},
+            "gpu/target.py": {"cuda"},
+            "cpu/_micro.py": {"cpu"},
+            "routing.py": {"cpu", "cuda"},
+            "reference.py": set(),
+        }.items():
+            path = package / "kernels" / name
+            text = path.read_text()
+            path.write_text(text + "# changed\n")
+            kernel_source_digest.cache_clear()
+            assert {kind for kind in before if kernel_source_digest(kind) != before[kind]} == changed, name
+            path.write_text(text)
+    finally:
+        kernel_source_digest.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_this_gpu() -> None:
+    here = cuda_environment()
+    assert here.device == torch.cuda.get_device_name()
+    assert here.units > 0 and here.llc_bytes > 0 and here.driver and here.compiler != "absent"
+    assert target_of(here) is not None

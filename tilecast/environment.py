@@ -9,13 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tilecast.canonical import Json, digest, fields_of
+from tilecast.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE = Path(__file__).parent
 CPU_FEATURES = frozenset(
@@ -23,6 +28,11 @@ CPU_FEATURES = frozenset(
     | {"amx_bf16", "amx_int8", "asimd", "asimdhp", "bf16", "i8mm", "sve", "sve2"}
 )
 """CPU feature flags, by their Linux names, that can change which instructions a kernel uses."""
+
+NEVER_LAUNCHED = frozenset({"reference.py", "static.py", "_compile.py"})
+"""Modules of `tilecast.kernels` that judge kernels and launch none: no bit and no time depends on them."""
+TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
+"""The distributions that Triton comes in, the usual one first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +113,24 @@ def _minor(version: str) -> tuple[str, ...]:
     return tuple(version.split("+")[0].split(".")[:2])
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
+def _version(*packages: str) -> str:
+    """Return the version of the first of `packages` that is installed; `absent` if none is."""
+    for package in packages:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return "absent"
 
 
 @cache
 def kernel_source_digest(device_kind: str) -> str:
-    """Return the SHA-256 over the source text of every kernel module that `device_kind` can reach."""
+    """Return the SHA-256 over the source text of every module that a launch on `device_kind` can run through."""
     root = PACKAGE / "kernels"
     folder = {"cpu": "cpu", "cuda": "gpu"}[device_kind]
     total = hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *(root / folder).glob("**/*.py")]):
+    common = [path for path in root.glob("*.py") if path.name not in NEVER_LAUNCHED]
+    for path in sorted([*common, *(root / folder).glob("**/*.py")]):
         total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()
 
@@ -141,7 +155,7 @@ def _llc_bytes() -> int:
 
 def gpu_toolchain() -> dict[str, str]:
     """Return the versions that GPU kernels depend on: torch's and Triton's (`absent` where it is not installed)."""
-    return {"torch": _version("torch"), "triton": _version("triton")}
+    return {"torch": _version("torch"), "triton": _version(*TRITON_PACKAGES)}
 
 
 @cache
@@ -165,5 +179,99 @@ def cpu_environment() -> Environment:
         torch=torch.__version__,
         compiler=_version("llvmlite"),
         threads=torch.get_num_threads(),
-        system=f"{platform.system()} {platform.release()} python {platform.python_version()}",
+        system=_system(),
     )
+
+
+def cuda_environment(index: int | None = None) -> Environment:
+    """Return the environment of GPU `index` (None: the current device), NVIDIA's or AMD's.
+
+    Raises DeviceError where torch sees no such GPU, or Triton is missing.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError("torch sees no GPU here; install a build of torch for it and its driver, or use the CPU")
+    count = torch.cuda.device_count()
+    chosen = torch.cuda.current_device() if index is None else index
+    if not 0 <= chosen < count:
+        raise DeviceError(f"there is no GPU {chosen}; torch sees {count}, numbered from 0")
+    return _cuda_environment(chosen)
+
+
+@cache
+def _cuda_environment(index: int) -> Environment:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    toolchain = gpu_toolchain()
+    if toolchain["triton"] == "absent":
+        raise DeviceError(
+            f"{properties.name} needs Triton, which is not installed; install the version that goes with torch "
+            f"{torch.__version__} (pip install triton), or hide the GPU (CUDA_VISIBLE_DEVICES=) to use the CPU"
+        )
+    arch, features = f"sm_{properties.major}{properties.minor}", ""
+    if torch.version.hip is not None:
+        # Such as `gfx942:sramecc+:xnack-`.
+        arch, _, rest = properties.gcnArchName.partition(":")
+        features = rest.replace(":", ",")
+    return Environment(
+        device_kind="cuda",
+        device=properties.name,
+        arch=arch,
+        features=features,
+        units=properties.multi_processor_count,
+        llc_bytes=properties.L2_cache_size,
+        kernel_source=kernel_source_digest("cuda"),
+        torch=torch.__version__,
+        compiler=toolchain["triton"],
+        driver=_driver(),
+        system=_system(),
+    )
+
+
+def environment_for(device: torch.device | str) -> Environment:
+    """Return the environment of a torch device, such as `cpu`, `cuda` (the current one) or `cuda:1`.
+
+    Raises DeviceError for other kinds of device, and as `cuda_environment` does.
+    """
+    import torch
+
+    chosen = torch.device(device)
+    if chosen.type == "cpu":
+        return cpu_environment()
+    if chosen.type == "cuda":
+        return cuda_environment(chosen.index)
+    raise DeviceError(f"no kernel runs on {chosen}; move the tensors to a GPU (cuda) or the CPU")
+
+
+def here() -> Environment:
+    """Return this process's environment: the current GPU's where torch sees one, else the CPU's."""
+    import torch
+
+    return cuda_environment() if torch.cuda.is_available() else cpu_environment()
+
+
+def _system() -> str:
+    return f"{platform.system()} {platform.release()} python {platform.python_version()}"
+
+
+DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
+"""Where the kernel drivers of NVIDIA and AMD tell their versions, without a tool or a library."""
+
+
+def _driver() -> str:
+    """Return the GPU driver's version, or the newest CUDA that it supports; empty if neither is known."""
+    import torch
+
+    for path in DRIVER_FILES:
+        try:
+            found = re.search(r"\d+\.\d+(\.\d+)*", path.read_text())
+        except OSError:
+            continue
+        if found is not None:
+            return found.group()
+    # Private, but torch has no other name for it; builds without CUDA lack it.
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    version = 0 if ask is None or torch.version.hip is not None else ask()
+    return f"CUDA {version // 1000}.{version % 1000 // 10}" if version else ""
