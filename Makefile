@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types layers bench clean
+.PHONY: demo test check lint types layers bench gpu gpu-report clean
 
 $(STAMP): requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,16 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# On a machine with a GPU, with the Python that has its PyTorch: no environment is built. ARGS="--minutes 8" and such.
+GPU_PYTHON ?= python3
+OUT ?= gpu-results
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu/run.py --out $(OUT) $(ARGS)
+
+gpu-report:
+	$(GPU_PYTHON) benchmarks/gpu/report.py $(if $(wildcard $(OUT)),--collect $(OUT)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The GPU suite: everything that is measured on a device, restartable, in one command."""
