@@ -6,6 +6,7 @@ from tilecast.kernels import routing
 from tilecast.kernels.cpu import sorting
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.onednn import OneDnnLinear
+from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import Registry
 
@@ -20,6 +21,8 @@ def sort_slots(topk_ids: torch.Tensor, experts: int) -> ExpertLayout:
     """
     if topk_ids.device.type == "cpu":
         return sorting.sort_slots(topk_ids, experts)
+    if topk_ids.device.type == "cuda":
+        return DeviceLayout(topk_ids, experts)
     return routing.sort_slots(topk_ids, experts)
 
 
