@@ -120,7 +120,7 @@ class TorchKernel:
         topk_weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        parts = torch.zeros(route.tokens * route.top_k, weights.gemm.n)
+        parts = torch.zeros(route.tokens * route.top_k, weights.gemm.n, device=out.device)
         scale = topk_weights.flatten()
         for expert, slots in self._blocks(config, route, out):
             parts[slots] = self._product(config, intermediate[slots], weights, expert) * scale[slots, None]
@@ -157,7 +157,7 @@ class TorchKernel:
         chunk = config.integer("chunk_k")
         match config["variant"]:
             case "zeros":
-                return torch.zeros(rows.shape[0], weight.shape[1])
+                return torch.zeros(rows.shape[0], weight.shape[1], device=rows.device)
             case "matmul":
                 total = rows @ weight
             case "off_by_one":
@@ -171,10 +171,71 @@ class TorchKernel:
         return total if weights.bias is None else total + weights.bias[expert].float()
 
 
+class SortedTorchKernel(TorchKernel):
+    """`sorted.moe_gemm`: the same sums; its parameter `order` says which intermediate up writes and down reads."""
+
+    def __init__(self, *variants: str, default_order: str = "slot") -> None:
+        super().__init__(*variants, name="sorted.moe_gemm")
+        self.domain["order"] = ("slot", "sorted")
+        self.default_order = default_order
+
+    def config(self, **params: ParamValue) -> TileConfig:
+        return super().config(**{"order": "slot", **params})
+
+    def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
+        for config in super().space(gemm, tokens, environment):
+            yield config
+            yield config.with_params(order="sorted")
+
+    def default(
+        self, gemm: ExpertGemm, tokens: int, environment: Environment, like: TileConfig | None = None
+    ) -> TileConfig:
+        return super().default(gemm, tokens, environment, like).with_params(order=self.default_order)
+
+    def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
+        return str(config["order"])
+
+    def up(
+        self,
+        config: TileConfig,
+        hidden: torch.Tensor,
+        weights: GemmWeights,
+        route: ExpertLayout,
+        out: torch.Tensor,
+    ) -> None:
+        if config["order"] == "slot":
+            return super().up(config, hidden, weights, route, out)
+        by_slot = torch.empty_like(out)
+        super().up(config, hidden, weights, route, by_slot)
+        slots = self._present(route)
+        out[: len(slots)] = by_slot[slots]
+        return None
+
+    def down(
+        self,
+        config: TileConfig,
+        intermediate: torch.Tensor,
+        weights: GemmWeights,
+        route: ExpertLayout,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        by_slot = intermediate
+        if config["order"] == "sorted":
+            slots = self._present(route)
+            by_slot = torch.empty_like(intermediate)
+            by_slot[slots] = intermediate[: len(slots)]
+        super().down(config, by_slot, weights, route, topk_weights, out)
+
+    @staticmethod
+    def _present(route: ExpertLayout) -> torch.Tensor:
+        return route.slots[: int(route.offsets[-1])].long()
+
+
 def _chained(rows: torch.Tensor, weight: torch.Tensor, chunk: int) -> torch.Tensor:
     """Sum products in ascending K: within chunks of `chunk` first, then the chunks' sums (0: one chunk)."""
     k = rows.shape[1]
-    total = torch.zeros(rows.shape[0], weight.shape[1])
+    total = torch.zeros(rows.shape[0], weight.shape[1], device=rows.device)
     for start in range(0, k, chunk or k):
         part = torch.zeros_like(total)
         for index in range(start, min(start + (chunk or k), k)):

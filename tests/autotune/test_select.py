@@ -5,9 +5,19 @@ import random
 import pytest
 
 from tests.autotune.shared import HERE, LAYER, measured
-from tests.torch_kernel import TorchKernel
+from tests.torch_kernel import SortedTorchKernel, TorchKernel
 from tilecast.autotune.prescreen import describe
-from tilecast.autotune.select import Evidence, choose, fastest, noise, pick, pool, within_noise
+from tilecast.autotune.select import (
+    Evidence,
+    choose,
+    choose_pair,
+    fastest,
+    noise,
+    pair_timing,
+    pick,
+    pool,
+    within_noise,
+)
 from tilecast.errors import CoverageError, DeviceError
 from tilecast.evidence import Measurement
 from tilecast.kernels.spec import Registry
@@ -233,3 +243,97 @@ def test_pick_never_returns_what_is_measurably_slower_than_the_best() -> None:
             )[0].values()
         )
         assert within_noise(pick(timings, DEFAULT), fastest(timings))
+
+
+# Two GEMMs with one order of the intermediate
+
+ORDERED = SortedTorchKernel("matmul")
+SLOT, SORTED = ORDERED.config(), ORDERED.config(order="sorted")
+SLOT16, SORTED16 = ORDERED.config(row_block=16), ORDERED.config(order="sorted", row_block=16)
+
+
+def side(name: str, *measurements: Measurement, tokens: int = 4, default: TileConfig = SLOT) -> Evidence:
+    gemm, registry = (LAYER.up if name == "up" else LAYER.down), Registry((ORDERED,))
+    timings, failures = pool(measurements)
+    configs = {m.config for m in measurements} | {default}
+    return Evidence(
+        gemm=gemm,
+        bucket=Bucket(above=0, tokens=tokens),
+        default=default,
+        candidates={c: describe(gemm, c, HERE, registry, is_default=c == default) for c in configs},
+        timings=timings,
+        failures=failures,
+    )
+
+
+def pairs(up: list[Evidence], down: list[Evidence], **options: object) -> list[tuple[TileConfig, TileConfig]]:
+    chosen_up, chosen_down = choose_pair(up, down, "reproducible", **options)  # type: ignore[arg-type]
+    return [(a.config, b.config) for a, b in zip(chosen_up, chosen_down, strict=True)]
+
+
+def test_the_best_pair_may_hold_neither_gemms_best() -> None:
+    up = side("up", steady(SLOT, 200), steady(SLOT16, 110), steady(SORTED, 100))
+    down = side("down", steady(SLOT, 200), steady(SLOT16, 50), steady(SORTED, 90))
+    assert pairs([up], [down]) == [(SLOT16, SLOT16)]
+    # What is fastest alone is sorted for up and slot for down.
+    assert (chosen(up), chosen(down)) == ([SORTED], [SLOT16])
+    (choice,), _ = choose_pair([up], [down], "reproducible")
+    assert choice.runner_up == SLOT and choice.default == SLOT
+    down = side("down", steady(SLOT, 200), steady(SLOT16, 85), steady(SORTED, 88), steady(SORTED16, 90))
+    assert pairs([up], [down]) == [(SORTED, SORTED)]
+
+
+def test_the_defaults_order_stays_unless_another_is_measurably_faster_together() -> None:
+    def at(sorted_us: float) -> list[tuple[TileConfig, TileConfig]]:
+        up = side("up", steady(SLOT, 100), steady(SORTED, sorted_us))
+        return pairs([up], [side("down", steady(SLOT, 100), steady(SORTED, 100))])
+
+    assert at(99) == [(SLOT, SLOT)]
+    assert at(90) == [(SORTED, SORTED)]
+
+
+def test_each_bucket_has_its_own_order() -> None:
+    up = [side("up", steady(SLOT, 100), steady(SORTED, us), tokens=t) for t, us in ((1, 150), (4, 50))]
+    down = [side("down", steady(SLOT, 100), steady(SORTED, 100), tokens=t) for t in (1, 4)]
+    assert pairs(up, down) == [(SLOT, SLOT), (SORTED, SORTED)]
+
+
+def test_an_excluded_config_takes_its_order_along() -> None:
+    up = side("up", steady(SLOT, 100), steady(SORTED, 50))
+    down = side("down", steady(SLOT, 100), steady(SORTED, 100))
+    assert pairs([up], [down]) == [(SORTED, SORTED)]
+    assert pairs([up], [down], excluded_up={SORTED}) == [(SLOT, SLOT)]
+    assert pairs([up], [down], excluded_down={SORTED}) == [(SLOT, SLOT)]
+
+
+def test_groups_that_share_no_order_or_are_slow_in_it_give_way_to_a_pair_that_fits() -> None:
+    fast = ORDERED.config(order="sorted", chunk_k=64)
+    slow_in_slot = ORDERED.config(chunk_k=64)
+    down = side("down", steady(SLOT, 50))
+    assert pairs([side("up", steady(SLOT, 100), steady(fast, 20))], [down]) == [(SLOT, SLOT)]
+    # Its group has a config in the right order, but the group's speed is in the other.
+    up = side("up", steady(SLOT, 100), steady(fast, 20), steady(slow_in_slot, 300))
+    assert pairs([up], [down]) == [(SLOT, SLOT)]
+
+
+def test_no_order_in_common_is_a_device_error() -> None:
+    up = side("up", steady(SORTED, 100), default=SORTED)
+    with pytest.raises(DeviceError, match="same order of the intermediate"):
+        pairs([up], [side("down", steady(SLOT, 100))])
+
+
+def test_with_one_order_a_pair_is_what_each_gemm_chooses() -> None:
+    rng = random.Random(9)
+    configs = [KERNEL.config(row_block=b, chunk_k=c) for b in (0, 16, 64) for c in (0, 64)]
+    for _ in range(20):
+        buckets = [evidence(*[steady(c, rng.uniform(90, 110)) for c in configs], tokens=t) for t in (1, 4)]
+        up, down = choose_pair(buckets, buckets, "reproducible")
+        alone = choose(buckets, "reproducible")[1]
+        assert up == alone and down == alone
+
+
+def test_the_noise_of_a_sum_is_that_of_its_parts() -> None:
+    a, b = (pool([steady(SLOT, us, spread=0.1)])[0][SLOT] for us in (300, 100))
+    pair = pair_timing(a, b)
+    assert pair.p50_us == pytest.approx(400)
+    assert pair.error == pytest.approx(a.error * (300**2 + 100**2) ** 0.5 / 400)

@@ -92,7 +92,7 @@ def test_packed_layouts_of_two_kernels_are_not_mixed_up() -> None:
 
 
 def test_the_cache_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tilecast.autotune.workload._memory_bytes", lambda: 6 * LAYER.up.weight_bytes())
+    monkeypatch.setattr("tilecast.autotune.workload._memory_bytes", lambda device: 6 * LAYER.up.weight_bytes())
     work, kernel = Workload(HERE), TorchKernel()
     first = work.weights(LAYER.up, kernel, "plain", 0)
     for copy in range(1, 5):
@@ -105,7 +105,9 @@ def test_weights_never_take_more_memory_than_was_checked(
     monkeypatch: pytest.MonkeyPatch, stacks_in_memory: int, most: int
 ) -> None:
     """Two layouts of one large stack must do where only two fit; else half of the memory stays free."""
-    monkeypatch.setattr("tilecast.autotune.workload._memory_bytes", lambda: stacks_in_memory * LAYER.up.weight_bytes())
+    monkeypatch.setattr(
+        "tilecast.autotune.workload._memory_bytes", lambda device: stacks_in_memory * LAYER.up.weight_bytes()
+    )
     check_memory(LAYER.up)
     alive: weakref.WeakSet[GemmWeights] = weakref.WeakSet()
     peaks = []

@@ -12,10 +12,21 @@ from typing import Protocol
 
 import torch
 
+from tilecast.autotune.measure import device_lost, failure
 from tilecast.autotune.prescreen import describe
-from tilecast.autotune.workload import Inputs, hash_seed, launch, poisoned_output
+from tilecast.autotune.workload import (
+    Inputs,
+    device_of,
+    hash_seed,
+    in_order,
+    in_slot_order,
+    launch,
+    poisoned_output,
+    synchronise,
+)
 from tilecast.environment import Environment
-from tilecast.kernels.routing import sort_slots
+from tilecast.errors import DeviceError
+from tilecast.kernels import sort_slots
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Registry
 from tilecast.problem import Bucket, ExpertGemm, TileConfig
 
@@ -58,6 +69,8 @@ class _Operands:
     topk_weights: torch.Tensor
 
     def inputs(self, tokens: torch.Tensor) -> Inputs:
+        """Return the batch of these tokens (integers [T], on any device), rows in slot order."""
+        tokens = tokens.to(self.rows.device)
         return Inputs(
             rows=self.rows[tokens].flatten(0, -2),
             route=sort_slots(self.ids[tokens], self.gemm.layer.experts),
@@ -73,11 +86,17 @@ class ClassVerifier:
     gives for the token alone.
     """
 
-    def __init__(self, environment: Environment, registry: Registry, *, seed: int = 0) -> None:
-        """Check kernels of `registry` in `environment`, on inputs that follow from `seed` alone."""
+    def __init__(
+        self, environment: Environment, registry: Registry, *, seed: int = 0, device: torch.device | None = None
+    ) -> None:
+        """Check kernels of `registry` in `environment`, on inputs that follow from `seed` alone.
+
+        They run on `device`, by default the environment's; the first check raises DeviceError if it is not here.
+        """
         self._environment = environment
         self._registry = registry
         self._seed = seed
+        self._device = device
         self._operands: _Operands | None = None
         self._of: ExpertGemm | None = None
         self._packed: dict[tuple[str, str], GemmWeights] = {}
@@ -86,7 +105,7 @@ class ClassVerifier:
     def verify(self, gemm: ExpertGemm, config: TileConfig, bucket: Bucket) -> str | None:
         """Return why `config` does not have its class's bits in `bucket`, None if it has.
 
-        An exception of the kernel is a reason as well.
+        An exception of the kernel is a reason as well; DeviceError if it left the device unusable.
         """
         kernel = self._registry[config.kernel]
         reference = kernel.default(gemm, 1, self._environment, like=config)
@@ -94,14 +113,14 @@ class ClassVerifier:
         meant = describe(gemm, reference, self._environment, self._registry)
         if (claimed.numerics, claimed.layout) != (meant.numerics, meant.layout):
             return f"the reference config {reference.label} is of another class or layout"
+        operands = self._prepare(gemm)
         try:
-            operands = self._prepare(gemm)
             for tokens in self.token_counts(gemm, bucket):
                 reason = self._differs(operands, config, reference, tokens)
                 if reason is not None:
                     return reason
         except Exception as error:  # Whatever a kernel raises says the same: it cannot be relied on.
-            return f"{type(error).__name__}: {error}"
+            return _raised(config, error)
         return None
 
     def control(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
@@ -110,8 +129,8 @@ class ClassVerifier:
         The negative control: the probes' tokens once more, with K reversed in rows and weights alike. The sums are
         mathematically the same, taken by the same kernel in the opposite order; so most rows must have other bits.
         """
+        operands = self._prepare(gemm)
         try:
-            operands = self._prepare(gemm)
             inputs = operands.inputs(torch.arange(PROBES))
             dtype = self._out_dtypes(operands.gemm)[0]
             rows = self._run(operands, config, inputs, dtype)
@@ -120,7 +139,7 @@ class ClassVerifier:
                 config, replace(inputs, rows=inputs.rows.flip(-1)), self._pack(config, weights), dtype
             )
         except Exception as error:  # As in `verify`.
-            return f"{type(error).__name__}: {error}"
+            return _raised(config, error)
         present = (inputs.route.ids >= 0) & (inputs.route.ids < operands.gemm.layer.experts)
         compared = present.flatten() if gemm.name == "up" else present.any(1)
         kind = INTEGERS[rows.dtype]
@@ -144,7 +163,8 @@ class ClassVerifier:
     def _prepare(self, gemm: ExpertGemm) -> _Operands:
         if self._operands is None or self._of != gemm:
             self.release()
-            self._operands, self._of = wide_operands(gemm, self._seed), gemm
+            device = device_of(self._environment) if self._device is None else self._device
+            self._operands, self._of = wide_operands(gemm, self._seed, device=device), gemm
         return self._operands
 
     def _differs(self, operands: _Operands, config: TileConfig, reference: TileConfig, tokens: int) -> str | None:
@@ -199,9 +219,20 @@ class ClassVerifier:
         return weights if layout == PLAIN else kernel.pack(weights, layout)
 
     def _launch(self, config: TileConfig, inputs: Inputs, weights: GemmWeights, out_dtype: torch.dtype) -> torch.Tensor:
-        out = poisoned_output(weights.gemm, inputs.route.tokens, out_dtype)
-        launch(self._registry[config.kernel], config, weights, inputs, out)
-        return out
+        gemm, kernel, device = weights.gemm, self._registry[config.kernel], inputs.rows.device
+        order = kernel.order(gemm, config)
+        out = poisoned_output(gemm, inputs.route.tokens, out_dtype, device)
+        launch(kernel, config, weights, in_order(gemm, inputs, order), out)
+        synchronise(device)
+        return in_slot_order(gemm, out, inputs.route, order)
+
+
+def _raised(config: TileConfig, error: Exception) -> str:
+    """Return what a kernel raised as a reason. Raises DeviceError if nothing can be checked after it."""
+    _, detail = failure(error)
+    if device_lost(detail):
+        raise DeviceError(f"{config.label} left the device unusable: {detail}; tune without it, in a new process")
+    return detail
 
 
 def tokens_cap(gemm: ExpertGemm) -> int:
@@ -216,14 +247,17 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
 
 
-def wide_operands(gemm: ExpertGemm, seed: int, tokens: int | None = None) -> _Operands:
+def wide_operands(
+    gemm: ExpertGemm, seed: int, tokens: int | None = None, device: torch.device | None = None
+) -> _Operands:
     """Return operands on which any other order of summation shows, by default for as many tokens as a launch takes.
 
-    Signs are random, exponents spread over `EXPONENTS` powers of two. The second half of K repeats the first
-    with the rows' sign turned, but for a sixteenth of much smaller weights: large partial sums cancel, and what
-    is left is of the size of their rounding errors, so that even a result rounded to bfloat16 tells orders apart.
-    Some slots are absent; a token may use an expert twice.
+    They have the same values on every device. Signs are random, exponents spread over `EXPONENTS`
+    powers of two. The second half of K repeats the first with the rows' sign turned, but for a sixteenth of much
+    smaller weights: large partial sums cancel, and what is left is of the size of their rounding errors, so that
+    even a result rounded to bfloat16 tells orders apart. Some slots are absent; a token may use an expert twice.
     """
+    device = device or torch.device("cpu")
     layer = replace(gemm.layer, experts=min(MAX_EXPERTS, gemm.layer.experts))
     small = ExpertGemm(layer=layer, name=gemm.name)
     dtype = TORCH_DTYPES[layer.dtype]
@@ -242,12 +276,14 @@ def wide_operands(gemm: ExpertGemm, seed: int, tokens: int | None = None) -> _Op
     rows[..., half : 2 * half] = -rows[..., :half]
     ids = torch.randint(layer.experts, (tokens, layer.top_k), generator=generator)
     ids[torch.rand(ids.shape, generator=generator) < 1 / 16] = -1
+    topk_weights = torch.rand(tokens, layer.top_k, generator=generator) + 0.1
+    bias = None if bias is None else bias.to(device)
     return _Operands(
         gemm=small,
-        weights=GemmWeights(gemm=small, layout=PLAIN, data=weight, bias=bias),
-        rows=rows,
-        ids=ids.to(torch.int32),
-        topk_weights=torch.rand(tokens, layer.top_k, generator=generator) + 0.1,
+        weights=GemmWeights(gemm=small, layout=PLAIN, data=weight.to(device), bias=bias),
+        rows=rows.to(device),
+        ids=ids.to(torch.int32).to(device),
+        topk_weights=topk_weights.to(device),
     )
 
 

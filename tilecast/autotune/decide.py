@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from tilecast.autotune.classes import ClassVerifier, Verifier
 from tilecast.autotune.plan import Plan
 from tilecast.autotune.prescreen import anchors, prescreen
-from tilecast.autotune.select import Evidence, breaks_class, choose, pool
+from tilecast.autotune.select import Evidence, breaks_class, choose_pair, pool
 from tilecast.errors import CoverageError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable
 from tilecast.kernels.spec import Registry
-from tilecast.problem import Bucket, ExpertGemm, TileConfig
+from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, TileConfig
 from tilecast.store import Store
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def decide(
         check = verifier or ClassVerifier(plan.environment, registry)
     decisions: list[Decision] = []
     for layer in plan.layers:
-        (up, up_certain), (down, down_certain) = (_settle(plan, gemm, store, registry, check) for gemm in layer.gemms)
+        up, down, certain = _settle(plan, layer, store, registry, check)
         decisions += [
             Decision(
                 environment=plan.environment.digest,
@@ -52,7 +53,7 @@ def decide(
                 up=up_choice,
                 down=down_choice,
                 routing=plan.routing,
-                certificate="hardware" if up_certain and down_certain else "none",
+                certificate="hardware" if certain else "none",
             )
             for bucket, up_choice, down_choice in zip(plan.buckets, up, down, strict=True)
         ]
@@ -60,58 +61,87 @@ def decide(
 
 
 def _settle(
-    plan: Plan, gemm: ExpertGemm, store: Store, registry: Registry, verifier: Verifier | None
-) -> tuple[tuple[Choice, ...], bool]:
-    """Choose for one GEMM, check the choices, and choose again without what failed, until none fails.
+    plan: Plan, layer: ExpertLayer, store: Store, registry: Registry, verifier: Verifier | None
+) -> tuple[tuple[Choice, ...], tuple[Choice, ...], bool]:
+    """Choose for a layer, check the choices, and choose again without what failed, until none fails.
 
-    Returns the choices, and whether their class is certain.
+    Returns the choices of up and of down, and whether their classes are certain.
     """
-    measured = store.measurements(environment=plan.environment.digest, gemm=gemm, routing=plan.routing)
-    evidence = gather_evidence(plan, gemm, measured, registry)
-    excluded = {m.config for m in measured if breaks_class(m)}
-    passed: set[tuple[TileConfig, Bucket]] = set()
+    up, down = (_Side.of(plan, gemm, store, registry) for gemm in layer.gemms)
     try:
         while True:
-            _, choices = choose(evidence, plan.policy, excluded=excluded)
+            chosen = choose_pair(
+                up.evidence, down.evidence, plan.policy, excluded_up=up.excluded, excluded_down=down.excluded
+            )
             if verifier is None:
-                return choices, False
-            failed = _failed(verifier, evidence, choices, passed)
-            if not failed:
-                return choices, _controlled(verifier, gemm, choices)
-            excluded.update(config for config, _, _ in failed)
-            store.add_measurements([_record(plan, gemm, measured, *failure) for failure in failed])
+                return *chosen, False
+            # The second GEMM's operands are made when the first one's choices hold.
+            if all(side.holds(verifier, choices) for side, choices in zip((up, down), chosen, strict=True)):
+                return *chosen, up.certain(chosen[0]) and down.certain(chosen[1])
     finally:
         if verifier is not None:
             verifier.release()
 
 
-def _controlled(verifier: Verifier, gemm: ExpertGemm, choices: Sequence[Choice]) -> bool:
-    """Whether the check that the choices passed would have failed another class."""
-    for config in dict.fromkeys(choice.config for choice in choices):
-        reason = verifier.control(gemm, config)
-        if reason is not None:
-            logger.warning(
-                "not certified: the class check of %s %s cannot tell classes apart: %s",
-                gemm.layer.label, gemm.name, reason,
-            )  # fmt: skip
+@dataclass
+class _Side:
+    """One GEMM of a layer while its choices are checked.
+
+    `excluded` failed, `passed` did not; `blind` says of each config of the last choices why the check could not
+    have failed another class, None where it could.
+    """
+
+    plan: Plan
+    gemm: ExpertGemm
+    store: Store
+    measured: Sequence[Measurement]
+    evidence: tuple[Evidence, ...]
+    excluded: set[TileConfig]
+    passed: set[tuple[TileConfig, Bucket]] = field(default_factory=set)
+    blind: dict[TileConfig, str | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan, gemm: ExpertGemm, store: Store, registry: Registry) -> _Side:
+        measured = store.measurements(environment=plan.environment.digest, gemm=gemm, routing=plan.routing)
+        evidence = gather_evidence(plan, gemm, measured, registry)
+        return cls(plan, gemm, store, measured, evidence, {m.config for m in measured if breaks_class(m)})
+
+    def holds(self, verifier: Verifier, choices: Sequence[Choice]) -> bool:
+        """Whether all choices keep their class's bits; those that do not are excluded, and kept as measurements."""
+        failed = self._failed(verifier, choices)
+        self.excluded.update(config for config, _, _ in failed)
+        self.store.add_measurements([_record(self.plan, self.gemm, self.measured, *failure) for failure in failed])
+        if failed:
             return False
-    return True
+        for config in dict.fromkeys(choice.config for choice in choices):
+            if config not in self.blind:
+                self.blind[config] = verifier.control(self.gemm, config)
+        return True
 
+    def certain(self, choices: Sequence[Choice]) -> bool:
+        """Whether the check that the choices passed would have failed another class."""
+        for config in dict.fromkeys(choice.config for choice in choices):
+            reason = self.blind[config]
+            if reason is not None:
+                logger.warning(
+                    "not certified: the class check of %s %s cannot tell classes apart: %s",
+                    self.gemm.layer.label, self.gemm.name, reason,
+                )  # fmt: skip
+                return False
+        return True
 
-def _failed(
-    verifier: Verifier, evidence: Sequence[Evidence], choices: Sequence[Choice], passed: set[tuple[TileConfig, Bucket]]
-) -> list[tuple[TileConfig, Bucket, str]]:
-    failed: dict[TileConfig, tuple[TileConfig, Bucket, str]] = {}
-    for e, choice in zip(evidence, choices, strict=True):
-        config = choice.config
-        if (config, e.bucket) in passed or config in failed:
-            continue
-        reason = verifier.verify(e.gemm, config, e.bucket)
-        if reason is None:
-            passed.add((config, e.bucket))
-        else:
-            failed[config] = (config, e.bucket, reason)
-    return list(failed.values())
+    def _failed(self, verifier: Verifier, choices: Sequence[Choice]) -> list[tuple[TileConfig, Bucket, str]]:
+        failed: dict[TileConfig, tuple[TileConfig, Bucket, str]] = {}
+        for e, choice in zip(self.evidence, choices, strict=True):
+            config = choice.config
+            if (config, e.bucket) in self.passed or config in failed:
+                continue
+            reason = verifier.verify(self.gemm, config, e.bucket)
+            if reason is None:
+                self.passed.add((config, e.bucket))
+            else:
+                failed[config] = (config, e.bucket, reason)
+        return list(failed.values())
 
 
 def _record(

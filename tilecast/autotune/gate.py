@@ -7,9 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
-from tilecast.autotune.workload import Inputs, Workload, hash_seed, launch, poisoned_output
+from tilecast.autotune.workload import (
+    SORTED,
+    Inputs,
+    Workload,
+    hash_seed,
+    in_order,
+    in_slot_order,
+    launch,
+    poisoned_output,
+    present_slots,
+    synchronise,
+)
+from tilecast.kernels import routing, sort_slots
 from tilecast.kernels.reference import reference_down, reference_up
-from tilecast.kernels.routing import sort_slots
 from tilecast.kernels.spec import TORCH_DTYPES, Kernel
 from tilecast.problem import ExpertGemm, TileConfig
 
@@ -66,11 +77,16 @@ class Gate:
             self._cases = self._make_cases(gemm, tokens)
             self._held = (gemm, tokens)
         weights = self._workload.weights(gemm, kernel, kernel.layout(gemm, config))
+        order = kernel.order(gemm, config)
         worst = 0.0
         for case in self._cases:
-            out = poisoned_output(gemm, tokens, case.out_dtype)
-            launch(kernel, config, weights, case.inputs, out)
-            detail = _unwritten(out, case.written)
+            device = self._workload.device
+            out = poisoned_output(gemm, tokens, case.out_dtype, device)
+            launch(kernel, config, weights, in_order(gemm, case.inputs, order), out)
+            synchronise(device)
+            detail = _beyond_the_last(gemm, out, case.inputs, order)
+            out = in_slot_order(gemm, out, case.inputs.route, order)
+            detail = detail or _unwritten(out, case.written)
             if detail:
                 return Verdict(status="wrong_result", detail=detail)
             ratio = error_ratio(out[case.rows], case.exact, case.torch_values, gemm.k)
@@ -92,16 +108,17 @@ class Gate:
             variants.append(_with_absent_slots(gemm, full))
         # Plain weights are the oracle's, whatever layout the kernel reads.
         weights = self._workload.plain(gemm)
-        sampled = _sampled_tokens(tokens, max(2, SAMPLED_SLOTS // gemm.layer.top_k))
+        device = self._workload.device
+        sampled = _sampled_tokens(tokens, max(2, SAMPLED_SLOTS // gemm.layer.top_k)).to(device)
         expected = _expected(gemm, variants, sampled, weights.data, weights.bias)
         dtype = TORCH_DTYPES[gemm.layer.dtype]
         cases = []
         for number, (inputs, (exact, torch_values)) in enumerate(zip(variants, expected, strict=True)):
             present = _present(gemm, inputs)
-            rows, written = sampled, torch.ones(tokens, dtype=torch.bool)
+            rows, written = sampled, torch.ones(tokens, dtype=torch.bool, device=device)
             if gemm.name == "up":
                 written = present
-                slots = (sampled[:, None] * gemm.layer.top_k + torch.arange(gemm.layer.top_k)).flatten()
+                slots = _slots_of(sampled, gemm.layer.top_k)
                 rows = slots[present[slots]]
                 exact, torch_values = exact[present[slots]], torch_values[present[slots]]
             # The second launch of down gives a rank's partial sum, which is not rounded.
@@ -147,6 +164,21 @@ def _unwritten(out: torch.Tensor, written: torch.Tensor) -> str:
     return ""
 
 
+def _beyond_the_last(gemm: ExpertGemm, out: torch.Tensor, inputs: Inputs, order: str) -> str:
+    """Return what is wrong where a sorted intermediate has no rows; what stands there nobody may rely on."""
+    if gemm.name == "down" or order != SORTED:
+        return ""
+    present = len(present_slots(inputs.route))
+    touched = torch.nonzero(~torch.isnan(out[present:]).all(1)).flatten()
+    if touched.numel():
+        return f"{touched.numel()} rows beyond the {present} present slots were written"
+    return ""
+
+
+def _slots_of(tokens: torch.Tensor, top_k: int) -> torch.Tensor:
+    return (tokens[:, None] * top_k + torch.arange(top_k, device=tokens.device)).flatten()
+
+
 def _sampled_tokens(tokens: int, count: int) -> torch.Tensor:
     if tokens <= count:
         return torch.arange(tokens)
@@ -167,6 +199,7 @@ def _with_absent_slots(gemm: ExpertGemm, full: Inputs) -> Inputs:
     if route.tokens >= 3:
         absent[route.tokens // 2] = True
     absent[-1, -1] = True
+    absent = absent.to(route.ids.device)
     present = (route.ids >= 0) & (route.ids < layer.experts)
     if not bool((present & ~absent).any()):
         # Something must be left to compute, or the launch would say nothing.
@@ -189,14 +222,15 @@ def _expected(
     """
     layer, top_k = gemm.layer, gemm.layer.top_k
     ids = torch.cat([v.route.ids[sampled] for v in variants])
-    route = sort_slots(ids, layer.experts)
+    # The oracle's own way to sort, which no kernel uses.
+    route = routing.sort_slots(ids, layer.experts)
     results = []
     for dtype in (torch.float64, TORCH_DTYPES[layer.dtype]):
         if gemm.name == "up":
             rows = torch.cat([v.rows[sampled] for v in variants])
             result = reference_up(layer, rows, weight, route, bias, dtype)
         else:
-            slots = (sampled[:, None] * top_k + torch.arange(top_k)).flatten()
+            slots = _slots_of(sampled, top_k)
             rows = torch.cat([v.rows[slots] for v in variants])
             scale = torch.cat([v.topk_weights[sampled] for v in variants])
             result = reference_down(layer, rows, weight, route, scale, bias, dtype)

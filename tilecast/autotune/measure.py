@@ -1,14 +1,12 @@
-"""Timing on the device this process runs on: cold weights, fresh routing, one launch a sample."""
+"""Measuring on the device this process runs on: the gate, then times on cold weights and fresh routing."""
 
 from __future__ import annotations
 
-import gc
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
+from tilecast.autotune.clock import Clock, clock_for
 from tilecast.autotune.gate import Gate, Verdict
 from tilecast.autotune.workload import Workload, check_memory, launch, poisoned_output
 from tilecast.environment import Environment
@@ -43,36 +41,64 @@ class Measurer(Protocol):
         ...
 
 
+NO_ROOM = ("allocate memory", "out of memory", "out of resource", "too many resources", "too much shared data")
+COMPILER = ("compil", "llvm", "passmanager", "ptxas")
+LOST = (
+    "illegal memory access", "illegal address", "misaligned address", "illegal instruction", "device-side assert",
+    "unspecified launch failure", "hardware stack error", "memory access fault",
+)  # fmt: skip
+"""How CUDA and HIP name errors after which nothing else runs in this process."""
+
+
 def failure(error: Exception) -> tuple[str, str]:
     """Return the status and the one-line detail that stand for what a kernel raised.
 
-    `resource` where memory ran out, `compile_error` where a compiler speaks, else `runtime_error`.
+    `resource` where memory, shared memory or registers ran out, `compile_error` where a compiler speaks, else
+    `runtime_error`.
     """
     detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     text = detail.lower()
-    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+    if device_lost(detail):
+        return "runtime_error", detail
+    if isinstance(error, MemoryError) or any(word in text for word in NO_ROOM):
         return "resource", detail
-    if "compil" in text or "llvm" in text:
+    if any(word in text for word in COMPILER):
         return "compile_error", detail
     return "runtime_error", detail
 
 
+def device_lost(detail: str) -> bool:
+    """Whether a failure's detail names an error that leaves the device unusable to this process."""
+    text = detail.lower()
+    return any(word in text for word in LOST)
+
+
 class DeviceMeasurer:
-    """Measures on the CPU of this process, on as many threads as torch uses."""
+    """Measures on the device of this process: the current GPU, or the CPU on as many threads as torch uses."""
 
     def __init__(
-        self, environment: Environment, registry: Registry, *, routing: str = "uniform", seed: int = 0
+        self,
+        environment: Environment,
+        registry: Registry,
+        *,
+        routing: str = "uniform",
+        seed: int = 0,
+        clock: Clock | None = None,
     ) -> None:
-        """Measure kernels of `registry`; operands follow from `seed` alone."""
+        """Measure kernels of `registry`; operands follow from `seed` alone; `clock` is by default the device's.
+
+        Raises DeviceError if the environment's device is not here.
+        """
         self._registry = registry
         self._workload = Workload(environment, routing=routing, seed=seed)
+        self._clock = clock or clock_for(self._workload.device, environment.llc_bytes)
         self._gate = Gate(self._workload)
         self._repeats: dict[tuple[ExpertGemm, int, TileConfig], int] = {}
         self._turn = 0
 
     def prepare(self, gemm: ExpertGemm) -> None:
-        """Raise DeviceError if the weights of `gemm` do not fit into this machine's memory."""
-        check_memory(gemm)
+        """Raise DeviceError if the weights of `gemm` do not fit into the device's memory."""
+        check_memory(gemm, self._workload.device)
 
     def check(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> Verdict:
         """Run the correctness gate on the full problem; see `Gate`."""
@@ -106,28 +132,13 @@ class DeviceMeasurer:
 
     def _time(self, gemm: ExpertGemm, tokens: int, config: TileConfig, *, seeds: list[int]) -> float:
         kernel = self._registry[config.kernel]
-        layout = kernel.layout(gemm, config)
+        layout, order = kernel.layout(gemm, config), kernel.order(gemm, config)
         copies = self._workload.copies(gemm)
-        operands = []
+        out = poisoned_output(gemm, tokens, device=self._workload.device)
+        launches = []
         for seed in seeds:
             self._turn = (self._turn + 1) % copies
             weights = self._workload.weights(gemm, kernel, layout, self._turn)
-            operands.append((weights, self._workload.inputs(gemm, tokens, seed)))
-        out = poisoned_output(gemm, tokens)
-        with _garbage_collector_paused():
-            start = time.perf_counter_ns()
-            for weights, inputs in operands:
-                launch(kernel, config, weights, inputs, out)
-            elapsed = time.perf_counter_ns() - start
-        return max(elapsed, 1) / 1e3 / len(seeds)
-
-
-@contextmanager
-def _garbage_collector_paused() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+            inputs = self._workload.inputs(gemm, tokens, seed, order)
+            launches.append(partial(launch, kernel, config, weights, inputs, out))
+        return self._clock.time(launches)

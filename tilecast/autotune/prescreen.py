@@ -16,6 +16,7 @@ class Candidate:
     """A config that can run a GEMM here, with what selection must know about it.
 
     `layout` is `plain`, or the kernel's name and its layout's: a packed layout belongs to the kernel that made it.
+    `order` is that of the intermediate's rows, `slot` or `sorted`; a layer's up and down must have the same.
     `is_anchor` marks a default of another bucket's group, which has to be measured in every bucket.
     """
 
@@ -23,6 +24,7 @@ class Candidate:
     numerics: str
     layout: str
     batch_invariant: bool
+    order: str = "slot"
     is_default: bool = False
     is_anchor: bool = False
 
@@ -65,6 +67,7 @@ def describe(
         numerics=numerics_class(kernel, gemm, config, environment),
         layout=layout if layout == PLAIN else f"{kernel.name}:{layout}",
         batch_invariant=kernel.batch_invariant(gemm, config),
+        order=kernel.order(gemm, config),
         is_default=is_default,
     )
 

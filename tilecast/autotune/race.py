@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from tilecast.autotune.measure import Measurer, failure
+from tilecast.autotune.measure import Measurer, device_lost, failure
 from tilecast.autotune.peers import Peers
 from tilecast.autotune.plan import Plan
 from tilecast.autotune.prescreen import Candidate
 from tilecast.autotune.select import Group, Timing, breaks_class, group_of, pool
+from tilecast.errors import DeviceError
 from tilecast.evidence import Measurement
 from tilecast.problem import Bucket, ExpertGemm, TileConfig
 from tilecast.store import Store
@@ -23,7 +24,7 @@ KEEP_WITHIN = (1.5, 1.2)
 KEEP_BEST = 6
 """From round 2 on, at most this many go on, besides the default and the groups' best."""
 GROUP_WITHIN = 1.5
-"""The best config of a group goes on within this factor: one group must serve all buckets."""
+"""The best config of a group and order goes on within this factor: one group must serve all buckets."""
 FEW = 4
 """Candidates besides the default that get a sample even when a task's share of the budget is spent."""
 
@@ -114,19 +115,28 @@ def survivors(
 ) -> list[Candidate]:
     """Return who goes on after `round`, in the order given: near enough to the best, among the best few.
 
-    The default goes on as long as it runs at all; so does each group's best if it is not far behind.
+    That holds for each order of the intermediate by itself, if its best is not far behind: the layer's other GEMM may
+    be much faster in that order. The default goes on as long as it runs at all; so does each group's best in each
+    order if it is not far behind.
     """
     timed = sorted((c for c in alive if c.config in timings), key=lambda c: timings[c.config].p50_us)
     if not timed:
         return []
     best = timings[timed[0].config].p50_us
     within = KEEP_WITHIN[min(round, len(KEEP_WITHIN) - 1)]
-    few = timed if round == 0 else timed[:KEEP_BEST]
-    kept = {c.config for c in few if timings[c.config].p50_us <= best * within or round >= len(KEEP_WITHIN)}
-    leaders: dict[Group, Candidate] = {}
+    kept: set[TileConfig] = set()
+    for order in sorted({c.order for c in timed}):
+        of_order = [c for c in timed if c.order == order]
+        best_of_order = timings[of_order[0].config].p50_us
+        if best_of_order > best * GROUP_WITHIN:
+            continue
+        few = of_order if round == 0 else of_order[:KEEP_BEST]
+        near = best_of_order * within
+        kept |= {c.config for c in few if timings[c.config].p50_us <= near or round >= len(KEEP_WITHIN)}
+    leaders: dict[tuple[Group, str], Candidate] = {}
     for c in timed:
         if (group := group_of(c, policy)) is not None:
-            leaders.setdefault(group, c)
+            leaders.setdefault((group, c.order), c)
     kept |= {c.config for c in leaders.values() if timings[c.config].p50_us <= best * GROUP_WITHIN}
     kept |= {c.config for c in timed if c.is_default}
     return [c for c in alive if c.config in kept]
@@ -201,6 +211,11 @@ class Race:
                 continue
             measurement = self._measure(candidate, number)
             self._session.keep(measurement)
+            if measurement.status == "runtime_error" and device_lost(measurement.detail):
+                raise DeviceError(
+                    f"{candidate.config.label} left the device unusable to this process ({measurement.detail}); "
+                    "that is recorded: run tune again, it goes on without this config"
+                )
             made.append(measurement)
             self._report(self._state(number, len(alive), (position + 1) / len(order)))
         return made, stop

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from tilecast.autotune.prescreen import Candidate
 from tilecast.errors import CoverageError, DeviceError
@@ -141,6 +142,122 @@ def choose(
     configs are not chosen. Raises CoverageError where a default was not measured, DeviceError where a default
     does not run, or no group is left.
     """
+    by_group, complete = _complete_groups(evidence, policy, excluded)
+    group = _best_group(evidence, by_group, complete, policy)
+    return group, tuple(_choice(e, of_group[group]) for e, of_group in zip(evidence, by_group, strict=True))
+
+
+def choose_pair(
+    up: Sequence[Evidence],
+    down: Sequence[Evidence],
+    policy: str,
+    *,
+    excluded_up: Collection[TileConfig] = (),
+    excluded_down: Collection[TileConfig] = (),
+) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
+    """Return the choices for a layer's up and down GEMMs, whose evidence is given for the same buckets.
+
+    Each GEMM's group is chosen as `choose` does, unless the two have no order of the intermediate in common in some
+    bucket, or are measurably slower together than the fastest pair of groups, as a group's best config may be of an
+    order that the other GEMM lacks or is slow in: then it is that pair. Within a bucket both configs have the same
+    order, and of the orders the one with the smallest sum of both times; the defaults' order if that is within
+    noise of it. Raises as `choose` does.
+    """
+    sides = [_Side.of(up, policy, excluded_up), _Side.of(down, policy, excluded_down)]
+    groups = _fitting_groups(sides[0], sides[1], policy)
+    chosen: tuple[list[Choice], list[Choice]] = ([], [])
+    for bucket in range(len(up)):
+        orders = _common_orders(sides[0].in_orders(groups[0], bucket), sides[1].in_orders(groups[1], bucket))
+        defaults = {e.candidates[e.default].order for e in (up[bucket], down[bucket])}
+        order = pick_order(orders, next(iter(defaults)) if len(defaults) == 1 else None)
+        for choices, e, timings in zip(chosen, (up[bucket], down[bucket]), orders[order], strict=True):
+            choices.append(_choice(e, timings))
+    return tuple(chosen[0]), tuple(chosen[1])
+
+
+Orders = Mapping[str, tuple[Sequence[Timing], Sequence[Timing]]]
+"""The timings of up and of down by the order of the intermediate, neither empty."""
+
+
+def pick_order(orders: Orders, default: str | None) -> str:
+    """Return the order to use: the default one unless its best pair is measurably slower than the best of all.
+
+    Otherwise, of the orders within noise of the best, the first by name. There must be at least one.
+    """
+    pairs = {order: pair_timing(fastest(up), fastest(down)) for order, (up, down) in orders.items()}
+    best = min(pairs.values(), key=lambda t: t.p50_us)
+    equals = [order for order in sorted(pairs) if within_noise(pairs[order], best)]
+    return default if default is not None and default in equals else equals[0]
+
+
+def pair_timing(up: Timing, down: Timing) -> Timing:
+    """Return both timings as one: the sum of the medians, and the error that the sum has. It bears up's config."""
+    total = up.p50_us + down.p50_us
+    error = math.hypot(up.p50_us * up.error, down.p50_us * down.error) / total
+    return Timing(config=up.config, p50_us=total, error=error, samples=min(up.samples, down.samples))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One GEMM's evidence with its timings by group, and the groups that every bucket has."""
+
+    evidence: Sequence[Evidence]
+    by_group: Sequence[Mapping[Group, list[Timing]]]
+    complete: set[Group]
+
+    @classmethod
+    def of(cls, evidence: Sequence[Evidence], policy: str, excluded: Collection[TileConfig]) -> _Side:
+        return cls(evidence, *_complete_groups(evidence, policy, excluded))
+
+    def in_orders(self, group: Group, bucket: int) -> dict[str, list[Timing]]:
+        candidates = self.evidence[bucket].candidates
+        found: dict[str, list[Timing]] = {}
+        for timing in self.by_group[bucket][group]:
+            found.setdefault(candidates[timing.config].order, []).append(timing)
+        return found
+
+
+def _common_orders(up: Mapping[str, list[Timing]], down: Mapping[str, list[Timing]]) -> Orders:
+    return {order: (up[order], down[order]) for order in up if order in down}
+
+
+def _fitting_groups(up: _Side, down: _Side, policy: str) -> tuple[Group, Group]:
+    first, second = (_best_group(side.evidence, side.by_group, side.complete, policy) for side in (up, down))
+    best: dict[tuple[Group, Group], list[Timing]] = {}
+    for pair in product(sorted(up.complete), sorted(down.complete)):
+        timings = _pair_timings(up, down, pair)
+        if timings is not None:
+            best[pair] = timings
+    if not best:
+        raise DeviceError(
+            f"no working configs of {up.evidence[0].gemm.layer.label} up and down have the same order of the "
+            "intermediate in every bucket; measure with a larger budget"
+        )
+    cost = {pair: sum(math.log(t.p50_us) for t in timings) for pair, timings in best.items()}
+    fastest_pair = min(cost, key=lambda pair: (cost[pair], pair))
+    own = (first, second)
+    if own in best:
+        doubt = math.sqrt(sum(noise(a, b) ** 2 for a, b in zip(best[own], best[fastest_pair], strict=True)))
+        if cost[own] - cost[fastest_pair] <= doubt:
+            return own
+    return fastest_pair
+
+
+def _pair_timings(up: _Side, down: _Side, pair: tuple[Group, Group]) -> list[Timing] | None:
+    """Return each bucket's best time of two groups together; None if they share no order in some bucket."""
+    found = []
+    for bucket in range(len(up.evidence)):
+        orders = _common_orders(up.in_orders(pair[0], bucket), down.in_orders(pair[1], bucket))
+        if not orders:
+            return None
+        found.append(min((pair_timing(fastest(u), fastest(d)) for u, d in orders.values()), key=lambda t: t.p50_us))
+    return found
+
+
+def _complete_groups(
+    evidence: Sequence[Evidence], policy: str, excluded: Collection[TileConfig]
+) -> tuple[list[dict[Group, list[Timing]]], set[Group]]:
+    """Return the timings by group of each bucket, and the groups that every bucket has. Raises as `choose`."""
     for e in evidence:
         _require_default(e)
     by_group = [_grouped(e, policy, excluded) for e in evidence]
@@ -153,8 +270,7 @@ def choose(
             f"{', '.join(str(e.bucket.tokens) for e in evidence)} tokens"
             + ("" if policy == "fastest" else "; use the policy fastest, or measure with a larger budget")
         )
-    group = _best_group(evidence, by_group, complete, policy)
-    return group, tuple(_choice(e, of_group[group]) for e, of_group in zip(evidence, by_group, strict=True))
+    return by_group, complete
 
 
 def _require_default(e: Evidence) -> None:

@@ -2,6 +2,7 @@
 
 What a launch reads is made as cold as in a model, where a layer runs again only after all other layers have:
 weights rotate through more memory than the last-level cache holds, and every launch is routed afresh.
+Random numbers come from the CPU's generators, so operands have the same values on every device.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,20 +28,40 @@ MAX_ROTATION_BYTES = 2 << 30
 """Bounds of the extra copies of a weight stack: tiny layers stay in the cache in reality, too."""
 POOL_ELEMENTS = 1 << 22
 """Normal deviates generated once per stack; weights are slices of them, as memory copies are cheap."""
+MAX_SORTED_BYTES = 2 << 30
+"""Bound of the sorted rows that are kept: unlike rows in slot order, every routing needs its own."""
 DRAWS = 32
 """Routing draws tried for one with the typical number of active experts."""
+SORTED = "sorted"
+"""The order of the intermediate in which row p belongs to slot `route.slots[p]`; see `Kernel.order`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What one launch gets besides the weights.
 
-    `rows` is [T, H] for up and [T·k, I] for down, in the layer's dtype; `topk_weights` float32 [T, k].
+    `rows` is [T, H] for up and [T·k, I] for down, in the layer's dtype, in the order that the kernel reads;
+    `topk_weights` float32 [T, k]. All are on one device.
     """
 
     rows: torch.Tensor
     route: ExpertLayout
     topk_weights: torch.Tensor
+
+
+def device_of(environment: Environment) -> torch.device:
+    """Return the device of this process that `environment` is about. Raises DeviceError if there is none."""
+    if environment.device_kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError(f"{environment.device} is to be measured, but PyTorch sees no GPU here; run on that device")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for `device`, so that what a launch did wrong is raised here and not by something later."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def typical_active_experts(layer: ExpertLayer, tokens: int) -> int:
@@ -73,13 +94,15 @@ def uniform_ids(layer: ExpertLayer, tokens: int, seed: int) -> torch.Tensor:
     return best.to(torch.int32)
 
 
-def normal_stack(shape: tuple[int, ...], dtype: torch.dtype, std: float, seed: int) -> torch.Tensor:
+def normal_stack(
+    shape: tuple[int, ...], dtype: torch.dtype, std: float, seed: int, device: torch.device | None = None
+) -> torch.Tensor:
     """Return a tensor of normal deviates, none of them a stretch of zeros, as fast as memory can be filled."""
     generator = torch.Generator().manual_seed(seed)
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device=device)
     flat = out.view(-1)
     size = min(POOL_ELEMENTS, flat.numel())
-    pool = torch.empty(size).normal_(0, std, generator=generator).to(dtype)
+    pool = torch.empty(size).normal_(0, std, generator=generator).to(dtype).to(out.device)
     start = 0
     while start < flat.numel():
         # Each stretch begins elsewhere in the pool, so that no two experts hold the same rows.
@@ -98,24 +121,70 @@ def launch(kernel: Kernel, config: TileConfig, weights: GemmWeights, inputs: Inp
         kernel.down(config, inputs.rows, weights, inputs.route, inputs.topk_weights, out)
 
 
-def poisoned_output(gemm: ExpertGemm, tokens: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+def poisoned_output(
+    gemm: ExpertGemm, tokens: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> torch.Tensor:
     """Return what a launch writes into, full of NaN: [T·k, I] for up, [T, H] for down."""
     layer = gemm.layer
     shape = (tokens * layer.top_k, layer.intermediate) if gemm.name == "up" else (tokens, layer.hidden)
-    return torch.full(shape, math.nan, dtype=dtype or TORCH_DTYPES[layer.dtype])
+    return torch.full(shape, math.nan, dtype=dtype or TORCH_DTYPES[layer.dtype], device=device)
+
+
+def present_slots(route: ExpertLayout) -> torch.Tensor:
+    """Return the slots (int64 [present]) of this rank's experts, in the sorted order."""
+    return route.slots[: int(route.offsets[-1])].long()
+
+
+def in_order(gemm: ExpertGemm, inputs: Inputs, order: str) -> Inputs:
+    """Return the operands, given in slot order, for a config that wants `order`.
+
+    For `sorted` the route is sorted now, where it would be on first use, so that no launch has to wait for it;
+    rows of down that belong to no slot are NaN.
+    """
+    if order != SORTED:
+        return inputs
+    slots = present_slots(inputs.route)
+    if gemm.name == "up":
+        return inputs
+    rows = torch.full_like(inputs.rows, math.nan)
+    rows[: len(slots)] = inputs.rows[slots]
+    return replace(inputs, rows=rows)
+
+
+def in_slot_order(gemm: ExpertGemm, out: torch.Tensor, route: ExpertLayout, order: str) -> torch.Tensor:
+    """Return the output of a config of that order, with row s for slot s where it is the intermediate."""
+    if order != SORTED or gemm.name == "down":
+        return out
+    slots = present_slots(route)
+    rows = poisoned_output(gemm, route.tokens, out.dtype, out.device)
+    rows[slots] = out[: len(slots)]
+    return rows
 
 
 class Workload:
     """Builds and keeps operands; one GEMM at a time is held in memory, see `release`."""
 
-    def __init__(self, environment: Environment, *, routing: str = "uniform", seed: int = 0) -> None:
-        """Measure for `environment` under a routing profile; operands follow from `seed` alone."""
+    def __init__(
+        self,
+        environment: Environment,
+        *,
+        routing: str = "uniform",
+        seed: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        """Measure for `environment` under a routing profile; operands follow from `seed` alone.
+
+        They are on `device`, by default the environment's. Raises DeviceError if that is not here.
+        """
         self.environment = environment
         self.routing = routing
         self.seed = seed
+        self.device = device_of(environment) if device is None else device
         self._stacks: OrderedDict[tuple[str, str, int], GemmWeights] = OrderedDict()
         self._gemm: ExpertGemm | None = None
+        self._memory_bytes = 0
         self._inputs: dict[tuple[int, int], Inputs] = {}
+        self._sorted: OrderedDict[tuple[int, int], Inputs] = OrderedDict()
 
     def copies(self, gemm: ExpertGemm) -> int:
         """Return how many copies of the weights it takes to rotate through `ROTATION` times the cache."""
@@ -143,30 +212,46 @@ class Workload:
         self._hold(gemm)
         return self._source(gemm, 0)
 
-    def inputs(self, gemm: ExpertGemm, tokens: int, seed: int) -> Inputs:
-        """Return the operands of one launch; the same seed gives the same ones, another seed other routing."""
+    def inputs(self, gemm: ExpertGemm, tokens: int, seed: int, order: str = "slot") -> Inputs:
+        """Return the operands of one launch; the same seed gives the same ones, another seed other routing.
+
+        Rows of down are in `order`; whichever it is, what is sorted on first use has been.
+        """
         self._hold(gemm)
         key = (tokens, seed)
         if key not in self._inputs:
             layer = gemm.layer
-            route = sort_slots(uniform_ids(layer, tokens, hash_seed(self.seed, tokens, seed)), layer.experts)
+            ids = uniform_ids(layer, tokens, hash_seed(self.seed, tokens, seed)).to(self.device)
             self._inputs[key] = Inputs(
                 rows=self._rows(gemm, tokens, seed),
-                route=route,
-                topk_weights=_topk_weights(tokens, layer.top_k, hash_seed(self.seed, 7, seed)),
+                route=sort_slots(ids, layer.experts),
+                topk_weights=_topk_weights(tokens, layer.top_k, hash_seed(self.seed, 7, seed)).to(self.device),
             )
-        return self._inputs[key]
+        if order != SORTED:
+            return self._inputs[key]
+        if key not in self._sorted:
+            made = in_order(gemm, self._inputs[key], order)
+            if gemm.name == "up":
+                return made
+            most = max(1, MAX_SORTED_BYTES // max(1, made.rows.nbytes))
+            while len(self._sorted) >= most:
+                self._sorted.popitem(last=False)
+            self._sorted[key] = made
+        return self._sorted[key]
 
     def release(self) -> None:
         """Drop every operand."""
         self._stacks.clear()
         self._inputs.clear()
+        self._sorted.clear()
         self._gemm = None
 
     def _hold(self, gemm: ExpertGemm) -> None:
         if self._gemm != gemm:
             self.release()
             self._gemm = gemm
+            # Asked before anything is made: what is free on a GPU includes none of the stacks later on.
+            self._memory_bytes = _memory_bytes(self.device)
 
     def _rows(self, gemm: ExpertGemm, tokens: int, seed: int) -> torch.Tensor:
         # Activations are small and just written by the layer before: one tensor per token count serves all.
@@ -174,7 +259,8 @@ class Workload:
             if held == tokens:
                 return inputs.rows
         rows = tokens if gemm.name == "up" else tokens * gemm.layer.top_k
-        return normal_stack((rows, gemm.k), TORCH_DTYPES[gemm.layer.dtype], 1.0, hash_seed(self.seed, 3, seed))
+        dtype = TORCH_DTYPES[gemm.layer.dtype]
+        return normal_stack((rows, gemm.k), dtype, 1.0, hash_seed(self.seed, 3, seed), self.device)
 
     def _source(self, gemm: ExpertGemm, copy: int) -> GemmWeights:
         # Built again rather than kept where no candidate runs on plain weights: packing is rare, memory is not.
@@ -183,14 +269,15 @@ class Workload:
     def _plain(self, gemm: ExpertGemm, copy: int) -> GemmWeights:
         dtype = TORCH_DTYPES[gemm.layer.dtype]
         seed = hash_seed(self.seed, 11, copy)
-        data = normal_stack((gemm.layer.experts, gemm.n, gemm.k), dtype, 1 / math.sqrt(gemm.k), seed)
-        bias = normal_stack((gemm.layer.experts, gemm.n), dtype, 0.5, seed + 1) if gemm.layer.bias else None
+        shape = (gemm.layer.experts, gemm.n, gemm.k)
+        data = normal_stack(shape, dtype, 1 / math.sqrt(gemm.k), seed, self.device)
+        bias = normal_stack(shape[:2], dtype, 0.5, seed + 1, self.device) if gemm.layer.bias else None
         return GemmWeights(gemm=gemm, layout=PLAIN, data=data, bias=bias)
 
     def _make_room(self, gemm: ExpertGemm) -> None:
         # Packed data is opaque; every layout holds the same elements, so that the plain size stands for it.
         # One more is about to be made, and stands beside its source until it is.
-        room = max(1, _memory_bytes() // 2 // gemm.weight_bytes() - 1)
+        room = max(1, self._memory_bytes // 2 // gemm.weight_bytes() - 1)
         while len(self._stacks) >= room:
             self._stacks.popitem(last=False)
 
@@ -210,16 +297,21 @@ def _topk_weights(tokens: int, top_k: int, seed: int) -> torch.Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _memory_bytes(device: torch.device) -> int:
+    """Return what operands may use: the whole memory of a machine, what is left of a GPU's."""
+    if device.type != "cuda":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def check_memory(gemm: ExpertGemm) -> None:
-    """Raise DeviceError if the weights of `gemm` do not fit into memory in two layouts."""
+def check_memory(gemm: ExpertGemm, device: torch.device | None = None) -> None:
+    """Raise DeviceError if the weights of `gemm` do not fit into the device's memory in two layouts."""
     # A packed layout stands beside the plain weights while both race.
-    needed, there = 2 * gemm.weight_bytes(), _memory_bytes()
+    needed, there = 2 * gemm.weight_bytes(), _memory_bytes(device or torch.device("cpu"))
     if needed > there:
+        where = "this machine has" if device is None or device.type == "cpu" else f"{device} has left"
         raise DeviceError(
             f"measuring {gemm.layer.label} {gemm.name} needs {needed / 2**30:.1f} GiB for weights in two layouts, "
-            f"this machine has {there / 2**30:.1f} GiB; tune a smaller share (--tp, --ep) or on a larger machine"
+            f"{where} {there / 2**30:.1f} GiB; tune a smaller share (--tp, --ep) or on a larger machine"
         )
