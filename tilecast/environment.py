@@ -29,7 +29,7 @@ CPU_FEATURES = frozenset(
 )
 """CPU feature flags, by their Linux names, that can change which instructions a kernel uses."""
 
-NEVER_LAUNCHED = frozenset({"reference.py", "static.py", "_compile.py"})
+NEVER_LAUNCHED = frozenset({"reference.py", "static.py", "compilers.py", "assembly.py", "_compile.py"})
 """Modules of `tilecast.kernels` that judge kernels and launch none: no bit and no time depends on them."""
 TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
 """The distributions that Triton comes in, the usual one first."""

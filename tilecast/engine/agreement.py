@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json, canonical_json
 from tilecast.engine.group import Group
-from tilecast.engine.runtime import Runtime, default_registry, missing_buckets, spans, use_runtime
-from tilecast.environment import Environment, cpu_environment
-from tilecast.errors import AgreementError
+from tilecast.engine.runtime import Runtime, default_registry, may_run, missing_buckets, use_runtime
+from tilecast.engine.table_index import spans
+from tilecast.environment import Environment, cpu_environment, here
+from tilecast.errors import AgreementError, TilecastError
 from tilecast.evidence import TuningTable
 from tilecast.kernels.spec import Registry
 from tilecast.problem import Bucket, ExpertLayer
@@ -44,10 +45,10 @@ def process_group() -> Group:
 def agree_on_environment(group: Group, environment: Environment | None = None) -> Environment:
     """Return rank 0's environment, once no rank differs from it in a hard field.
 
-    `environment` is this rank's, by default the CPU's. Raises AgreementError, on all ranks, naming the first
-    rank that differs and its fields.
+    `environment` is this rank's, by default its current GPU's or, where there is none, the CPU's. Raises
+    AgreementError, on all ranks, naming the first rank that differs and its fields.
     """
-    own = environment or cpu_environment()
+    own = environment or here()
     found = _gather_json(group, "environments", own.to_json())
     environments = [Environment.from_json(value) for value in found]
     for rank, there in enumerate(environments):
@@ -135,20 +136,24 @@ def startup(
     """
     mine = group or process_group()
     with mine.guard():
-        here = agree_on_environment(mine, environment)
+        device = agree_on_environment(mine, environment)
         chosen = settings or Settings.from_environment()
         orders = _agree_on_orders(mine, chosen)
         kernels = registry or default_registry()
         table = agree_on_table(mine, _read(chosen) if mine.rank == 0 else None)
+        if environment is None and device.device_kind != "cpu" and not may_run(table, device.device_kind):
+            # All ranks come here or none, as the table and the kind of device are agreed on.
+            device = agree_on_environment(mine, cpu_environment())
         own = tuple(dict.fromkeys(layers))
-        runtime = _build(table, here, kernels, chosen, orders)
+        runtime = _build(table, device, kernels, chosen, orders)
         if orders.tokens is not None:
             everyone = [layer for theirs in gather_layers(mine, own) for layer in theirs]
             missing = {layer: missing_buckets(runtime, layer, orders.tokens) for layer in dict.fromkeys(everyone)}
             if any(missing.values()):
                 table = _tune(mine, runtime, missing, chosen, store, measurer, budget_s, progress)
-                runtime = _build(table, here, kernels, chosen, orders)
+                runtime = _build(table, device, kernels, chosen, orders)
         check_coverage(mine, runtime, own)
+        others = _other_kinds(mine, runtime)
         if mine.rank == 0 and chosen.export_to is not None:
             # Imported here, as in _read: most processes neither import nor export.
             from tilecast.cache_store.bundle import export_table
@@ -159,7 +164,7 @@ def startup(
         # Nobody starts to serve before rank 0 has written: an export that fails ends all.
         mine.gather("ready", b"")
     # Only now, so that a start that failed leaves what was in use as it was.
-    return use_runtime(runtime)
+    return use_runtime(runtime, others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +186,21 @@ def _agree_on_orders(group: Group, settings: Settings) -> _Orders:
     first = json.loads(group.broadcast("orders", canonical_json(own).encode("ascii")))
     agreed = first["tokens"]
     return _Orders(first["policy"], first["miss"], None if agreed is None else tuple(agreed))
+
+
+def _other_kinds(group: Group, runtime: Runtime) -> dict[str, Runtime | TilecastError]:
+    """Return the CPU's runtime on ranks that run on GPUs, if the table decides anything for CPUs.
+
+    Ranks on unlike CPUs get the error instead, which only layers on the CPU ask for. Alone, and without decisions,
+    nothing needs to be agreed on: the runtime is made when it is asked for.
+    """
+    kind = runtime.environment.device_kind
+    if group.world_size == 1 or kind == "cpu" or not runtime.table.decisions or not may_run(runtime.table, "cpu"):
+        return {}
+    try:
+        return {"cpu": runtime.with_environment(agree_on_environment(group, cpu_environment()))}
+    except TilecastError as error:
+        return {"cpu": error}
 
 
 def _build(table: TuningTable, here: Environment, registry: Registry, settings: Settings, orders: _Orders) -> Runtime:

@@ -1,7 +1,8 @@
 """The expert layer itself: prepared experts, the functional form on plain weights, and the whole MoE block.
 
 One call is: look the token count up in the table, sort the routed slots by expert, launch the up and the down
-kernel. Outputs are fresh tensors each time, so that a caller may change them in place.
+kernel. Outputs are fresh tensors each time, so that a caller may change them in place. Under `torch.compile` a call
+is one operator of the graph (`op.py`); everything else is as without it.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tilecast.engine import op
 from tilecast.engine import runtime as runtime_module
-from tilecast.engine.runtime import MAX_MISSES, Entry, Runtime
+from tilecast.engine.operands import check_device, check_inputs, layer_of, seen
+from tilecast.engine.runtime import MAX_MISSES, Runtime
+from tilecast.engine.table_index import Entry
 from tilecast.errors import DeviceError, InputError
-from tilecast.kernels import sort_slots
-from tilecast.kernels.routing import SCORINGS, route
+from tilecast.kernels import route, sort_slots
+from tilecast.kernels.routing import SCORINGS
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel, numerics_class
-from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig, check_int, check_name
+from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig, check_name
 
 logger = logging.getLogger(__name__)
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class PreparedExperts:
@@ -31,10 +33,11 @@ class PreparedExperts:
     Call it with hidden [..., H], topk_ids (integers [..., k]) and topk_weights (any float dtype [..., k]); it
     returns a fresh tensor [..., H] in the weights' dtype, or in float32, not rounded, with
     `out_dtype=torch.float32` (a rank's partial sum). Ids outside 0 to E-1 are absent and count as zero.
-    It keeps the table that was in use when it was made, since its weights are stored for that one.
+    It keeps the table that was in use when it was made, since its weights are stored for that one. What was
+    compiled with it (`torch.compile`) can run as long as it lives.
     """
 
-    __slots__ = ("_down", "_dtype", "_up", "layer", "runtime")
+    __slots__ = ("__weakref__", "_down", "_dtype", "_handle", "_plain", "_up", "layer", "runtime")
 
     def __init__(self, *, layer: ExpertLayer, runtime: Runtime, up: GemmWeights, down: GemmWeights) -> None:
         """Take packed weights; `prepare_experts` makes them."""
@@ -43,6 +46,12 @@ class PreparedExperts:
         self._up = up
         self._down = down
         self._dtype = TORCH_DTYPES[layer.dtype]
+        self._plain = up.layout == down.layout == PLAIN
+        # Compiled code finds packed weights by the handle of these experts; plain ones it gets as tensors, so that
+        # layers which differ in nothing else share one compiled graph.
+        self._handle = op.handle_of(runtime if self._plain else self)
+        if self._plain:
+            op.remember(up.data, self)
 
     def __call__(
         self,
@@ -54,6 +63,8 @@ class PreparedExperts:
     ) -> torch.Tensor:
         """Run the layer. Raises InputError for operands that do not fit it, CoverageError with miss=error."""
         layer = self.layer
+        if torch.compiler.is_compiling():
+            return self._compiled(hidden, topk_ids, topk_weights, out_dtype or self._dtype)
         rows, ids, scales = check_inputs(layer, hidden, topk_ids, topk_weights)
         if out_dtype is None:
             out_dtype = self._dtype
@@ -64,6 +75,16 @@ class PreparedExperts:
         entry = self.runtime.lookup(layer, rows.shape[0])
         out = _run(layer, entry, self._up, self._down, rows, ids, scales, out_dtype)
         return out if hidden.dim() == 2 else out.view(hidden.shape)
+
+    def _compiled(
+        self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        layer, up, down = self.layer, self._up, self._down
+        plain = (up.data, down.data, up.bias, down.bias) if self._plain else (None, None, None, None)
+        return op.call(
+            hidden, topk_ids, topk_weights, *plain, handle=self._handle, activation=layer.activation,
+            gated=layer.gated, global_experts=layer.global_experts, out_dtype=out_dtype,
+        )  # fmt: skip
 
 
 def prepare_experts(
@@ -92,10 +113,10 @@ def prepare_experts(
         w13, w2, top_k=top_k, activation=activation, gated=gated, bias13=bias13, bias2=bias2,
         global_experts=global_experts,
     )  # fmt: skip
-    chosen = runtime or runtime_module.current()
+    chosen = runtime or runtime_module.current(w13.device.type)
     if policy is not None:
         chosen = chosen.with_policy(policy)
-    _check_device(w13, chosen)
+    check_device(w13, chosen)
     anchor = chosen.anchor(layer)
     bias = (bias13, bias2) if bias13 is not None and bias2 is not None else (None, None)
     up = _stored(layer.up, w13, bias[0], anchor.up_kernel, anchor.up)
@@ -123,8 +144,35 @@ def fused_experts(
     of the same numerics class that reads plain ones runs instead: prepare the experts to get the tuned speed.
     Raises InputError for operands that do not fit, CoverageError with miss=error.
     """
+    if torch.compiler.is_compiling():
+        return op.call(
+            hidden, topk_ids, topk_weights, w13, w2, bias13, bias2, handle=op.IN_USE, activation=activation,
+            gated=gated, global_experts=global_experts, out_dtype=hidden.dtype,
+        )  # fmt: skip
+    return run_plain(
+        hidden, w13, w2, topk_ids, topk_weights, activation=activation, gated=gated, bias13=bias13, bias2=bias2,
+        global_experts=global_experts,
+    )  # fmt: skip
+
+
+def run_plain(
+    hidden: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    activation: str,
+    gated: bool,
+    bias13: torch.Tensor | None,
+    bias2: torch.Tensor | None,
+    global_experts: int | None,
+    runtime: Runtime | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Do what `fused_experts` says, outside of any compilation, by `runtime`'s table (None: that in use)."""
     if topk_ids.dim() == 0:
-        raise InputError(f"topk_ids is {_seen(topk_ids)}, expected integers [..., k]")
+        raise InputError(f"topk_ids is {seen(topk_ids)}, expected integers [..., k]")
     options = (topk_ids.shape[-1], activation, gated, global_experts)
     form: _Form | None = None
     if bias13 is None and bias2 is None:
@@ -138,13 +186,14 @@ def fused_experts(
         if bias13 is None:
             # Not with a bias: kernels may keep a converted copy, which a change in place would not reach.
             _forms[w13] = form
-    runtime = runtime_module.current()
-    _check_device(w13, runtime)
+    chosen = runtime or runtime_module.current(w13.device.type)
+    check_device(w13, chosen)
     rows, ids, scales = check_inputs(form.layer, hidden, topk_ids, topk_weights)
+    out_dtype = out_dtype or hidden.dtype
     if rows.shape[0] == 0:
-        return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    entry = _plain_entry(runtime, form.layer, rows.shape[0])
-    return _run(form.layer, entry, form.up, form.down, rows, ids, scales, hidden.dtype).view(hidden.shape)
+        return torch.empty(hidden.shape, dtype=out_dtype, device=hidden.device)
+    entry = _plain_entry(chosen, form.layer, rows.shape[0])
+    return _run(form.layer, entry, form.up, form.down, rows, ids, scales, out_dtype).view(hidden.shape)
 
 
 class MoeBlock(torch.nn.Module):
@@ -181,9 +230,7 @@ class MoeBlock(torch.nn.Module):
         layer = self.experts.layer
         check_name("scoring", scoring, SCORINGS)
         if router_weight.shape != (layer.experts, layer.hidden) or not router_weight.dtype.is_floating_point:
-            raise InputError(
-                f"router_weight is {_seen(router_weight)}, expected floats {(layer.experts, layer.hidden)}"
-            )
+            raise InputError(f"router_weight is {seen(router_weight)}, expected floats {(layer.experts, layer.hidden)}")
         self.scoring = scoring
         self.renormalize = renormalize
         # In a tuple, so that neither a Parameter is registered nor `.to()` rounds it.
@@ -198,98 +245,11 @@ class MoeBlock(torch.nn.Module):
         """Route and run: hidden [..., H] to [..., H]. Raises InputError for another shape or dtype."""
         layer = self.experts.layer
         if hidden.dim() == 0 or hidden.shape[-1] != layer.hidden:
-            raise InputError(f"hidden is {_seen(hidden)}, expected [..., {layer.hidden}]")
+            raise InputError(f"hidden is {seen(hidden)}, expected [..., {layer.hidden}]")
         rows = hidden.reshape(-1, layer.hidden)
-        ids, weights = route(rows, self.router_weight, layer.top_k, scoring=self.scoring, renormalize=self.renormalize)
+        chosen = op.route if torch.compiler.is_compiling() else route
+        ids, weights = chosen(rows, self.router_weight, layer.top_k, scoring=self.scoring, renormalize=self.renormalize)
         return self.experts(rows, ids, weights).view(hidden.shape)
-
-
-# Operands ---------------------------------------------------------------------------------------------------
-
-
-def layer_of(
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    *,
-    top_k: int,
-    activation: str = "silu",
-    gated: bool = True,
-    bias13: torch.Tensor | None = None,
-    bias2: torch.Tensor | None = None,
-    global_experts: int | None = None,
-) -> ExpertLayer:
-    """Return the layer that plain weights make, as `prepare_experts` takes them. Raises InputError."""
-    if w13.dim() != 3 or w2.dim() != 3:
-        raise InputError(
-            f"w13 is {_seen(w13)} and w2 {_seen(w2)}, expected [E, {'2I' if gated else 'I'}, H] and [E, H, I]"
-        )
-    if w13.dtype not in DTYPE_NAMES or w2.dtype != w13.dtype:
-        raise InputError(
-            f"w13 is {w13.dtype} and w2 {w2.dtype}, expected one of {', '.join(DTYPE_NAMES.values())} for both"
-        )
-    experts, hidden, intermediate = w2.shape
-    wanted = (experts, intermediate * (2 if gated else 1), hidden)
-    if w13.shape != wanted:
-        raise InputError(f"w13 is {_seen(w13)}, expected {wanted} to fit w2 {tuple(w2.shape)} with gated={gated}")
-    if (bias13 is None) != (bias2 is None):
-        raise InputError("one of bias13 and bias2 is given, expected both or none; pass zeros for the other")
-    for name, bias, shape in (("bias13", bias13, wanted[:2]), ("bias2", bias2, (experts, hidden))):
-        if bias is not None and (bias.shape != shape or not bias.dtype.is_floating_point):
-            raise InputError(f"{name} is {_seen(bias)}, expected floats {shape}")
-    for name, tensor in (("w13", w13), ("w2", w2), ("bias13", bias13), ("bias2", bias2)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise InputError(f"{name} {tuple(tensor.shape)} is not contiguous; pass {name}.contiguous()")
-        if tensor is not None and tensor.device != w13.device:
-            raise InputError(f"{name} is on {tensor.device}, expected {w13.device} like w13")
-    check_int("top-k", top_k, 1)
-    return ExpertLayer(
-        hidden=hidden,
-        intermediate=intermediate,
-        experts=experts,
-        top_k=top_k,
-        dtype=DTYPE_NAMES[w13.dtype],
-        activation=activation,
-        gated=gated,
-        bias=bias13 is not None,
-        global_experts=experts if global_experts is None else global_experts,
-    )
-
-
-def check_inputs(
-    layer: ExpertLayer, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return contiguous hidden [T, H], ids [T, k] and float32 weights [T, k]. Raises InputError."""
-    width, top_k = layer.hidden, layer.top_k
-    if hidden.dtype is not TORCH_DTYPES[layer.dtype]:
-        raise InputError(f"hidden is {hidden.dtype}, expected {TORCH_DTYPES[layer.dtype]} like the weights")
-    if hidden.dim() < 1 or hidden.shape[-1] != width:
-        raise InputError(f"hidden is {_seen(hidden)}, expected [..., {width}] to fit the weights")
-    rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, width)
-    wanted = (rows.shape[0], top_k)
-    ids = topk_ids if topk_ids.dim() == 2 else topk_ids.reshape(-1, topk_ids.shape[-1] if topk_ids.dim() else 1)
-    scales = topk_weights if topk_weights.dim() == 2 else topk_weights.reshape(-1, *topk_weights.shape[-1:])
-    if ids.shape != wanted or ids.dtype not in (torch.int32, torch.int64):
-        raise InputError(f"topk_ids is {_seen(topk_ids)}, expected int32 or int64 {wanted} to fit hidden")
-    if scales.shape != wanted or not scales.dtype.is_floating_point:
-        raise InputError(f"topk_weights is {_seen(topk_weights)}, expected floats {wanted} to fit hidden")
-    if not hidden.device == topk_ids.device == topk_weights.device:
-        seen = f"hidden is on {hidden.device}, topk_ids on {topk_ids.device}, topk_weights on {topk_weights.device}"
-        raise InputError(f"{seen}, expected one device")
-    if hidden.requires_grad and torch.is_grad_enabled():
-        raise InputError("hidden requires grad, but expert layers are forward only; run under torch.inference_mode()")
-    if scales.requires_grad:
-        scales = scales.detach()
-    return rows.contiguous(), ids, scales.to(torch.float32).contiguous()
-
-
-def _seen(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _check_device(weights: torch.Tensor, runtime: Runtime) -> None:
-    kind = runtime.environment.device_kind
-    if weights.device.type != kind:
-        raise DeviceError(f"the weights are on {weights.device}, but the table in use is for {kind}; move them there")
 
 
 # Launching --------------------------------------------------------------------------------------------------
@@ -383,7 +343,10 @@ def _plain_entry(runtime: Runtime, layer: ExpertLayer, tokens: int) -> Entry:
 def _plain_config(
     runtime: Runtime, gemm: ExpertGemm, kernel: Kernel, config: TileConfig, tokens: int
 ) -> tuple[Kernel, TileConfig]:
-    """Return a config close to `config` that reads plain weights, of the same numerics class if there is one."""
+    """Return a config close to `config` that reads plain weights, of the same numerics class if there is one.
+
+    It takes the intermediate in the same order, so that up and down still go together.
+    """
     if kernel.layout(gemm, config) == PLAIN:
         return kernel, config
     here, registry = runtime.environment, runtime.registry
@@ -395,11 +358,15 @@ def _plain_config(
     fallback: tuple[Kernel, TileConfig] | None = None
     for other in (kernel, *(k for k in registry if k is not kernel)):
         for candidate in [*(tried if other is kernel else []), *other.space(gemm, tokens, here)]:
-            if registry.invalid(gemm, candidate, here) is not None or other.layout(gemm, candidate) != PLAIN:
+            if registry.invalid(gemm, candidate, here) is not None:
                 continue
-            if numerics_class(other, gemm, candidate, here) == wanted:
-                return other, candidate
-            fallback = fallback or (other, candidate)
+            # A default may be another kernel's than the one that gave it.
+            own = registry[candidate.kernel]
+            if own.layout(gemm, candidate) != PLAIN or own.order(gemm, candidate) != kernel.order(gemm, config):
+                continue
+            if numerics_class(own, gemm, candidate, here) == wanted:
+                return own, candidate
+            fallback = fallback or (own, candidate)
     if fallback is None:
         raise DeviceError(f"no kernel here reads plain weights of {gemm.layer.label}; use prepare_experts")
     logger.warning("plain weights of %s run in another numerics class than prepared ones", gemm.layer.label)

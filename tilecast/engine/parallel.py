@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from tilecast.engine.agreement import process_group
-from tilecast.engine.experts import PreparedExperts, check_inputs, layer_of, prepare_experts
+from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.group import Group
+from tilecast.engine.operands import check_inputs, layer_of
 from tilecast.errors import AgreementError, ModelError
 from tilecast.models.sharding import split
 from tilecast.problem import ExpertLayer

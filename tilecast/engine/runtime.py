@@ -2,22 +2,29 @@
 
 A `Runtime` is built from a `TuningTable` once; it never changes afterwards. `lookup` is a dictionary access and
 a bisection: no tensors, no SQL, no lock, no I/O. What the table lacks runs with the kernel's default config,
-is logged once per key with its reason, and counted.
+is logged once per key with its reason, and counted. A process has one table in use, and over it one runtime for
+each kind of device that its layers are on.
 """
 
 from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tilecast.environment import Environment, cpu_environment
-from tilecast.errors import ConfigError, CoverageError
-from tilecast.evidence import POLICIES, Decision, TuningTable
-from tilecast.kernels.spec import PLAIN, Kernel, Registry, numerics_class
-from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, TileConfig, check_int, check_name, tokens_text
+from tilecast import environment as environments
+from tilecast.engine.table_index import Entry, default_pair, entry_of, index_table, spans, usable_environments
+from tilecast.environment import Environment
+from tilecast.errors import CoverageError, TilecastError
+from tilecast.evidence import POLICIES, TuningTable
+from tilecast.kernels.spec import Registry
+from tilecast.problem import Bucket, ExpertLayer, check_int, check_name, tokens_text
 from tilecast.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +39,6 @@ BITLESS_FIELDS = frozenset({"threads", "system", "llc_bytes"})
 
 ANCHOR_TOKENS = 1
 """The token count whose default config sets the weight layout and numerics class of an undecided layer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """What runs a layer for some token counts. `bucket` is None and `reason` says why on a miss."""
-
-    up_kernel: Kernel
-    up: TileConfig
-    down_kernel: Kernel
-    down: TileConfig
-    bucket: Bucket | None = None
-    reason: str = ""
-
-    @property
-    def hit(self) -> bool:
-        """Whether a decision of the table covers this."""
-        return self.bucket is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +57,6 @@ class _Missed:
     count: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Series:
-    """One layer's buckets: bucket i covers (aboves[i], edges[i]] and runs entries[i]."""
-
-    edges: tuple[int, ...]
-    aboves: tuple[int, ...]
-    entries: tuple[Entry, ...]
-
-
 class Runtime:
     """A frozen index over one table, for one environment, policy and routing profile."""
 
@@ -89,12 +70,13 @@ class Runtime:
         routing: str = "uniform",
         miss: str = "default",
         warn_miss: bool = False,
+        optional: bool = False,
     ) -> None:
         """Validate `table` and index it.
 
         Raises ConfigError for a config that cannot run here (the message names the entry), CoverageError when
         the table holds decisions but only for other devices or toolchains, InputError for an unknown policy
-        or miss mode.
+        or miss mode. With `optional` a table for other kinds of device alone is no error: every lookup misses.
         """
         check_name("policy", policy, POLICIES)
         check_name("miss mode", miss, MISS_MODES)
@@ -105,20 +87,21 @@ class Runtime:
         self.routing = routing
         self.plain_entries: dict[int, tuple[Entry, Entry]] = {}
         """Where the functional form keeps, by an entry's id, the entry and the configs it runs on plain weights."""
+        self.devices: set[torch.device] = set()
+        """Where the engine keeps the devices that it knows this runtime to be for."""
         self._miss_mode = miss
         self._fails_on_miss = miss == "error"
         self._warns_on_miss = warn_miss
         self._missed: dict[tuple[ExpertLayer, int], _Missed] = {}
         self._forgotten_misses = 0
         self._anchors: dict[ExpertLayer, Entry] = {}
-        usable = _usable_environments(table, environment)
+        usable = usable_environments(table, environment, optional=optional)
         self.differences = environment.compare(usable[0]) if usable else ()
         """The soft fields in which the closest environment of the table differs from this one."""
-        order = {e.digest: place for place, e in enumerate(usable)}
-        decisions = [d for d in table.decisions if d.environment in order]
-        for decision in decisions:
-            self._validate(decision)
-        self._index = self._build_index(decisions, order)
+        self._usable = frozenset(e.digest for e in usable)
+        self._index = index_table(
+            table, usable, environment=environment, registry=registry, policy=policy, routing=routing
+        )
 
     def lookup(self, layer: ExpertLayer, tokens: int) -> Entry:
         """Return what runs `layer` for `tokens` (at least 1).
@@ -148,27 +131,32 @@ class Runtime:
             return series.entries[0]
         found = self._anchors.get(layer)
         if found is None:
-            kernels = [self.registry.default_kernel(gemm, self.environment) for gemm in layer.gemms]
-            configs = [
-                kernel.default(gemm, ANCHOR_TOKENS, self.environment)
-                for kernel, gemm in zip(kernels, layer.gemms, strict=True)
-            ]
-            found = Entry(up_kernel=kernels[0], up=configs[0], down_kernel=kernels[1], down=configs[1])
+            pair = default_pair(self.registry, self.environment, layer, ANCHOR_TOKENS)
+            found = entry_of(self.registry, *pair)
             self._anchors[layer] = found
         return found
 
     def with_policy(self, policy: str) -> Runtime:
         """Return a runtime over the same table for another policy. Raises as the constructor does."""
-        if policy == self.policy:
-            return self
+        return self if policy == self.policy else self._over(self.environment, policy)
+
+    def with_environment(self, environment: Environment) -> Runtime:
+        """Return a runtime over the same table for a device of another kind, which the table may lack wholly.
+
+        Raises as the constructor does.
+        """
+        return self._over(environment, self.policy)
+
+    def _over(self, environment: Environment, policy: str) -> Runtime:
         return Runtime(
             self.table,
-            environment=self.environment,
+            environment=environment,
             registry=self.registry,
             policy=policy,
             routing=self.routing,
             miss=self._miss_mode,
             warn_miss=self._warns_on_miss,
+            optional=True,
         )
 
     def misses(self) -> tuple[Miss, ...]:
@@ -201,15 +189,9 @@ class Runtime:
 
     def _first_miss(self, layer: ExpertLayer, tokens: int) -> _Missed:
         check_int("tokens", tokens, 1)
-        anchor = self.anchor(layer)
         # `like` keeps the layout the weights are stored in, and the class that the other buckets have.
-        entry = replace(
-            anchor,
-            up=anchor.up_kernel.default(layer.up, tokens, self.environment, like=anchor.up),
-            down=anchor.down_kernel.default(layer.down, tokens, self.environment, like=anchor.down),
-            bucket=None,
-            reason=self._reason(layer, tokens),
-        )
+        pair = default_pair(self.registry, self.environment, layer, tokens, like=self.anchor(layer))
+        entry = entry_of(self.registry, *pair, reason=self._reason(layer, tokens))
         missed = _Missed(entry)
         if len(self._missed) < MAX_MISSES:
             self._missed[layer, tokens] = missed
@@ -225,98 +207,16 @@ class Runtime:
         covered = self.buckets(layer)
         if covered:
             return f"no decision for {layer.label} covers {tokens_text(tokens)}; covered: {spans(covered)}"
-        others = {(d.policy, d.routing) for d in self.table.decisions if d.layer == layer}
+        elsewhere = [d for d in self.table.decisions if d.layer == layer]
+        others = {(d.policy, d.routing) for d in elsewhere if d.environment in self._usable}
+        if elsewhere and not others:
+            return f"{layer.label} is decided for other devices only, not for {self.environment.device}"
         if others:
             seen = ", ".join(sorted(f"{policy}/{routing}" for policy, routing in others))
             return f"{layer.label} is decided for {seen} only, asked for {self.policy}/{self.routing}"
         labels = sorted({d.layer.label for d in self.table.decisions})
         more = f" and {len(labels) - 4} more" if len(labels) > 4 else ""
         return f"the table has no decision for {layer.label}; it has: {'; '.join(labels[:4])}{more}"
-
-    def _validate(self, decision: Decision) -> None:
-        for gemm in decision.layer.gemms:
-            reason = self.registry.invalid(gemm, decision.choice(gemm.name).config, self.environment)
-            if reason is not None:
-                raise ConfigError(f"{_entry_name(decision, gemm)}: {reason}; tune this entry again")
-
-    def _build_index(self, decisions: list[Decision], order: dict[str, int]) -> dict[ExpertLayer, _Series]:
-        wanted = [d for d in decisions if (d.policy, d.routing) == (self.policy, self.routing)]
-        layers: dict[ExpertLayer, dict[int, list[Decision]]] = {}
-        for decision in wanted:
-            layers.setdefault(decision.layer, {}).setdefault(order[decision.environment], []).append(decision)
-        return {layer: self._series(layer, self._closest(layer, places)) for layer, places in layers.items()}
-
-    def _closest(self, layer: ExpertLayer, places: dict[int, list[Decision]]) -> list[Decision]:
-        """Return the decisions of the closest environment, and of the others what fills its gaps and fits it."""
-        first, *others = (places[place] for place in sorted(places))
-        for gemm in layer.gemms:
-            self._check_uniform(gemm, first)
-        chosen = list(first)
-        for decision in (d for group in others for d in group):
-            new = decision.bucket
-            covered = any(new.above < c.bucket.tokens and c.bucket.above < new.tokens for c in chosen)
-            if not covered and all(self._kind(g, decision) == self._kind(g, first[0]) for g in layer.gemms):
-                chosen.append(decision)
-        return sorted(chosen, key=lambda d: d.bucket.tokens)
-
-    def _series(self, layer: ExpertLayer, decisions: list[Decision]) -> _Series:
-        entries = tuple(
-            Entry(
-                up_kernel=self.registry[d.up.config.kernel],
-                up=d.up.config,
-                down_kernel=self.registry[d.down.config.kernel],
-                down=d.down.config,
-                bucket=d.bucket,
-            )
-            for d in decisions
-        )
-        return _Series(tuple(d.bucket.tokens for d in decisions), tuple(d.bucket.above for d in decisions), entries)
-
-    def _check_uniform(self, gemm: ExpertGemm, decisions: list[Decision]) -> None:
-        wanted = self._kind(gemm, decisions[0])
-        for decision in decisions:
-            now = self._kind(gemm, decision)
-            if now != wanted:
-                what = "weight layout" if now[0] != wanted[0] else "numerics class"
-                raise ConfigError(
-                    f"{_entry_name(decision, gemm)}: its {what} differs from that of the layer's smaller buckets, "
-                    f"expected one for all; tune this layer again"
-                )
-
-    def _kind(self, gemm: ExpertGemm, decision: Decision) -> tuple[str, str]:
-        """Return what all buckets share: the layout, as weights are stored once, and under `reproducible` the class."""
-        config = decision.choice(gemm.name).config
-        kernel = self.registry[config.kernel]
-        classes = numerics_class(kernel, gemm, config, self.environment) if self.policy == "reproducible" else ""
-        layout = kernel.layout(gemm, config)
-        # Only the plain layout is common to kernels; others' names mean something within one kernel.
-        return layout if layout == PLAIN else f"{kernel.name} {layout}", classes
-
-
-def _entry_name(decision: Decision, gemm: ExpertGemm) -> str:
-    bucket = decision.bucket
-    covered = tokens_text(1) if bucket.tokens == 1 else f"{spans([bucket])} tokens"
-    return f"entry {decision.layer.label}, {covered}, {decision.policy}, {gemm.name}"
-
-
-def spans(buckets: Iterable[Bucket]) -> str:
-    """Return buckets as text, such as `1, 2–16, 17–64`; `no` for none."""
-    parts = [str(b.tokens) if b.tokens == b.above + 1 else f"{b.above + 1}–{b.tokens}" for b in buckets]
-    return ", ".join(parts) or "no"
-
-
-def _usable_environments(table: TuningTable, here: Environment) -> list[Environment]:
-    """Return the environments whose decisions hold here, closest first."""
-    used = {d.environment for d in table.decisions}
-    candidates = sorted(
-        (e for e in table.environments if e.digest in used), key=lambda e: (len(here.compare(e)), e.digest)
-    )
-    usable = [e for e in candidates if here.accepts(e)]
-    if candidates and not usable:
-        hard = [[m for m in here.compare(e) if m.hard] for e in candidates]
-        fields = "; ".join(str(m) for m in min(hard, key=len))
-        raise CoverageError(f"the table was tuned for another device or toolchain: {fields}; tune it here")
-    return usable
 
 
 def missing_buckets(runtime: Runtime, layer: ExpertLayer, tokens: Iterable[int]) -> tuple[Bucket, ...]:
@@ -332,21 +232,44 @@ def missing_buckets(runtime: Runtime, layer: ExpertLayer, tokens: Iterable[int])
     return tuple(found)
 
 
-_current: Runtime | None = None
+class _InUse:
+    """The table in use of this process: a runtime for the main kind of device, others made when asked for."""
+
+    def __init__(self, runtime: Runtime, others: Mapping[str, Runtime | TilecastError]) -> None:
+        self.main = runtime
+        self.refused = {kind: found for kind, found in others.items() if isinstance(found, TilecastError)}
+        self.runtimes = {kind: found for kind, found in others.items() if isinstance(found, Runtime)}
+        self.runtimes[runtime.environment.device_kind] = runtime
+
+    def of(self, kind: str) -> Runtime:
+        found = self.runtimes.get(kind)
+        if found is None:
+            if kind in self.refused:
+                raise self.refused[kind]
+            found = self.main.with_environment(environments.environment_for(kind))
+            found.log_differences()
+            self.runtimes[kind] = found
+        return found
 
 
-def current() -> Runtime:
-    """Return the runtime in use; the first call builds it from the environment variables.
+_in_use: _InUse | None = None
 
-    In one process, `TM_GEMM_IMPORT` is read here. With several ranks, all of them agree on rank 0's table
-    first, so every rank must come here. Raises what reading and validating a table raise, and AgreementError.
+
+def current(kind: str | None = None) -> Runtime:
+    """Return the runtime in use for a kind of device, `cpu` or `cuda`; the first call reads the environment variables.
+
+    Without `kind` it is the main one: that of the current GPU if there is one, unless the table in use is for the
+    CPU alone. In one process, `TM_GEMM_IMPORT` is read here. With several ranks, all of them agree on rank 0's
+    table first, so every rank must come here. Raises what reading and validating a table raise, AgreementError,
+    and DeviceError for a device that is not here.
     """
-    if _current is not None:
-        return _current
-    # Imported here: the agreement builds on this module.
-    from tilecast.engine.agreement import startup
+    if _in_use is None:
+        # Imported here: the agreement builds on this module.
+        from tilecast.engine.agreement import startup
 
-    return startup(())
+        startup(())
+    assert _in_use is not None, "startup puts a table in use or raises"
+    return _in_use.main if kind is None else _in_use.of(kind)
 
 
 def use_table(
@@ -359,15 +282,17 @@ def use_table(
     registry: Registry | None = None,
     settings: Settings | None = None,
 ) -> Runtime:
-    """Make `table` (None: an empty one) the table in use of this process and return its runtime.
+    """Make `table` (None: an empty one) the table in use of this process and return its main runtime.
 
-    What is not given comes from `settings`, by default from the environment variables. Layers that were
+    What is not given comes from `settings`, by default from the environment variables; `environment` is by
+    default the current GPU's where there is one and the table is not for the CPU alone. Layers that were
     prepared before keep the runtime that they were prepared with. Raises what `Runtime` raises.
     """
     chosen = settings or Settings.from_environment()
+    used = table or TuningTable()
     made = Runtime(
-        table or TuningTable(),
-        environment=environment or cpu_environment(),
+        used,
+        environment=environment or main_environment(used),
         registry=registry or default_registry(),
         policy=policy or chosen.policy,
         miss=miss or chosen.miss,
@@ -377,17 +302,33 @@ def use_table(
     return use_runtime(made)
 
 
-def use_runtime(runtime: Runtime) -> Runtime:
-    """Make a runtime the one in use and return it."""
-    global _current
-    _current = runtime
+def main_environment(table: TuningTable) -> Environment:
+    """Return the current GPU's environment, or the CPU's where there is none or the table is for CPUs alone."""
+    here = environments.here()
+    return here if may_run(table, here.device_kind) else environments.cpu_environment()
+
+
+def may_run(table: TuningTable, kind: str) -> bool:
+    """Whether a table says anything for a kind of device, or nothing for any."""
+    kinds = {e.device_kind for e in table.environments if any(d.environment == e.digest for d in table.decisions)}
+    return not kinds or kind in kinds
+
+
+def use_runtime(runtime: Runtime, others: Mapping[str, Runtime | TilecastError] | None = None) -> Runtime:
+    """Make a runtime the main one in use and return it.
+
+    `others` are the runtimes for other kinds of device, or the error that asking for one raises; what is not
+    given is made from the same table when it is asked for.
+    """
+    global _in_use
+    _in_use = _InUse(runtime, others or {})
     return runtime
 
 
 def forget_table() -> None:
-    """Drop the runtime in use; the next `current()` builds one from the environment variables again."""
-    global _current
-    _current = None
+    """Drop the table in use; the next `current()` reads one from the environment variables again."""
+    global _in_use
+    _in_use = None
 
 
 def default_registry() -> Registry:
@@ -399,10 +340,13 @@ def default_registry() -> Registry:
 
 
 def lookup(layer: ExpertLayer, tokens: int) -> Entry:
-    """Return what runs `layer` for `tokens` by the table in use. Raises what `Runtime.lookup` raises."""
-    return (_current or current()).lookup(layer, tokens)
+    """Return what runs `layer` for `tokens` on the main kind of device. Raises what `Runtime.lookup` raises."""
+    return (current() if _in_use is None else _in_use.main).lookup(layer, tokens)
 
 
 def misses() -> tuple[Miss, ...]:
-    """Return the misses of the table in use, most frequent first."""
-    return () if _current is None else _current.misses()
+    """Return the misses of the table in use on all kinds of device, most frequent first."""
+    if _in_use is None:
+        return ()
+    found = [miss for runtime in _in_use.runtimes.values() for miss in runtime.misses()]
+    return tuple(sorted(found, key=lambda m: -m.count))

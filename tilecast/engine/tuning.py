@@ -229,12 +229,10 @@ class _Anchored:
 
     def rejects(self, gemm: ExpertGemm, environment: Environment) -> str | None:
         kernel, anchor = self._anchors[gemm.name]
-        if self._kernel is not kernel:
-            if self._policy == "reproducible":
-                return "the layer is decided for another kernel's numerics class"
-            # Other layouts than the plain one mean something within one kernel only.
-            if (layout := kernel.layout(gemm, anchor)) != PLAIN:
-                return f"the layer's weights are stored as {layout} of {kernel.name}"
+        # Other layouts than the plain one mean something within one kernel only; classes are told by `invalid`,
+        # since kernels may share them.
+        if self._kernel is not kernel and (layout := kernel.layout(gemm, anchor)) != PLAIN:
+            return f"the layer's weights are stored as {layout} of {kernel.name}"
         return self._kernel.rejects(gemm, environment)
 
     def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
