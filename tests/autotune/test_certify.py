@@ -13,8 +13,10 @@ import torch
 from tests.autotune.shared import HERE, LAYER
 from tests.torch_kernel import TorchKernel
 from tilecast.autotune.certificate import Certificate, changes
-from tilecast.autotune.certify import BATCHES, certify, claimed_configs, spread
-from tilecast.errors import InputError
+from tilecast.autotune.certify import BATCHES, certify, check_usable, claimed_configs, spread
+from tilecast.environment import cuda_environment
+from tilecast.errors import DeviceError, InputError
+from tilecast.kernels import registry
 from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertGemm, TileConfig
 from tilecast.settings import child_environment
@@ -223,3 +225,26 @@ def test_every_input_has_a_sum() -> None:
     gemm = replace(DEEP, top_k=1, dtype="fp32").up
     (result,) = run(kernel, kernel.config(), gemm=gemm, inputs=100).classes
     assert result.control == 100
+
+
+def test_a_device_that_was_left_unusable_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    check_usable(torch.device("cpu"), "x")
+    with pytest.raises(DeviceError, match="k m=1 raised it, and left the device unusable"):
+        check_usable(torch.device("cuda"), "k m=1 raised it")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    check_usable(torch.device("cuda"), "x")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_classes_on_a_gpu() -> None:
+    """Few members and the whole number of inputs: the claim itself, on whatever device this is."""
+    here, layer = cuda_environment(), replace(DEEP, hidden=512, intermediate=256)
+    for gemm in layer.gemms:
+        configs = claimed_configs(gemm, (1, 64, 1024), here, registry)
+        certificate = certify(gemm, configs, here, registry, members=4)
+        assert [(result.numerics, result.reason) for result in certificate.classes if not result.certified] == []

@@ -20,6 +20,7 @@ from tilecast.autotune.prescreen import prescreen
 from tilecast.autotune.workload import Inputs, hash_seed, launch
 from tilecast.canonical import Json
 from tilecast.environment import Environment
+from tilecast.errors import DeviceError
 from tilecast.kernels import sort_slots
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Registry, numerics_class
@@ -88,7 +89,8 @@ def certify(
     reference with K reversed: most inputs must then have other bits. Everything follows from `seed`.
 
     Configs that do not claim to be free of the batch promise no bits and are left out. What a kernel raises becomes
-    part of the result. Raises InputError for `inputs` below 1 or a bad seed.
+    part of the result, unless it left the device unusable: DeviceError. Raises InputError for `inputs` below 1 or a
+    bad seed.
     """
     given = tuple(dict.fromkeys(configs))
     promised = [config for config in given if registry[config.kernel].batch_invariant(gemm, config)]
@@ -141,7 +143,7 @@ def _certify_class(
     try:
         expected = bench.alone(reference)
     except Exception as error:  # Whatever a kernel raises says the same: it cannot be relied on.
-        return replace(result, error=_text(error), seconds=time.monotonic() - start), None
+        return replace(result, error=bench.raised(reference, error), seconds=time.monotonic() - start), None
     found: dict[TileConfig, Member] = {}
     # Those of one layout one after the other, so that no two packed stacks lie in memory.
     for config in sorted(chosen, key=bench.layout):
@@ -221,7 +223,7 @@ class _Bench:
                 ran[order] = True
         except Exception as error:  # As for the reference.
             equal, other = int((ran & ~different).sum()), int(different.sum())
-            return Member(config=config, equal=equal, different=other, first=first, error=_text(error))
+            return Member(config=config, equal=equal, different=other, first=first, error=self.raised(config, error))
         return Member(config=config, equal=int((~different).sum()), different=int(different.sum()), first=first)
 
     def control(self, config: TileConfig, expected: Outputs) -> tuple[int, str]:
@@ -232,8 +234,14 @@ class _Bench:
         try:
             got = self._in_batches(config, self._packed_as(config, backward), batch, order, backward=True)
         except Exception as error:  # As for the reference.
-            return 0, _text(error)
+            return 0, self.raised(config, error)
         return int(_differing(got, {dtype: rows[order] for dtype, rows in expected.items()}).sum()), ""
+
+    def raised(self, config: TileConfig, error: Exception) -> str:
+        """Return what a kernel raised, in one line. Raises DeviceError if nothing else can run after it."""
+        text = _text(error)
+        check_usable(self._device, f"{config.label} raised {text}")
+        return text
 
     def _arrangements(self) -> list[tuple[int, torch.Tensor]]:
         """Return (tokens a launch, which input stands at each place): a few alone, then all in each kind of batch."""
@@ -353,6 +361,16 @@ def _sha256(outputs: Outputs) -> str:
         total.update(f"{dtype} {tuple(rows.shape)}\n".encode("ascii"))
         total.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def check_usable(device: torch.device, before: str) -> None:
+    """Raise DeviceError, with what happened `before`, if a GPU no longer answers: some errors outlast their launch."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        raise DeviceError(f"{before}, and left the device unusable to this process; certify without it") from error
 
 
 def _text(error: Exception) -> str:
