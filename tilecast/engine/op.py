@@ -14,8 +14,8 @@ from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tilecast import kernels
 from tilecast.errors import InputError, UsageError
-from tilecast.kernels import routing
 
 if TYPE_CHECKING:
     from tilecast.engine.experts import PreparedExperts
@@ -138,8 +138,8 @@ def _(
 def route(
     hidden: torch.Tensor, router_weight: torch.Tensor, top_k: int, scoring: str, renormalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Route as the eager block does: hidden [T, H] to ids int32 [T, k] and weights float32 [T, k]."""
-    return routing.route(hidden, router_weight, top_k, scoring=scoring, renormalize=renormalize)
+    """Route as `tilecast.kernels.route` does: hidden [T, H] to ids int32 [T, k] and weights float32 [T, k]."""
+    return kernels.route(hidden, router_weight, top_k, scoring=scoring, renormalize=renormalize)
 
 
 @route.register_fake
