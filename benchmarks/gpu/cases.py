@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tilecast.engine.runtime import default_registry  # noqa: E402
 from tilecast.environment import Environment, environment_for  # noqa: E402
 from tilecast.kernels import sort_slots  # noqa: E402
 from tilecast.kernels.reference import reference_down, reference_up  # noqa: E402
-from tilecast.kernels.spec import GemmWeights, Kernel, Registry  # noqa: E402
+from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel, Registry  # noqa: E402
 from tilecast.problem import ExpertGemm, TileConfig  # noqa: E402
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -34,13 +34,18 @@ SLACK = 2.0**-22
 
 
 def check_cases(
-    environment: Environment, registry: Registry, *, configs: int = 4, cases: int | None = None
+    environment: Environment,
+    registry: Registry,
+    *,
+    configs: int = 4,
+    cases: Sequence[Case] = tuple(CASES),
+    dtypes: Sequence[str] = DTYPES,
 ) -> dict[str, Any]:
     """Run the cases; returns how many (kernel, GEMM, config, case) were right, and each that was not."""
     kind = "cuda" if environment.device_kind == "cuda" else "cpu"
     right, wrong, worst = 0, [], 0.0
-    for dtype in DTYPES:
-        for case in CASES[:cases]:
+    for dtype in dtypes:
+        for case in cases:
             given = on_device(as_dtype(case, dtype), kind)
             for kernel, gemm, config in runs(given, environment, registry, configs, case.tokens):
                 try:
@@ -114,7 +119,8 @@ def judged(kernel: Kernel, gemm: ExpertGemm, config: TileConfig, given: Operands
     count = int(route.offsets[-1])
     present = route.slots[:count].long()
     weights = given.up if gemm.name == "up" else given.down
-    packed = kernel.pack(weights, kernel.layout(gemm, config))
+    layout = kernel.layout(gemm, config)
+    packed = weights if layout == PLAIN else kernel.pack(weights, layout)
     if gemm.name == "up":
         out = torch.full_like(given.intermediate, torch.nan)
         kernel.up(config, given.hidden, packed, route, out)
@@ -150,7 +156,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int)
     options = parser.parse_args()
     found = check_cases(
-        environment_for(options.device), default_registry(), configs=options.configs, cases=options.cases
+        environment_for(options.device), default_registry(), configs=options.configs, cases=CASES[: options.cases]
     )
     print(f"{found['right']} right, {len(found['wrong'])} wrong")
     for wrong in found["wrong"][:20]:

@@ -164,6 +164,7 @@ class Record:
 def command(setup: Setup) -> str:
     """Return the command that makes such a result again."""
     words = ["python", "benchmarks/gpu/run.py", "--device", setup.device, *(["--tiny"] if setup.tiny else [])]
+    words += ["--rounds", str(setup.rounds), "--tune-seconds", f"{setup.tune_s:g}"]
     return shlex.join(words)
 
 
