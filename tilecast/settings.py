@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -118,9 +118,9 @@ def launcher(environ: Mapping[str, str] | None = None) -> Launcher | None:
     )
 
 
-def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment with some variables changed, for a process that it starts."""
-    return {**os.environ, **changes}
+def child_environment(changes: Mapping[str, str], without: Collection[str] = ()) -> dict[str, str]:
+    """Return this process's environment with some variables changed or left out, for a process that it starts."""
+    return {**{name: value for name, value in os.environ.items() if name not in without}, **changes}
 
 
 def parse_tokens(text: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from tilecast._version import VERSION
-from tilecast.cli import bench, cache_export, cache_import, cache_show, certify, check, demo, doctor, tune
+from tilecast.cli import bench, cache_export, cache_import, cache_show, certify, check, demo, doctor, prescreen, tune
 from tilecast.cli._exit import guarded, quiet_broken_pipe
 
 _HELP = (
@@ -108,6 +108,7 @@ _COMMANDS: tuple[tuple[typer.Typer, str, Callable[..., None]], ...] = (
     (app, "bench", bench.bench),
     (app, "doctor", doctor.doctor),
     (app, "check", check.check),
+    (app, "prescreen", prescreen.prescreen),
     (app, "certify", certify.certify),
     (app, "demo", demo.demo),
     (_cache, "show", cache_show.show),

@@ -26,10 +26,10 @@ Constant = int | bool | str | None
 class Build:
     """One kernel function with everything that is compiled into it.
 
-    module, function: `_grouped`, `up_tiles`: a `@triton.jit` function in this package. `signature` gives the
-    run-time arguments in the function's order, with Triton's type names (`*bf16`, `i32`,
-    `tensordesc<bf16[1,128,64]>`); pointers are 16-byte aligned. `constants` are its `tl.constexpr` arguments. options
-    beyond warps and stages are Triton's, by name.
+    module, function: `_grouped`, `up_tiles`: a `@triton.jit` function in this package; a module named with dots may
+    be anywhere. `signature` gives the run-time arguments in the function's order, with Triton's type names (`*bf16`,
+    `i32`, `tensordesc<bf16[1,128,64]>`); pointers are 16-byte aligned. `constants` are its `tl.constexpr` arguments.
+    options beyond warps and stages are Triton's, by name.
     """
 
     module: str
@@ -71,7 +71,8 @@ class Build:
     @cached_property
     def kernel(self) -> Any:
         """The `@triton.jit` function (the interpreter's where `TRITON_INTERPRET=1` was set at import)."""
-        return getattr(importlib.import_module(f"{PACKAGE}.{self.module}"), self.function)
+        module = self.module if "." in self.module else f"{PACKAGE}.{self.module}"
+        return getattr(importlib.import_module(module), self.function)
 
     @cached_property
     def _keywords(self) -> dict[str, Constant]:
