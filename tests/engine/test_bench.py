@@ -41,7 +41,7 @@ class Broken:
     def __init__(self, how: str) -> None:
         self.name = self.how = how
 
-    def available(self, layer: ExpertLayer, tokens: int = 1) -> str | None:
+    def available(self, layer: ExpertLayer, tokens: int = 1, device: str = "cpu") -> str | None:
         return "never installed" if self.how == "absent" else None
 
     def prepare(self, layer: ExpertLayer, weights: LayerWeights, tokens: int = 1) -> Prepared:

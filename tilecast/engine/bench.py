@@ -18,8 +18,9 @@ from functools import partial
 
 import torch
 
+from tilecast.autotune.clock import Clock, clock_for
 from tilecast.autotune.gate import MAX_ERROR_RATIO, error_ratio
-from tilecast.autotune.workload import hash_seed, normal_stack, uniform_ids
+from tilecast.autotune.workload import device_of, hash_seed, normal_stack, uniform_ids
 from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timing, best_peaks
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.peers import PEERS, Bound, LayerWeights, Peer, Prepared
@@ -152,7 +153,9 @@ class _Bench:
         self, layer: ExpertLayer, environment: Environment, table: TuningTable, policy: str, peaks: Peaks, seed: int
     ) -> None:
         self.layer, self.policy, self.peaks, self.seed = layer, policy, peaks, seed
-        self.weights = make_weights(layer, seed)
+        self.device = device_of(environment)
+        self.clock: Clock | None = None if self.device.type == "cpu" else clock_for(self.device, environment.llc_bytes)
+        self.weights = make_weights(layer, seed, self.device)
         self.runtime = Runtime(table, environment=environment, registry=default_registry(), policy=policy)
         without = Runtime(TuningTable(), environment=environment, registry=default_registry(), policy=policy)
         self.ours = {OURS: self._prepared(self.runtime), DEFAULT: self._prepared(without)}
@@ -194,7 +197,7 @@ class _Bench:
 
     def _enter(self, peer: Peer, tokens: int) -> _Contestant:
         contestant = _Contestant(name=peer.name, gemms_only=peer.gemms_only)
-        reason = peer.available(self.layer, tokens)
+        reason = peer.available(self.layer, tokens, self.device.type)
         if reason is not None:
             contestant.fail("unavailable", reason)
             return contestant
@@ -204,9 +207,10 @@ class _Bench:
 
     def _check(self, contestants: list[_Contestant], tokens: int) -> None:
         """Run every contestant once; whole layers are compared with float64 on some tokens."""
-        operands = make_operands(self.layer, tokens, hash_seed(self.seed, tokens, 1 << 20))
+        operands = make_operands(self.layer, tokens, hash_seed(self.seed, tokens, 1 << 20), self.device)
         count = min(tokens, CHECKED_TOKENS)
         rows = torch.arange(tokens) if count == tokens else torch.linspace(0, tokens - 1, count).long()
+        rows = rows.to(self.device)
         exact, torch_values = _expected(self.layer, self.weights, operands, rows)
         longest = max(self.layer.hidden, self.layer.intermediate)
         for contestant in [c for c in contestants if c.racing]:
@@ -230,7 +234,7 @@ class _Bench:
         for turn in range(rounds):
             if turn >= MIN_ROUNDS and time.monotonic() > deadline:
                 break
-            operands = make_operands(self.layer, tokens, hash_seed(self.seed, tokens, turn))
+            operands = make_operands(self.layer, tokens, hash_seed(self.seed, tokens, turn), self.device)
             routed.append(work(self.layer, operands.ids))
             start = turn % len(contestants)
             for contestant in contestants[start:] + contestants[:start]:
@@ -240,7 +244,9 @@ class _Bench:
         return routed
 
     def _sample(self, call: Bound, operands: Operands) -> float:
-        """Return the µs of one call on cold weights and warm activations."""
+        """Return the µs of one call on cold weights and, on the CPU, warm activations."""
+        if self.clock is not None:
+            return self.clock.time([lambda: _discard(call)])
         self.flushed.sum()
         for tensor in (operands.hidden, operands.ids, operands.scale):
             tensor.sum()
@@ -255,27 +261,30 @@ class _Bench:
                 gc.enable()
 
 
-def make_weights(layer: ExpertLayer, seed: int = 0) -> LayerWeights:
-    """Return random weights of a layer, scaled so that activations keep their size."""
+def make_weights(layer: ExpertLayer, seed: int = 0, device: torch.device | None = None) -> LayerWeights:
+    """Return random weights of a layer, scaled so that activations keep their size; the same on every device."""
     dtype = TORCH_DTYPES[layer.dtype]
     (w13, bias13), (w2, bias2) = (
         (
-            normal_stack((layer.experts, gemm.n, gemm.k), dtype, gemm.k**-0.5, hash_seed(seed, place)),
-            normal_stack((layer.experts, gemm.n), dtype, 0.5, hash_seed(seed, place, 1)) if layer.bias else None,
+            normal_stack((layer.experts, gemm.n, gemm.k), dtype, gemm.k**-0.5, hash_seed(seed, place), device),
+            normal_stack((layer.experts, gemm.n), dtype, 0.5, hash_seed(seed, place, 1), device)
+            if layer.bias
+            else None,
         )
         for place, gemm in enumerate(layer.gemms)
     )
     return LayerWeights(w13=w13, w2=w2, bias13=bias13, bias2=bias2)
 
 
-def make_operands(layer: ExpertLayer, tokens: int, seed: int) -> Operands:
-    """Return one call's operands; another seed gives other routing."""
+def make_operands(layer: ExpertLayer, tokens: int, seed: int, device: torch.device | None = None) -> Operands:
+    """Return one call's operands, the same on every device; another seed gives other routing."""
+    device = device or torch.device("cpu")
     generator = torch.Generator().manual_seed(hash_seed(seed, 5))
     scale = torch.rand(tokens, layer.top_k, generator=generator) + 0.1
     return Operands(
-        hidden=normal_stack((tokens, layer.hidden), TORCH_DTYPES[layer.dtype], 1.0, hash_seed(seed, 3)),
-        ids=uniform_ids(layer, tokens, seed),
-        scale=scale / ordered_sum(scale),
+        hidden=normal_stack((tokens, layer.hidden), TORCH_DTYPES[layer.dtype], 1.0, hash_seed(seed, 3), device),
+        ids=uniform_ids(layer, tokens, seed).to(device),
+        scale=(scale / ordered_sum(scale)).to(device),
     )
 
 
@@ -298,6 +307,10 @@ def _binder(experts: PreparedExperts) -> Prepared:
 def _call(contestant: _Contestant, operands: Operands) -> Bound:
     assert contestant.bind is not None, "only what races is called"
     return contestant.bind(operands.hidden, operands.ids, operands.scale)
+
+
+def _discard(call: Bound) -> None:
+    call()
 
 
 def _expected(

@@ -67,8 +67,8 @@ class Peer(Protocol):
         """Whether only the two products are run: a target, whose result is not the layer's."""
         ...
 
-    def available(self, layer: ExpertLayer, tokens: int = 1) -> str | None:
-        """Return why this peer cannot run `layer` with so many tokens here; None when it can."""
+    def available(self, layer: ExpertLayer, tokens: int = 1, device: str = "cpu") -> str | None:
+        """Return why this peer cannot run `layer` with so many tokens here on `cpu` or `cuda`; None when it can."""
         ...
 
     def prepare(self, layer: ExpertLayer, weights: LayerWeights, tokens: int = 1) -> Prepared:
@@ -82,7 +82,7 @@ class TorchLoop:
     name = "torch loop"
     gemms_only = False
 
-    def available(self, layer: ExpertLayer, tokens: int = 1) -> str | None:
+    def available(self, layer: ExpertLayer, tokens: int = 1, device: str = "cpu") -> str | None:
         """Return None: runs everywhere."""
         return None
 
@@ -113,9 +113,9 @@ class TorchGroupedMm:
     name = "torch grouped_mm"
     gemms_only = False
 
-    def available(self, layer: ExpertLayer, tokens: int = 1) -> str | None:
+    def available(self, layer: ExpertLayer, tokens: int = 1, device: str = "cpu") -> str | None:
         """Return why this PyTorch cannot."""
-        return _grouped_mm_refuses(layer)
+        return _grouped_mm_refuses(layer, device)
 
     def prepare(self, layer: ExpertLayer, weights: LayerWeights, tokens: int = 1) -> Prepared:
         """Hold the weights as they are."""
@@ -152,7 +152,7 @@ class TransformersExperts:
         self.implementation = implementation
         self.name = f"transformers {implementation}"
 
-    def available(self, layer: ExpertLayer, tokens: int = 1) -> str | None:
+    def available(self, layer: ExpertLayer, tokens: int = 1, device: str = "cpu") -> str | None:
         """Return why transformers is absent or too old, or why its Mixtral experts cannot run the layer."""
         if not layer.gated or layer.bias:
             return "Mixtral's experts are gated and have no bias"
@@ -163,7 +163,7 @@ class TransformersExperts:
         gathered = tokens * layer.top_k * sum(gemm.weight_bytes(1) for gemm in layer.gemms)
         if self.implementation == "batched_mm" and gathered > MAX_GATHERED_BYTES:
             return f"it would copy {gathered / 2**30:.1f} GiB of weights, one expert's for each routed slot"
-        if self.implementation == "grouped_mm" and (reason := _grouped_mm_refuses(layer)) is not None:
+        if self.implementation == "grouped_mm" and (reason := _grouped_mm_refuses(layer, device)) is not None:
             return reason
         return _transformers_missing()
 
@@ -197,9 +197,9 @@ class OneDnnGemms:
     name = "onednn prepacked gemms"
     gemms_only = True
 
-    def available(self, layer: ExpertLayer, tokens: int = 1) -> str | None:
+    def available(self, layer: ExpertLayer, tokens: int = 1, device: str = "cpu") -> str | None:
         """Return why oneDNN cannot prepack this dtype on this CPU."""
-        return cannot_prepack_here(layer.dtype)
+        return cannot_prepack_here(layer.dtype) if device == "cpu" else "oneDNN runs on the CPU"
 
     def prepare(self, layer: ExpertLayer, weights: LayerWeights, tokens: int = 1) -> Prepared:
         """Pack every expert's weights: a copy of them all."""
@@ -260,15 +260,15 @@ def _transformers_missing() -> str | None:
     return None
 
 
-def _grouped_mm_refuses(layer: ExpertLayer) -> str | None:
+def _grouped_mm_refuses(layer: ExpertLayer, device: str) -> str | None:
     """Return why grouped_mm does not take the layer: tried on two small experts aligned as the layer's are."""
     if not hasattr(F, "grouped_mm"):
         return f"PyTorch {torch.__version__} has no torch.nn.functional.grouped_mm"
     try:
         for gemm in layer.gemms:
             k, n = 16 + gemm.k % 16, 16 + gemm.n % 16
-            weight = torch.zeros(2, n, k, dtype=TORCH_DTYPES[layer.dtype])
-            offsets = torch.tensor([1, 2], dtype=torch.int32)
+            weight = torch.zeros(2, n, k, dtype=TORCH_DTYPES[layer.dtype], device=device)
+            offsets = torch.tensor([1, 2], dtype=torch.int32, device=device)
             F.grouped_mm(weight.new_zeros(2, k), weight.transpose(1, 2), offs=offsets)
     except (RuntimeError, ValueError) as error:
         return f"grouped_mm refuses this layer: {_first_line(error)}"
