@@ -17,7 +17,7 @@ import torch
 from tilecast.autotune.certificate import CERTIFICATE_INPUTS, Certificate, ClassResult, Comparison, Difference, Member
 from tilecast.autotune.classes import INTEGERS, wide_operands
 from tilecast.autotune.prescreen import prescreen
-from tilecast.autotune.workload import Inputs, hash_seed, launch
+from tilecast.autotune.workload import Inputs, hash_seed, in_order, in_slot_order, launch, poisoned_output
 from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
@@ -178,15 +178,12 @@ class _Bench:
         # The interpreter runs GPU kernels on CPU tensors.
         on_gpu = environment.device_kind != "cpu" and torch.cuda.is_available()
         self._device = torch.device("cuda" if on_gpu else "cpu")
-        made = wide_operands(gemm, seed, inputs)
-        self._gemm = made.gemm
-        self._rows, self._topk_weights = made.rows.to(self._device), made.topk_weights.to(self._device)
+        made = wide_operands(gemm, seed, inputs, self._device)
+        self._gemm, self._weights = made.gemm, made.weights
+        self._rows, self._topk_weights = made.rows, made.topk_weights
         # A token without any expert has no sum: every input must have one to count.
         self._ids = made.ids.cpu()
         self._ids[(self._ids < 0).all(1), 0] = 0
-        data, bias = made.weights.data.to(self._device), made.weights.bias
-        bias = None if bias is None else bias.to(self._device)
-        self._weights = replace(made.weights, data=data, bias=bias, plans={})
         self._packed: tuple[tuple[str, str], GemmWeights] | None = None
 
     # What is asked without running ---------------------------------------------------
@@ -278,18 +275,13 @@ class _Bench:
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """Run one batch: [tokens, slots of a token (1 for down), columns] in slot order, on the CPU."""
-        layer, up = self._gemm.layer, self._gemm.name == "up"
-        kernel = self._registry[config.kernel]
-        in_order = kernel.order(self._gemm, config) == "sorted"
-        if in_order and not up:
-            rows = _to_sorted(rows, route)
-        count, columns = (len(tokens) * layer.top_k, layer.intermediate) if up else (len(tokens), layer.hidden)
-        out = torch.full((count, columns), torch.nan, dtype=dtype, device=self._device)
-        topk_weights = self._topk_weights[tokens.to(self._device)]
-        launch(kernel, config, weights, Inputs(rows=rows, route=route, topk_weights=topk_weights), out)
-        if in_order and up:
-            out = _to_slots(out, route)
-        return out.cpu().view(len(tokens), -1, columns)
+        gemm, kernel = self._gemm, self._registry[config.kernel]
+        order = kernel.order(gemm, config)
+        out = poisoned_output(gemm, len(tokens), dtype, self._device)
+        given = Inputs(rows=rows, route=route, topk_weights=self._topk_weights[tokens.to(self._device)])
+        launch(kernel, config, weights, in_order(gemm, given, order), out)
+        out = in_slot_order(gemm, out, route, order).cpu()
+        return out.view(len(tokens), -1, out.shape[1])
 
     def _pack(self, config: TileConfig) -> GemmWeights:
         key = self.layout(config)
@@ -303,22 +295,6 @@ class _Bench:
     def _packed_as(self, config: TileConfig, weights: GemmWeights) -> GemmWeights:
         kernel, layout = self._registry[config.kernel], self.layout(config)[1]
         return weights if layout == PLAIN else kernel.pack(weights, layout)
-
-
-def _to_sorted(rows: torch.Tensor, route: ExpertLayout) -> torch.Tensor:
-    """Return rows by slot as rows sorted by expert; those past the last present one are poisoned."""
-    count = int(route.offsets[-1])
-    out = torch.full_like(rows, torch.nan)
-    out[:count] = rows[route.slots[:count].long()]
-    return out
-
-
-def _to_slots(rows: torch.Tensor, route: ExpertLayout) -> torch.Tensor:
-    """Return rows sorted by expert as rows by slot; those of absent slots are poisoned."""
-    count = int(route.offsets[-1])
-    out = torch.full_like(rows, torch.nan)
-    out[route.slots[:count].long()] = rows[:count]
-    return out
 
 
 def _differing(a: Outputs, b: Outputs) -> torch.Tensor:
