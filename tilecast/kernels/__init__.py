@@ -6,11 +6,16 @@ from tilecast.kernels import routing
 from tilecast.kernels.cpu import sorting
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.onednn import OneDnnLinear
+from tilecast.kernels.gpu.decode import Decode
+from tilecast.kernels.gpu.grouped import Grouped, Persistent
+from tilecast.kernels.gpu.router import route_device
 from tilecast.kernels.gpu.sorting import DeviceLayout
+from tilecast.kernels.gpu.split_k import SplitK
+from tilecast.kernels.gpu.tma import Tma
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import Registry
 
-registry = Registry((MoeGemm(), OneDnnLinear()))
+registry = Registry((MoeGemm(), OneDnnLinear(), Grouped(), Decode(), Tma(), Persistent(), SplitK()))
 """The kernels of this process. The first one of a device kind gives the defaults."""
 
 
@@ -26,4 +31,20 @@ def sort_slots(topk_ids: torch.Tensor, experts: int) -> ExpertLayout:
     return routing.sort_slots(topk_ids, experts)
 
 
-__all__ = ["registry", "sort_slots"]
+def route(
+    hidden: torch.Tensor,
+    router_weight: torch.Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score tokens and choose experts by the fastest means on hidden's device, as `routing.route` does.
+
+    Returns ids (int32 [T, k]) and weights (float32 [T, k]). Raises InputError.
+    """
+    chosen = route_device if hidden.device.type == "cuda" else routing.route
+    return chosen(hidden, router_weight, top_k, scoring=scoring, renormalize=renormalize)
+
+
+__all__ = ["registry", "route", "sort_slots"]

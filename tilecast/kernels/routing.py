@@ -67,10 +67,7 @@ def route(
     hidden is [T, H], router_weight [E, H], both of any float dtype. Returns ids (int32 [T, k], by descending
     score, ties by ascending expert) and weights (float32 [T, k]). Raises InputError.
     """
-    if scoring not in SCORINGS:
-        raise InputError(f"scoring is {scoring!r}, expected one of {', '.join(SCORINGS)}")
-    if router_weight.dim() == 2 and not 1 <= top_k <= router_weight.shape[0]:
-        raise InputError(f"top-k is {top_k}, expected 1 to {router_weight.shape[0]} (the number of experts)")
+    check_router(hidden, router_weight, top_k, scoring)
     logits = router_logits(hidden, router_weight)
     scores = logits.softmax(-1) if scoring == "softmax" else _sigmoid(logits)
     # On the scores themselves, not the logits: that is what the families' own code orders by.
@@ -81,6 +78,15 @@ def route(
     return indices[:, :top_k].to(torch.int32).contiguous(), weights.contiguous()
 
 
+def check_router(hidden: torch.Tensor, router_weight: torch.Tensor, top_k: int, scoring: str) -> None:
+    """Raise InputError unless the operands of `route` fit together."""
+    if scoring not in SCORINGS:
+        raise InputError(f"scoring is {scoring!r}, expected one of {', '.join(SCORINGS)}")
+    _check_shapes(hidden, router_weight)
+    if not 1 <= top_k <= router_weight.shape[0]:
+        raise InputError(f"top-k is {top_k}, expected 1 to {router_weight.shape[0]} (the number of experts)")
+
+
 def router_logits(hidden: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
     """Return float32 logits [T, E] whose bits do not depend on how many tokens there are.
 
@@ -88,14 +94,18 @@ def router_logits(hidden: torch.Tensor, router_weight: torch.Tensor) -> torch.Te
     outputs, by where the operands lie in memory. So every token is a product of its own, [1, H] by [H, E], all
     of one batch: one shape, whatever T is. Operands are brought to whole 64-byte lines first. Raises InputError.
     """
-    if hidden.dim() != 2 or router_weight.dim() != 2 or hidden.shape[1] != router_weight.shape[1]:
-        shapes = f"{tuple(hidden.shape)} and {tuple(router_weight.shape)}"
-        raise InputError(f"hidden states and router weight are {shapes}, expected [tokens, H] and [experts, H]")
+    _check_shapes(hidden, router_weight)
     weight = _whole_lines(router_weight.to(torch.float32), _MIN_ROUTER_ROWS)
     rows = _whole_lines(hidden.to(torch.float32), 1)
     tokens, experts = hidden.shape[0], router_weight.shape[0]
     logits = torch.bmm(rows[:, None, :], weight.T.expand(rows.shape[0], -1, -1))[:, 0, :]
     return logits[:tokens, :experts]
+
+
+def _check_shapes(hidden: torch.Tensor, router_weight: torch.Tensor) -> None:
+    if hidden.dim() != 2 or router_weight.dim() != 2 or hidden.shape[1] != router_weight.shape[1]:
+        shapes = f"{tuple(hidden.shape)} and {tuple(router_weight.shape)}"
+        raise InputError(f"hidden states and router weight are {shapes}, expected [tokens, H] and [experts, H]")
 
 
 _LINE = 16
