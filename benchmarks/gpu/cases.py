@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,20 @@ def check_cases(
     configs: int = 4,
     cases: Sequence[Case] = tuple(CASES),
     dtypes: Sequence[str] = DTYPES,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Run the cases; returns how many (kernel, GEMM, config, case) were right, and each that was not."""
+    """Run the cases; returns how many (kernel, GEMM, config, case) were right, and each that was not.
+
+    Every config is compiled for itself, so time may run out: `unreached` counts the (case, dtype) that were left.
+    """
+    deadline, unreached = time.monotonic() + seconds, 0
     kind = "cuda" if environment.device_kind == "cuda" else "cpu"
     right, wrong, worst = 0, [], 0.0
     for dtype in dtypes:
         for case in cases:
+            if time.monotonic() > deadline:
+                unreached += 1
+                continue
             given = on_device(as_dtype(case, dtype), kind)
             for kernel, gemm, config in runs(given, environment, registry, configs, case.tokens):
                 try:
@@ -66,7 +76,7 @@ def check_cases(
                 if kind == "cuda":
                     # A broken device would fail all that follow: then this raises, and the one that broke it is told.
                     torch.cuda.synchronize()
-    return {"right": right, "wrong": wrong, "worst_error_over_allowed": worst}
+    return {"right": right, "wrong": wrong, "unreached": unreached, "worst_error_over_allowed": worst}
 
 
 def as_dtype(case: Case, dtype: str) -> Operands:
@@ -154,11 +164,18 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--configs", type=int, default=4)
     parser.add_argument("--cases", type=int)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further case after so long")
     options = parser.parse_args()
     found = check_cases(
-        environment_for(options.device), default_registry(), configs=options.configs, cases=CASES[: options.cases]
+        environment_for(options.device),
+        default_registry(),
+        configs=options.configs,
+        cases=CASES[: options.cases],
+        dtypes=options.dtypes,
+        seconds=options.seconds,
     )
-    print(f"{found['right']} right, {len(found['wrong'])} wrong")
+    print(f"{found['right']} right, {len(found['wrong'])} wrong, {found['unreached']} cases not reached")
     for wrong in found["wrong"][:20]:
         print(f"  {wrong}")
     return 1 if found["wrong"] else 0

@@ -225,7 +225,9 @@ def check_lines(records: Records) -> list[str]:
         if "passed" in result:
             said = f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped"
         elif "right" in result:
-            said = f"{result['right']} runs right, {len(result['wrong'])} wrong"
+            said = (
+                f"{result['right']} runs right, {len(result['wrong'])} wrong, {result['unreached']} cases not reached"
+            )
         elif "counts" in result:
             said = ", ".join(f"{count} {status}" for status, count in result["counts"].items())
         else:

@@ -115,6 +115,9 @@ def _run_worker(setup: Setup, step: str, units: list[str]) -> tuple[int, str, st
     """Run a worker and show what it says; returns its exit code, its last words, and why it was ended, if it was."""
     log = setup.out / "logs" / f"{step}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    for stale in (setup.out / step).glob("*.running"):
+        # Left by a run that was killed: its age says nothing about this one.
+        stale.unlink(missing_ok=True)
     request = json.dumps({"setup": setup.to_json(), "step": step, "units": units})
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))

@@ -25,7 +25,8 @@ def run(setup: Setup, record: Record) -> dict[str, Any]:
     if setup.device == "cpu" or where is None:
         return {"ran": False, "reason": "runs on GPUs only" if setup.device == "cpu" else f"{TOOL} is not on PATH"}
     words = [where, "--tool", record.unit, "--error-exitcode", str(FOUND_CODE), "--target-processes", "all"]
-    words += [setup.python, "benchmarks/gpu/cases.py", "--device", setup.device, "--configs", "1", "--cases", "8"]
+    words += [setup.python, "benchmarks/gpu/cases.py", "--device", setup.device, "--configs", "1", "--dtypes", "bf16"]
+    words += ["--cases", "8", "--seconds", "200"]
     try:
         done = subprocess.run(
             words, cwd=ROOT, capture_output=True, text=True, timeout=min(TIMEOUT_S, setup.seconds_left)

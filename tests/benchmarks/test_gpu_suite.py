@@ -134,10 +134,13 @@ def test_a_unit_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest
     record.running.parent.mkdir(parents=True)
     sleeps.write_text(f"#!/bin/sh\ntouch {record.running}\nsleep 60\n")
     sleeps.chmod(0o755)
+    # What a killed run has left must not count as this one's time.
+    record.running.touch()
+    os.utime(record.running, (0, 0))
     monkeypatch.setitem(run.UNIT_LIMIT_S, "sanitizer", 0.3)
     run.run_step(setup_for(tmp_path, python=str(sleeps)), "sanitizer", [record])
     found = record.read()
-    assert found is not None and "ended after" in found["error"]
+    assert found is not None and "ended after 0 s" in found["error"]
 
 
 def test_a_step_that_raises_leaves_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,11 +390,18 @@ def test_certificates_are_told_class_by_class() -> None:
 def test_cases_find_a_kernel_that_is_wrong() -> None:
     for variant, what in (("ordered", ""), ("zeros", "times what is allowed"), ("overwrites", "rows of absent slots")):
         registry = Registry((TorchKernel(variant),))
-        some = [Case("few", SMALL, 3), Case("absent slots", SMALL, 7, "absent")]
-        found = cases.check_cases(cpu_environment(), registry, configs=16, cases=some, dtypes=("bf16",))
+        tiny = ExpertLayer(hidden=16, intermediate=16, experts=3, top_k=2)
+        some = [Case("few", tiny, 3), Case("absent slots", tiny, 7, "absent")]
+        found = cases.check_cases(cpu_environment(), registry, configs=4, cases=some, dtypes=("bf16",))
         said = [wrong["what"] for wrong in found["wrong"]]
-        assert found["right"] > 0
+        assert found["right"] > 0 and found["unreached"] == 0
         assert bool(said) == bool(what) and (not what or any(what in text for text in said)), (variant, said)
+
+
+def test_cases_stop_when_their_time_is_up() -> None:
+    some = [Case("few", SMALL, 3)] * 2
+    found = cases.check_cases(cpu_environment(), Registry((TorchKernel(),)), cases=some, dtypes=("bf16",), seconds=-1)
+    assert (found["right"], found["wrong"], found["unreached"]) == (0, [], 2)
 
 
 def test_cases_bring_sorted_rows_into_slot_order() -> None:
