@@ -96,17 +96,37 @@ def operands(layer: ExpertLayer, tokens: int, routing: str = "uniform") -> Opera
     )
 
 
-def run_up(kernel: Kernel, config: TileConfig, given: Operands) -> torch.Tensor:
+def run_up(kernel: Kernel, config: TileConfig, given: Operands, *, layout: str | None = None) -> torch.Tensor:
+    """Return the up GEMM's rows in slot order, whatever order the config writes."""
     slots = given.route.tokens * given.route.top_k
     out = torch.full((slots, given.layer.intermediate), torch.nan, dtype=given.hidden.dtype)
-    kernel.up(config, given.hidden, kernel.pack(given.up, kernel.layout(given.layer.up, config)), given.route, out)
-    return out
+    packed = kernel.pack(given.up, layout or kernel.layout(given.layer.up, config))
+    kernel.up(config, given.hidden, packed, given.route, out)
+    if kernel.order(given.layer.up, config) == "slot":
+        return out
+    present = given.route.slots[: int(given.route.offsets[-1])].long()
+    assert torch.isnan(out[len(present) :]).all(), "rows past the present slots were written"
+    by_slot = torch.full_like(out, torch.nan)
+    by_slot[present] = out[: len(present)]
+    return by_slot
 
 
-def run_down(kernel: Kernel, config: TileConfig, given: Operands, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+def run_down(
+    kernel: Kernel,
+    config: TileConfig,
+    given: Operands,
+    out_dtype: torch.dtype | None = None,
+    *,
+    layout: str | None = None,
+) -> torch.Tensor:
     out = torch.full((given.route.tokens, given.layer.hidden), torch.nan, dtype=out_dtype or given.hidden.dtype)
-    packed = kernel.pack(given.down, kernel.layout(given.layer.down, config))
-    kernel.down(config, given.intermediate, packed, given.route, given.topk_weights, out)
+    packed = kernel.pack(given.down, layout or kernel.layout(given.layer.down, config))
+    rows = given.intermediate
+    if kernel.order(given.layer.down, config) == "sorted":
+        present = given.route.slots[: int(given.route.offsets[-1])].long()
+        rows = torch.full_like(rows, torch.nan)
+        rows[: len(present)] = given.intermediate[present]
+    kernel.down(config, rows, packed, given.route, given.topk_weights, out)
     return out
 
 
@@ -124,15 +144,18 @@ def assert_as_good_as_torch(result: torch.Tensor, exact: torch.Tensor, same_dtyp
     assert error(result, exact) <= 2 * error(same_dtype, exact) + 2**-22
 
 
-def assert_both_gemms(kernel: Kernel, config: TileConfig, given: Operands) -> None:
-    """Hold both GEMMs to the float64 oracle, absent rows to their poison."""
+def assert_both_gemms(
+    kernel: Kernel, config: TileConfig, given: Operands, *, down: TileConfig | None = None, layout: str | None = None
+) -> None:
+    """Hold both GEMMs to the float64 oracle, absent rows to their poison; `down` is its config, if another one."""
     layer, dtype = given.layer, given.hidden.dtype
     present = given.route.slots[: int(given.route.offsets[-1])].long()
     absent = torch.ones(given.route.tokens * layer.top_k, dtype=torch.bool)
     absent[present] = False
     up = (layer, given.hidden, given.up.data, given.route, given.up.bias)
-    result = run_up(kernel, config, given)
+    result = run_up(kernel, config, given, layout=layout)
     assert_as_good_as_torch(result[present], reference_up(*up)[present], reference_up(*up, dtype)[present])
     assert torch.isnan(result[absent]).all(), "rows of absent slots were written"
-    down = (layer, given.intermediate, given.down.data, given.route, given.topk_weights, given.down.bias)
-    assert_as_good_as_torch(run_down(kernel, config, given), reference_down(*down), reference_down(*down, dtype))
+    expected = (layer, given.intermediate, given.down.data, given.route, given.topk_weights, given.down.bias)
+    result = run_down(kernel, down or config, given, layout=layout)
+    assert_as_good_as_torch(result, reference_down(*expected), reference_down(*expected, dtype))

@@ -1,0 +1,396 @@
+"""What the Triton expert kernels share: what they refuse, their numerics class, launching up, down and combine.
+
+Numerics (docs/numerics.md): every output is one chain of tensor-core sums along K, ascending, into a float32
+accumulator; bias, activation, gate product, routing weight and the sum over slots follow in float32. Block sizes,
+stages, warps, program order, TMA and the unsorted form change none of that. Swapped operands and split-K do.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+
+from tilecast.canonical import Json
+from tilecast.environment import Environment, gpu_toolchain
+from tilecast.errors import DeviceError, InputError
+from tilecast.kernels.gpu.build import Build, Constant
+from tilecast.kernels.gpu.layouts import LAYOUTS, Strides, relayout, strides
+from tilecast.kernels.gpu.sorting import MAX_EXPERTS, DeviceLayout, TileMap
+from tilecast.kernels.gpu.target import Target, parse_target, target_of
+from tilecast.kernels.gpu.tiles import instruction, tile_reason
+from tilecast.kernels.routing import ExpertLayout
+from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
+from tilecast.problem import ExpertGemm, ParamValue, TileConfig
+
+Domain = dict[str, tuple[ParamValue, ...] | range]
+BLOCKS: tuple[ParamValue, ...] = (8, 16, 32, 64, 128, 256)
+TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TILE_MAP = (("tile_count", "*i32"), ("tile_experts", "*i32"), ("tile_starts", "*i32"), ("tile_ends", "*i32"))
+COMBINE_BLOCK = 1024
+"""Columns of one program of the combine, at most."""
+INTERPRETED = "cuda:90"
+"""The target that kernels are built for on CPU tensors, where Triton's interpreter runs them."""
+
+
+class TritonExperts(ABC):
+    """Base of the Triton kernels: one grouped GEMM a launch, on an NVIDIA or AMD GPU."""
+
+    name: str
+    device_kind = "cuda"
+    domain: Domain
+    row_order = "sorted"
+
+    # What is asked before anything runs ----------------------------------------------
+
+    def rejects(self, gemm: ExpertGemm, environment: Environment) -> str | None:
+        """Return why this kernel cannot run `gemm` in `environment` at all."""
+        if environment.device_kind != "cuda":
+            return f"runs on GPUs, not on {environment.device_kind}"
+        target = target_of(environment)
+        if target is None:
+            return f"{environment.arch} is none of the architectures that kernels are checked on"
+        if gemm.layer.weight_format != "dense":
+            return f"weight format {gemm.layer.weight_format} is not dense"
+        if gemm.layer.experts > MAX_EXPERTS:
+            return f"{gemm.layer.experts} experts, at most {MAX_EXPERTS} are sorted"
+        if gpu_toolchain()["triton"] == "absent":
+            return "Triton is not installed"
+        return self.refuses(gemm, target)
+
+    def refuses(self, gemm: ExpertGemm, target: Target) -> str | None:
+        """Return why this variant cannot run `gemm` on `target`."""
+        return None
+
+    def invalid(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> str | None:
+        """Return why `config` cannot run `gemm` in `environment`."""
+        target = target_of(environment)
+        if target is None:
+            return f"{environment.arch} is none of the architectures that kernels are checked on"
+        if target.kind == "hip" and config.integer("num_stages") > 2:
+            return "on AMD more than 2 stages are not pipelined"
+        return tile_reason(gemm, config, target) or self.unfit(gemm, config, target)
+
+    def unfit(self, gemm: ExpertGemm, config: TileConfig, target: Target) -> str | None:
+        """Return what else this variant does not take."""
+        return None
+
+    @abstractmethod
+    def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
+        """Yield every config worth considering for this many tokens, in a fixed order; some may be invalid."""
+
+    @abstractmethod
+    def default(
+        self, gemm: ExpertGemm, tokens: int, environment: Environment, like: TileConfig | None = None
+    ) -> TileConfig:
+        """Return the heuristic config; with `like`, one of the same weight layout and numerics class."""
+
+    def numerics(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> dict[str, Json]:
+        """Return the fields of the numerics class; kernels of this package share classes."""
+        target = target_of(environment)
+        if target is None:
+            raise DeviceError(f"{environment.arch} is none of the architectures that kernels are checked on")
+        return {
+            "kernel": "triton",
+            "dtype": gemm.layer.dtype,
+            "accumulator": "fp32",
+            "multiply_add": multiply_add(gemm, config, target),
+            "operands": "swapped" if dict(config.params).get("swap") else "rows left",
+            "k_order": "ascending",
+            "chunk": 0,
+            "fp_fusion": False,
+            "rounding": "intermediate once, output once",
+            "combine": "slot order",
+        }
+
+    def batch_invariant(self, gemm: ExpertGemm, config: TileConfig) -> bool:
+        """Return True: no sum involves two rows, and no order depends on the batch."""
+        return True
+
+    def layout(self, gemm: ExpertGemm, config: TileConfig) -> str:
+        """Return `plain`: the kernels read checkpoints' weights as they are, also in `layouts.LAYOUTS`."""
+        return PLAIN
+
+    def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
+        """Return the order of the intermediate's rows."""
+        return self.row_order
+
+    def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
+        """Return `plain` weights stored in another layout. The plain tensor is left as it was."""
+        return relayout(weights, layout)
+
+    # What is compiled -------------------------------------------------------------------
+
+    @abstractmethod
+    def builds(
+        self,
+        gemm: ExpertGemm,
+        config: TileConfig,
+        target: Target,
+        *,
+        layout: str = PLAIN,
+        out_dtype: str | None = None,
+        bias_dtype: str | None = None,
+    ) -> tuple[Build, ...]:
+        """Return what a launch of `config` compiles, in the order of launching.
+
+        out_dtype is down's, `fp32` for a partial sum; bias_dtype that of the bias; by default the layer's.
+        """
+
+    # Launching ----------------------------------------------------------------------------
+
+    def up(
+        self,
+        config: TileConfig,
+        hidden: torch.Tensor,
+        weights: GemmWeights,
+        route: ExpertLayout,
+        out: torch.Tensor,
+    ) -> None:
+        """Run the up GEMM: hidden [T, H] to out [T·k, I] in the config's `order`, activation applied, one rounding."""
+        layer = weights.gemm.layer
+        check_call(weights, route, hidden)
+        check_rows("input", hidden, (route.tokens, layer.hidden), layer.dtype)
+        check_rows("output", out, (route.tokens * route.top_k, layer.intermediate), layer.dtype)
+        if route.tokens:
+            self.launch_up(self.plan(config, weights, hidden.device), hidden, weights, device_layout(route), out)
+
+    def down(
+        self,
+        config: TileConfig,
+        intermediate: torch.Tensor,
+        weights: GemmWeights,
+        route: ExpertLayout,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Run the down GEMM and the ordered combine: intermediate [T·k, I] in the config's `order` to out [T, H]."""
+        layer = weights.gemm.layer
+        check_call(weights, route, intermediate)
+        check_rows("input", intermediate, (route.tokens * route.top_k, layer.intermediate), layer.dtype)
+        check_rows("routing weights", topk_weights, (route.tokens, route.top_k), "fp32")
+        check_rows("output", out, (route.tokens, layer.hidden), layer.dtype, "fp32")
+        if route.tokens:
+            plan = self.plan(config, weights, intermediate.device, TRITON_TYPES[out.dtype])
+            self.launch_down(plan, intermediate, weights, device_layout(route), topk_weights, out)
+
+    @abstractmethod
+    def launch_up(
+        self, plan: Plan, hidden: torch.Tensor, weights: GemmWeights, route: DeviceLayout, out: torch.Tensor
+    ) -> None:
+        """Launch with checked operands, at least one token."""
+
+    @abstractmethod
+    def launch_down(
+        self,
+        plan: Plan,
+        intermediate: torch.Tensor,
+        weights: GemmWeights,
+        route: DeviceLayout,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Launch with checked operands, at least one token."""
+
+    def plan(
+        self, config: TileConfig, weights: GemmWeights, device: torch.device, out_dtype: str | None = None
+    ) -> Plan:
+        """Return what stays the same between launches of `config` on these weights, made once and kept with them."""
+        key = (config, out_dtype)
+        known: Plan | None = weights.plans.get(key)
+        if known is None:
+            known = weights.plans[key] = Plan(self, config, weights, device, out_dtype)
+        return known
+
+
+class Plan:
+    """What stays the same between launches of one config on one stack of weights."""
+
+    def __init__(
+        self,
+        kernel: TritonExperts,
+        config: TileConfig,
+        weights: GemmWeights,
+        device: torch.device,
+        out_dtype: str | None,
+    ) -> None:
+        """Check the weights, once for the stack. Raises InputError."""
+        check_weights(weights)
+        self.config = config
+        self.target, self.units = device_facts(device)
+        self.bias = weights.data if weights.bias is None else weights.bias
+        self.builds = kernel.builds(
+            weights.gemm,
+            config,
+            self.target,
+            layout=weights.layout,
+            out_dtype=out_dtype,
+            bias_dtype=None if weights.bias is None else TRITON_TYPES[weights.bias.dtype],
+        )
+        self.columns = columns_of(weights.gemm, config)
+        self.descriptors: dict[str, Any] = {}
+
+
+def multiply_add(gemm: ExpertGemm, config: TileConfig, target: Target) -> str:
+    """Return how products are summed, as far as bits go: the tensor core's (g, F) where they are known."""
+    kind = instruction(gemm, config, target)
+    if kind == "fma":
+        return "fma"
+    if target.group:
+        return f"tensor core, groups of {target.group}, {target.fraction_bits} fraction bits"
+    return f"{kind} of {target.environment_arch}"
+
+
+def columns_of(gemm: ExpertGemm, config: TileConfig) -> int:
+    """Return how many column tiles an expert's output has."""
+    block_n = config.integer("block_n")
+    width = gemm.layer.intermediate if gemm.name == "up" else gemm.layer.hidden
+    return -(-width // (block_n // 2 if gemm.name == "up" and gemm.layer.gated else block_n))
+
+
+def gemm_constants(gemm: ExpertGemm, config: TileConfig, layout: str, *, bias: bool) -> dict[str, Constant]:
+    """Return the constants that the GEMM kernels share."""
+    layer, is_up = gemm.layer, gemm.name == "up"
+    where: Strides = strides(gemm, layout)
+    block_n, block_k = config.integer("block_n"), config.integer("block_k")
+    width = layer.intermediate if is_up else layer.hidden
+    return {
+        "UP": is_up, "K": gemm.k, "WIDTH": width, "TOP_K": layer.top_k, "N_TILES": columns_of(gemm, config),
+        "EXPERTS": layer.experts, "EXPERT_STRIDE": where.expert, "COLUMN_STRIDE": where.column,
+        "UP_STRIDE": where.up, "K_STRIDE": where.k, "ACTIVATION": layer.activation, "GATED": layer.gated,
+        "HAS_BIAS": bias, "BIAS_EXPERT": gemm.n, "BIAS_COLUMN": where.bias_column, "BIAS_UP": where.bias_up,
+        "EVEN_K": gemm.k % block_k == 0,
+        "EVEN_N": width % (block_n // 2 if is_up and layer.gated else block_n) == 0,
+        "BLOCK_M": config.integer("block_m"), "BLOCK_N": block_n, "BLOCK_K": block_k,
+    }  # fmt: skip
+
+
+def make_build(
+    module: str,
+    function: str,
+    signature: tuple[tuple[str, str], ...],
+    names: tuple[str, ...],
+    constants: dict[str, Constant],
+    config: TileConfig,
+    target: Target,
+) -> Build:
+    """Return a build of a function that takes the constants called `names`."""
+    return Build(
+        module=module,
+        function=function,
+        signature=signature,
+        constants=tuple((name, constants[name]) for name in names),
+        num_warps=config.integer("num_warps"),
+        num_stages=config.integer("num_stages"),
+        options=target_options(target),
+    )
+
+
+def target_options(target: Target) -> tuple[tuple[str, Constant], ...]:
+    """Return what must be said on AMD, where the size of the matrix instruction would follow the tile's."""
+    return (("matrix_instr_nonkdim", 16), ("kpack", 1)) if target.kind == "hip" else ()
+
+
+def combine_build(gemm: ExpertGemm, out_dtype: str, target: Target) -> Build:
+    """Return the build of the ordered combine that follows a sorted down GEMM."""
+    layer = gemm.layer
+    return Build(
+        module="_combine",
+        function="combine",
+        signature=(("partial", "*fp32"), ("ids", "*i32"), ("out", f"*{out_dtype}")),
+        constants=(
+            ("EXPERTS", layer.experts), ("TOP_K", layer.top_k), ("WIDTH", layer.hidden),
+            ("BLOCK", combine_block(layer.hidden)),
+        ),
+        num_warps=4,
+        num_stages=1,
+    )  # fmt: skip
+
+
+def combine_block(hidden: int) -> int:
+    """Return the columns of one program of the combine."""
+    return min(COMBINE_BLOCK, 1 << max(5, (hidden - 1).bit_length()))
+
+
+def launch_combine(build: Build, partial: torch.Tensor, route: DeviceLayout, out: torch.Tensor) -> None:
+    """Sum float32 partial [T·k, H] over each token's present slots into out [T, H]."""
+    hidden = out.shape[1]
+    build.launch((route.tokens, -(-hidden // combine_block(hidden))), out.device, partial, route.ids, out)
+
+
+def tile_arguments(tiles: TileMap) -> tuple[torch.Tensor, ...]:
+    """Return the arguments that `TILE_MAP` names."""
+    return tiles.count, tiles.experts, tiles.starts, tiles.ends
+
+
+def device_layout(route: ExpertLayout) -> DeviceLayout:
+    """Return the route as one that makes tile maps; one that was sorted elsewhere is sorted again."""
+    return route if isinstance(route, DeviceLayout) else DeviceLayout(route.ids, route.experts)
+
+
+@cache
+def device_facts(device: torch.device) -> tuple[Target, int]:
+    """Return the target of a device and its SMs; a few for the CPU, where the interpreter runs. DeviceError."""
+    if device.type == "cpu":
+        return parse_target(INTERPRETED), 4
+    properties = torch.cuda.get_device_properties(device)
+    arch = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    found = target_of_arch(arch)
+    if found is None:
+        raise DeviceError(f"{device} is {arch}, none of the architectures that the GPU kernels are checked on")
+    return found, properties.multi_processor_count
+
+
+def target_of_arch(arch: str) -> Target | None:
+    """Return the target of an architecture as `Environment.arch` writes it."""
+    from dataclasses import replace
+
+    return target_of(replace(parse_target(INTERPRETED).environment(), arch=arch))
+
+
+# Operands ---------------------------------------------------------------------------------
+
+
+def check_call(weights: GemmWeights, route: ExpertLayout, rows: torch.Tensor) -> None:
+    """Raise InputError unless weights, routing and rows belong together."""
+    experts = weights.gemm.layer.experts
+    if route.experts != experts:
+        raise InputError(f"slots are routed over {route.experts} experts, the weights have {experts}")
+    if route.top_k != weights.gemm.layer.top_k:
+        raise InputError(f"slots are routed to {route.top_k} experts, the layer's top-k is {weights.gemm.layer.top_k}")
+    devices = {rows.device, weights.data.device, route.ids.device}
+    if len(devices) > 1:
+        raise InputError(f"operands are on {', '.join(sorted(str(d) for d in devices))}, expected one device")
+
+
+def check_rows(what: str, tensor: torch.Tensor, shape: tuple[int, int], *dtypes: str) -> None:
+    """Raise InputError unless a tensor is contiguous, of a shape and of one of the dtypes."""
+    wanted = [TORCH_DTYPES[name] for name in dtypes]
+    if tensor.shape != shape or tensor.dtype not in wanted or not tensor.is_contiguous():
+        raise InputError(
+            f"{what} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
+            f"expected contiguous {' or '.join(str(d) for d in wanted)} {shape}"
+        )
+
+
+def check_weights(weights: GemmWeights) -> None:
+    """Raise InputError unless the stored weights are what their layout says."""
+    gemm, data, bias = weights.gemm, weights.data, weights.bias
+    shape = (gemm.layer.experts, gemm.k, gemm.n) if weights.layout.startswith("kn") else (
+        gemm.layer.experts, gemm.n, gemm.k
+    )  # fmt: skip
+    dtype = TORCH_DTYPES[gemm.layer.dtype]
+    if weights.layout not in LAYOUTS or data.dtype != dtype or data.shape != shape or not data.is_contiguous():
+        raise InputError(
+            f"weights in layout {weights.layout} are {data.dtype} {tuple(data.shape)}, expected contiguous {dtype} "
+            f"{shape} in one of {', '.join(LAYOUTS)}"
+        )
+    if bias is not None and (bias.shape != (shape[0], gemm.n) or bias.dtype not in TRITON_TYPES):
+        raise InputError(f"bias is {bias.dtype} {tuple(bias.shape)}, expected floats {(shape[0], gemm.n)}")
+    if bias is not None and (not bias.is_contiguous() or bias.device != data.device):
+        raise InputError(f"bias is on {bias.device} with strides {bias.stride()}, expected contiguous on {data.device}")

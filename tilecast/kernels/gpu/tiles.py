@@ -1,0 +1,122 @@
+"""Which tiles make sense where: what a tile costs on a target, and the heuristic defaults.
+
+The rules here are those that compiled code was seen to follow (docs/gpu-kernels.md); `tilecast prescreen` holds every
+config that they accept against the code itself.
+"""
+
+from __future__ import annotations
+
+from tilecast.kernels.gpu.target import Target
+from tilecast.problem import DTYPES, ExpertGemm, TileConfig
+
+ACCUMULATORS_PER_THREAD = 128
+"""More float32 sums than this in a thread's registers spill (128×256 with 4 warps does)."""
+FRAGMENT_M = 16
+"""Rows of the smallest tensor-core instruction with activations on the left."""
+
+
+def rows_per_expert(gemm: ExpertGemm, tokens: int) -> int:
+    """Return the expected rows of an expert, rounded up, under uniform routing."""
+    layer = gemm.layer
+    return max(1, -(-tokens * layer.top_k // layer.global_experts))
+
+
+def tile_shape(config: TileConfig) -> tuple[int, int, int]:
+    """Return (M, N, K) of the product as the matrix unit sees it: with swap, weights are on the left."""
+    m, n, k = (config.integer(f"block_{axis}") for axis in "mnk")
+    return (n, m, k) if _optional(config, "swap") else (m, n, k)
+
+
+def _optional(config: TileConfig, name: str) -> int:
+    value = dict(config.params).get(name, 0)
+    return value if isinstance(value, int) else 0
+
+
+def instruction(gemm: ExpertGemm, config: TileConfig, target: Target) -> str:
+    """Return the kind of instruction that multiplies: `wgmma`, `mma.sync`, `tcgen05`, `mfma` or `fma`."""
+    if target.kind == "hip":
+        return "mfma"
+    if gemm.layer.dtype == "fp32":
+        return "fma"
+    m = tile_shape(config)[0]
+    large = m >= 64 and config.integer("num_warps") >= 4
+    return target.mma[0] if large else target.mma[-1]
+
+
+def shared_bytes(gemm: ExpertGemm, config: TileConfig, target: Target) -> int:
+    """Return an upper bound of the shared memory that a config's operand buffers take.
+
+    `wgmma` and `tcgen05` read operands from shared memory while the next ones arrive: one buffer a stage. The others
+    hold operands in registers by then: one less. A multiple of the epilogue's own scratch is far smaller.
+    """
+    m, n, k = tile_shape(config)
+    stages = config.integer("num_stages")
+    buffers = stages if instruction(gemm, config, target) in ("wgmma", "tcgen05") else max(1, stages - 1)
+    if target.kind == "cuda" and gemm.layer.dtype == "fp32":
+        buffers = max(1, stages)
+    return buffers * (m + n) * k * DTYPES[gemm.layer.dtype] + 1024
+
+
+def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | None:
+    """Return why a tile cannot run well on a target: shared memory, registers, or a shape no instruction has."""
+    m, n, _ = tile_shape(config)
+    warps = config.integer("num_warps")
+    needed = shared_bytes(gemm, config, target)
+    if needed > target.shared_bytes:
+        return f"needs {needed} bytes of shared memory, {target.name} has {target.shared_bytes} for a program"
+    sums = m * n // (target.warp_size * warps)
+    limit = ACCUMULATORS_PER_THREAD if target.kind == "cuda" else 2 * ACCUMULATORS_PER_THREAD
+    if sums > limit:
+        return f"{m}×{n} sums over {warps} warps are {sums} a thread, more than {limit} spill"
+    if gemm.layer.dtype != "fp32" and m < FRAGMENT_M:
+        return f"{m} rows on the left of the product, the matrix unit takes {FRAGMENT_M}"
+    if m * n < 8 * 8 * warps:
+        return f"{warps} warps have less than one instruction's tile each in {m}×{n}"
+    if gemm.name == "up" and gemm.layer.gated and config.integer("block_n") < 16:
+        return "a gated tile needs 8 gate and 8 up columns"
+    return None
+
+
+def block_rows(rows: int, low: int = 16, high: int = 128) -> int:
+    """Return the power of two from `low` to `high` that holds `rows`."""
+    block = low
+    while block < min(rows, high):
+        block *= 2
+    return block
+
+
+def default_tile(gemm: ExpertGemm, tokens: int, target: Target) -> dict[str, int]:
+    """Return the heuristic tile of a sorted kernel: block sizes, group_m, warps and stages.
+
+    Few rows an expert: the weights' bytes count, so short tiles, deep pipelines and enough programs for every SM.
+    Many: 128×256 is the only tile whose shared-memory traffic leaves `wgmma` busy, see docs/gpu-kernels.md.
+    """
+    layer = gemm.layer
+    rows = rows_per_expert(gemm, tokens)
+    block_m = block_rows(rows)
+    if layer.dtype == "fp32":
+        wide = block_m >= 64
+        return _tile(min(block_m, 64), 64, 32, group=8 if wide else 1, warps=8 if wide else 4, stages=2)
+    if target.kind == "hip":
+        if block_m >= 64:
+            return _tile(block_m, 128, 64, group=8, warps=8, stages=2)
+        return _tile(block_m, 64, 128, group=1, warps=4, stages=2)
+    hopper = target.mma[0] != "mma.sync"
+    roomy = target.shared_bytes > 128 << 10
+    if block_m == 128:
+        if hopper:
+            return _tile(128, 256, 64, group=8, warps=8, stages=3)
+        return _tile(128, 128, 64 if roomy else 32, group=8, warps=8, stages=3)
+    if block_m == 64:
+        return _tile(64, 128, 64, group=8, warps=4, stages=4 if hopper else 3)
+    active = min(layer.experts, tokens * layer.top_k)
+    narrow = active * -(-gemm.n // 128) < 2 * target.units
+    block_n = 64 if narrow else 128
+    return _tile(block_m, block_n, 128 if roomy else 64, group=1, warps=4, stages=4 if roomy else 3)
+
+
+def _tile(block_m: int, block_n: int, block_k: int, *, group: int, warps: int, stages: int) -> dict[str, int]:
+    return {
+        "block_m": block_m, "block_n": block_n, "block_k": block_k, "group_m": group,
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
