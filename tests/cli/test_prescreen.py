@@ -137,6 +137,15 @@ def test_a_limit_keeps_the_default_first(cli: Command, compiled: Compiled) -> No
     assert [config["config"]["params"]["block"] for config in document["configs"]] == [32, 32]
 
 
+def test_a_default_that_is_another_kernels_is_left_to_that_kernel(
+    cli: Command, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = TileConfig("triton.other", {"lanes": 4})
+    monkeypatch.setattr(SmallKernel, "default", lambda *arguments, **like: other)
+    document = json.loads(cli("prescreen", SPEC, "--tokens", "1", "--json").out)
+    assert {config["config"]["kernel"] for config in document["configs"]} == {"triton.small"}
+
+
 def test_a_kernel_that_refuses_says_why(cli: Command, compiled: Compiled) -> None:
     done = cli("prescreen", f"{SPEC},bias=true", "--tokens", "1")
     assert done.code == 6

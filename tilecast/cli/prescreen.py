@@ -175,9 +175,10 @@ def _propose(
                 refusals.append(Refusal(gemm=gemm, kernel=each.name, reason=reason))
                 continue
             for tokens in counts:
-                # As the tuner does: the default always races.
-                space = dict.fromkeys([each.default(gemm, tokens, environment), *each.space(gemm, tokens, environment)])
-                for config in list(space)[:limit]:
+                # As the tuner does: the default always races. It may be another kernel's, which brings it itself.
+                found = [each.default(gemm, tokens, environment), *each.space(gemm, tokens, environment)]
+                own = dict.fromkeys(config for config in found if config.kernel == each.name)
+                for config in list(own)[:limit]:
                     reason = registry.invalid(gemm, config, environment)
                     builds = () if reason else each.builds(gemm, config, target, layout=each.layout(gemm, config))
                     proposals.append(
