@@ -58,8 +58,9 @@ def machine_facts(here: Environment) -> dict[str, Json]:
         "arch": here.arch,
         "instruction set": f"{isa.name}: {isa.lanes} float32 lanes, {isa.registers} registers",
         "features": here.features.replace(",", ", "),
-        "cores": here.units,
+        "cores" if here.device_kind == "cpu" else "multiprocessors": here.units,
         "last-level cache": f"{here.llc_bytes / (1 << 20):.0f} MiB",
+        "driver": here.driver,
         "threads": available_threads(),
         "openmp": openmp_path(),
         "system": here.system,
@@ -97,8 +98,11 @@ def kernel_facts(here: Environment, layers: Iterable[ExpertLayer] | None) -> lis
     facts = []
     for layer in samples:
         for kernel in registry:
-            reasons = {gemm.name: kernel.rejects(gemm, here) for gemm in layer.gemms}
-            told = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
+            if kernel.device_kind != here.device_kind:
+                told = [f"runs on {kernel.device_kind}, this is {here.device_kind}"]
+            else:
+                reasons = {gemm.name: kernel.rejects(gemm, here) for gemm in layer.gemms}
+                told = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
             facts.append(KernelFact(kernel=kernel.name, layer=layer.label, reason="; ".join(told) or None))
     return facts
 

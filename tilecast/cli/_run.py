@@ -56,12 +56,12 @@ def tune_layers(
 
     Raises what the tuner raises, and Interrupted on Ctrl-C.
     """
+    from tilecast import environment
     from tilecast.autotune.plan import make_plan
     from tilecast.cache_store.store import open_store
     from tilecast.engine.tuning import tune_together
-    from tilecast.environment import cpu_environment
 
-    plan = make_plan(layers, tokens, cpu_environment(), policy=policy)
+    plan = make_plan(layers, tokens, environment.here(), policy=policy)
     with resumable("measurements made"), group.guard(), output.progress("tuning") as reporter:
         store = open_store(where) if group.rank == 0 else None
         try:

@@ -146,10 +146,10 @@ def _layers(spec: str, tp: int, ep: int, dtype: str | None, *, default: bool) ->
 
 
 def _read(source: str) -> TuningTable:
-    from tilecast.environment import cpu_environment
+    from tilecast import environment
 
     table = read_table(source)
-    check_configs(table, cpu_environment(), source)
+    check_configs(table, environment.here(), source)
     return table
 
 
@@ -165,13 +165,13 @@ def _tuned(
     """Return the table with what it lacked, how many buckets those were, and what is left of the budget."""
     import time
 
+    from tilecast import environment
     from tilecast.cache_store.store import open_store
     from tilecast.engine.group import Group
     from tilecast.engine.runtime import Runtime, default_registry, missing_buckets
     from tilecast.engine.tuning import tune_missing
-    from tilecast.environment import cpu_environment
 
-    runtime = Runtime(table, environment=cpu_environment(), registry=default_registry(), policy=policy)
+    runtime = Runtime(table, environment=environment.here(), registry=default_registry(), policy=policy)
     missing = {layer: missing_buckets(runtime, layer, counts) for layer in layers}
     lacking = sum(map(len, missing.values()))
     if not lacking:

@@ -63,9 +63,9 @@ def export(
 def _selected(table: TuningTable, *, policy: str | None, here: bool) -> TuningTable:
     environments = {environment.digest for environment in table.environments}
     if here:
-        from tilecast.environment import cpu_environment
+        from tilecast import environment
 
-        environments = {o.environment.digest for o in origins(table, cpu_environment()) if o.usable}
+        environments = {o.environment.digest for o in origins(table, environment.here()) if o.usable}
     decisions = [
         d for d in table.decisions if d.environment in environments and policy in (None, d.policy)
     ]  # fmt: skip

@@ -27,13 +27,13 @@ def import_(
 
         tilecast cache import mixtral.db
     """
+    from tilecast import environment
     from tilecast.cache_store.bundle import adopt
     from tilecast.cache_store.store import open_store
-    from tilecast.environment import cpu_environment
 
     output = Output(json_wanted=json_)
     where = store_location(store, Settings.from_environment())
-    here = cpu_environment()
+    here = environment.here()
     bundle = read_file(file)
     table = bundle.table
     checked = check_configs(table, here, file)

@@ -36,11 +36,11 @@ def show(
 
         tilecast cache show mixtral.db "H4096 I1792" --json
     """  # fmt: skip
-    from tilecast.environment import cpu_environment
+    from tilecast import environment
 
     output = Output(json_wanted=json_)
     table = _only(read_table(source), layers or [], source)
-    found = origins(table, cpu_environment())
+    found = origins(table, environment.here())
     output.emit({"command": "cache show", "source": source, **table_json(table)})
     output.show(f"{source}: {plural(len(table), 'decision')}, table {table.digest[:12]}")
     for origin in found:

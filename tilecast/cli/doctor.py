@@ -55,7 +55,7 @@ def doctor(
 
         TM_GEMM_IMPORT=mixtral.db tilecast doctor mixtral-8x7b --tp 8
     """
-    from tilecast.environment import cpu_environment
+    from tilecast import environment
 
     output = Output(json_wanted=json_)
     settings = Settings.from_environment()
@@ -63,7 +63,7 @@ def doctor(
     counts = parse_token_option(tokens, DEFAULT_TOKENS)
     split = None if model is None else sharded(model, tp=tp, ep=ep, dtype=dtype)
     use_threads(threads)
-    here = cpu_environment()
+    here = environment.here()
     document: dict[str, Json] = {"command": "doctor", "policy": chosen}
     document["machine"] = _machine(output, here, measure)
     document["kernels"] = _kernels(output, here, split)
