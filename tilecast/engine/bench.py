@@ -25,7 +25,7 @@ from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timi
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.peers import PEERS, Bound, LayerWeights, Peer, Prepared
 from tilecast.engine.runtime import Runtime, default_registry
-from tilecast.environment import Environment, cpu_environment
+from tilecast.environment import Environment, here
 from tilecast.errors import UsageError
 from tilecast.evidence import TuningTable
 from tilecast.kernels.cpu.peak import Peaks, measure_peaks
@@ -124,7 +124,7 @@ def bench_layer(
     if not tokens:
         raise UsageError("no token counts to time, expected at least one")
     with _threads(threads) as used, torch.no_grad():
-        environment = cpu_environment()
+        environment = here()
         readings = [peaks or _fresh_peaks(used)]
         bench = _Bench(layer, environment, table or TuningTable(), policy, readings[0], seed)
         deadline = time.monotonic() + budget_s
