@@ -113,6 +113,7 @@ def _minor(version: str) -> tuple[str, ...]:
     return tuple(version.split("+")[0].split(".")[:2])
 
 
+@cache
 def _version(*packages: str) -> str:
     """Return the version of the first of `packages` that is installed; `absent` if none is."""
     for package in packages:
