@@ -44,17 +44,21 @@ def sorted_tile(gemm: ExpertGemm, tokens: int, target: Target, *, swap: int = 0)
 def decode_default(gemm: ExpertGemm, tokens: int, target: Target, *, swap: int = 0) -> TileConfig:
     """Return the unsorted kernel's default: enough programs for every SM, then as deep a pipeline as fits."""
     fp32 = gemm.layer.dtype == "fp32"
-    programs = tokens * (gemm.layer.top_k if gemm.name == "up" else 1) * -(-gemm.n // 64)
-    wide = bool(swap) or programs >= 2 * target.units
+    columns = tokens * (gemm.layer.top_k if gemm.name == "up" else 1) * gemm.n
+    widths = (64, 32) if fp32 else (64, 32, 16)
+    block_n = 64 if swap else next((width for width in widths if columns // width >= 2 * target.units), widths[-1])
+    # The narrowest tile brings few bytes a step: rows twice as long, and more of them on their way.
+    long = block_n == 16 and gemm.k % 256 == 0
     shallow = 2 if target.kind == "hip" or fp32 else 0
+    deep = 8 if long else 5
     return TileConfig(
         DECODE,
         {
             "block_m": least_rows(gemm, swap=bool(swap), target=target),
-            "block_n": 64 if wide else 32,
-            "block_k": 32 if fp32 else 128,
+            "block_n": block_n,
+            "block_k": 32 if fp32 else 256 if long else 128,
             "num_warps": 4,
-            "num_stages": shallow or (5 if target.shared_bytes > 128 << 10 else 4),
+            "num_stages": shallow or (deep if target.shared_bytes > 128 << 10 else 4),
             "swap": swap,
         },
     )

@@ -89,7 +89,7 @@ class SplitK(TritonExperts):
         target = target_of(environment)
         assert target is not None, "asked for a default in an environment that was rejected"
         chunk = 1024 if like is None else int(dict(like.params).get("chunk", 1024))
-        return self._config(**default_tile(gemm, tokens, target), chunk=chunk)
+        return self._config(**default_tile(gemm, tokens, target, most_rows=MAX_ROWS), chunk=chunk)
 
     def _config(self, **params: int) -> TileConfig:
         return TileConfig(self.name, params)

@@ -6,6 +6,8 @@ config that they accept against the code itself.
 
 from __future__ import annotations
 
+from math import isqrt
+
 from tilecast.kernels.gpu.target import Target
 from tilecast.problem import DTYPES, ExpertGemm, TileConfig
 
@@ -85,22 +87,28 @@ def block_rows(rows: int, low: int = 16, high: int = 128) -> int:
     return block
 
 
-def default_tile(gemm: ExpertGemm, tokens: int, target: Target) -> dict[str, int]:
+def likely_rows(rows: int) -> int:
+    """Return what nearly every expert's rows stay below: two standard deviations above the mean `rows`."""
+    return rows + isqrt(4 * rows)
+
+
+def default_tile(gemm: ExpertGemm, tokens: int, target: Target, *, most_rows: int = 128) -> dict[str, int]:
     """Return the heuristic tile of a sorted kernel: block sizes, group_m, warps and stages.
 
-    Few rows an expert: the weights' bytes count, so short tiles, deep pipelines and enough programs for every SM.
-    Many: 128×256 is the only tile whose shared-memory traffic leaves `wgmma` busy, see docs/gpu-kernels.md.
+    Few rows an expert: the weights' bytes count, so short tiles, deep pipelines and enough programs for every SM; a
+    tile holds more than the mean, as a second tile of an expert reads its weights again. Many: 128×256 is the only
+    tile whose shared-memory traffic leaves `wgmma` busy, see docs/gpu-kernels.md. most_rows bounds block_m.
     """
     layer = gemm.layer
     rows = rows_per_expert(gemm, tokens)
-    block_m = block_rows(rows)
+    block_m = min(most_rows, block_rows(rows) if rows > 64 else min(64, block_rows(likely_rows(rows))))
     if layer.dtype == "fp32":
         wide = block_m >= 64
-        return _tile(min(block_m, 64), 64, 32, group=8 if wide else 1, warps=8 if wide else 4, stages=2)
+        return _tile(min(block_m, 64), 64, 32, group=8, warps=8 if wide else 4, stages=2)
     if target.kind == "hip":
         if block_m >= 64:
             return _tile(block_m, 128, 64, group=8, warps=8, stages=2)
-        return _tile(block_m, 64, 128, group=1, warps=4, stages=2)
+        return _tile(block_m, 64, 128, group=8, warps=4, stages=2)
     hopper = target.mma[0] != "mma.sync"
     roomy = target.shared_bytes > 128 << 10
     if block_m == 128:
@@ -112,7 +120,7 @@ def default_tile(gemm: ExpertGemm, tokens: int, target: Target) -> dict[str, int
     active = min(layer.experts, tokens * layer.top_k)
     narrow = active * -(-gemm.n // 128) < 2 * target.units
     block_n = 64 if narrow else 128
-    return _tile(block_m, block_n, 128 if roomy else 64, group=1, warps=4, stages=4 if roomy else 3)
+    return _tile(block_m, block_n, 128 if roomy else 64, group=8, warps=4, stages=4 if roomy else 3)
 
 
 def _tile(block_m: int, block_n: int, block_k: int, *, group: int, warps: int, stages: int) -> dict[str, int]:
