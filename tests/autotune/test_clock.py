@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
@@ -143,3 +144,73 @@ def test_a_launch_that_waits_for_the_gpu_cannot_be_captured_but_timed(caplog: py
         assert clock.time([lambda: tensor.sum().item()]) > 0  # type: ignore[list-item,return-value]
         assert clock.time([lambda: tensor.add_(1)]) > 0  # type: ignore[list-item,return-value]
     assert len(caplog.records) == 1 and float(tensor[0]) > 1
+
+
+class FakeGraph:
+    """A CUDA graph as far as its memory goes: a pool counts the graphs that hold it, and must be held to be shared."""
+
+    holders: ClassVar[dict[int, int]] = {}
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def capture_begin(self, pool: int | None = None, capture_error_mode: str = "global") -> None:
+        assert capture_error_mode == "thread_local"
+        assert pool is None or self.holders[pool] > 0, "torch: the pool of graphs that are gone cannot be shared"
+        self.number = len(self.holders) + 1 if pool is None else pool
+        self.holders[self.number] = self.holders.get(self.number, 0) + 1
+
+    def capture_end(self) -> None:
+        pass
+
+    def pool(self) -> int:
+        return self.number
+
+    def replay(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        if self.number:
+            self.holders[self.number] -= 1
+
+
+class FakeStream:
+    def __init__(self, device: object = None) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+def test_all_captures_share_one_memory_also_after_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeGraph, "holders", {})
+    monkeypatch.setattr("torch.cuda.CUDAGraph", FakeGraph)
+    monkeypatch.setattr("torch.cuda.Stream", FakeStream)
+    monkeypatch.setattr("torch.cuda.current_stream", FakeStream)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: nullcontext())
+    monkeypatch.setattr("tilecast.autotune.clock.MIN_FLUSH_BYTES", 64)
+    queue = CudaQueue(torch.device("cpu"), 32)
+    for _ in range(3):
+        queue.capture([lambda: None])()
+
+    def resists() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        queue.capture([resists])
+    queue.capture([lambda: None])()
+    # One pool for all; only the last graph is left in it.
+    gc.collect()
+    assert FakeGraph.holders == {1: 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_samples_do_not_reserve_more_and_more_memory() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    clock = DeviceClock(CudaQueue(device, 1 << 20))
+    reserved = []
+    for _ in range(6):
+        clock.time([lambda: torch.empty(64 << 20, dtype=torch.uint8, device=device).zero_()])  # type: ignore[list-item,return-value]
+        reserved.append(torch.cuda.memory_reserved(device))
+    assert reserved[-1] == reserved[1]

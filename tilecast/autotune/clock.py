@@ -124,24 +124,32 @@ class CudaQueue:
         size = max(FLUSH_FACTOR * llc_bytes, MIN_FLUSH_BYTES)
         self._buffer = torch.empty(size // 4, dtype=torch.int32, device=device)
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._last: torch.cuda.CUDAGraph | None = None
 
     def guard(self) -> AbstractContextManager[Any]:
         """Return what makes the device the current one."""
         return torch.cuda.device(self._device)
 
     def capture(self, launches: Sequence[Launch]) -> Launch:
-        """Capture the launches into a CUDA graph. `torch.cuda.graph` is not used: it empties the memory cache."""
+        """Capture the launches into a CUDA graph. `torch.cuda.graph` is not used: it empties the memory cache.
+
+        What a graph of its own allocated would stay reserved until that cache is emptied, and a capture cannot
+        empty it: after some hundred samples it would find no memory. So each graph takes over the last one's memory,
+        which is why that one lives until then.
+        """
         graph = torch.cuda.CUDAGraph()
+        memory = None if self._last is None else self._last.pool()
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             # Only this thread's calls can break the capture.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=memory, capture_error_mode="thread_local")
             try:
                 for launch in launches:
                     launch()
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._side)
+        self._last = graph
         return graph.replay
 
     def flush(self) -> None:

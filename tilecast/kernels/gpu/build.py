@@ -8,6 +8,7 @@ argument that Triton is told not to specialise on, so a launch never compiles wh
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,9 +18,14 @@ from typing import Any
 import torch
 
 from tilecast.canonical import Json, digest
+from tilecast.errors import InputError
 
 PACKAGE = "tilecast.kernels.gpu"
 Constant = int | bool | str | None
+MAX_PROGRAMS = (1 << 31) - 1
+"""Triton's launcher multiplies a grid's sides in 32 bits and launches nothing, silently, where that is not above 0."""
+MAX_SIDE = (1 << 16) - 1
+"""The longest second and third side of a grid (CUDA C++ Programming Guide, "Technical Specifications")."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +85,16 @@ class Build:
         return {**dict(self.constants), **self.triton_options}
 
     def launch(self, grid: tuple[int, ...], device: torch.device, *args: Any) -> None:
-        """Launch on `device`'s current stream. `args` follow `signature`. Nothing is launched for an empty grid."""
-        if 0 in grid:
+        """Launch on `device`'s current stream. `args` follow `signature`. Nothing is launched for an empty grid.
+
+        Raises InputError for a grid that no device takes.
+        """
+        programs = math.prod(grid)
+        if programs == 0:
             return
+        if programs > MAX_PROGRAMS or max(grid[1:], default=1) > MAX_SIDE:
+            sides = "×".join(map(str, grid))
+            raise InputError(f"{self.function} needs a grid of {sides} programs; take larger tiles or split the batch")
         with device_guard(device):
             self.kernel[grid](*args, **self._keywords)
 

@@ -19,7 +19,7 @@ from tilecast.environment import Environment, gpu_toolchain
 from tilecast.errors import DeviceError, InputError
 from tilecast.kernels.gpu.build import Build, Constant
 from tilecast.kernels.gpu.layouts import LAYOUTS, Strides, relayout, strides
-from tilecast.kernels.gpu.sorting import MAX_EXPERTS, DeviceLayout, TileMap
+from tilecast.kernels.gpu.sorting import MAX_EXPERTS, DeviceLayout, TileMap, aligned
 from tilecast.kernels.gpu.target import Target, parse_target, target_of
 from tilecast.kernels.gpu.tiles import instruction, tile_reason
 from tilecast.kernels.routing import ExpertLayout
@@ -156,7 +156,8 @@ class TritonExperts(ABC):
         check_rows("input", hidden, (route.tokens, layer.hidden), layer.dtype)
         check_rows("output", out, (route.tokens * route.top_k, layer.intermediate), layer.dtype)
         if route.tokens:
-            self.launch_up(self.plan(config, weights, hidden.device), hidden, weights, device_layout(route), out)
+            plan = self.plan(config, weights, hidden.device)
+            self.launch_up(plan, aligned(hidden), weights, device_layout(route), out)
 
     def down(
         self,
@@ -175,7 +176,8 @@ class TritonExperts(ABC):
         check_rows("output", out, (route.tokens, layer.hidden), layer.dtype, "fp32")
         if route.tokens:
             plan = self.plan(config, weights, intermediate.device, TRITON_TYPES[out.dtype])
-            self.launch_down(plan, intermediate, weights, device_layout(route), topk_weights, out)
+            rows, scales = aligned(intermediate), aligned(topk_weights)
+            self.launch_down(plan, rows, weights, device_layout(route), scales, out)
 
     @abstractmethod
     def launch_up(

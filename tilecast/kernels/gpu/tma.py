@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tilecast.environment import Environment
-from tilecast.errors import ConfigError
+from tilecast.errors import ConfigError, InputError
 from tilecast.kernels.gpu.build import Build
 from tilecast.kernels.gpu.grouped import tile_space
 from tilecast.kernels.gpu.layouts import strides
@@ -194,7 +194,9 @@ def weight_blocks(gemm: ExpertGemm, config: TileConfig) -> tuple[int, ...]:
 def describe(
     tensor: torch.Tensor, shape: tuple[int, ...], block: tuple[int, ...], steps: tuple[int, ...] | None = None
 ) -> Any:
-    """Return Triton's tensor descriptor over a tensor's memory."""
+    """Return Triton's tensor descriptor over a tensor's memory. Raises InputError unless that is aligned."""
+    if tensor.data_ptr() % ALIGNMENT:
+        raise InputError(f"{Tma.name} reads from addresses that are multiples of {ALIGNMENT}; pass a clone")
     # Imported where it is used: importing the kernels does not import Triton.
     from triton.tools.tensor_descriptor import TensorDescriptor
 
