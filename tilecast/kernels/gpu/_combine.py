@@ -22,7 +22,7 @@ def combine(partial, ids, out, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, WIDTH
 
 
 @triton.jit(do_not_specialize=["split_stride"])
-def combine_splits(partial, bias, ids, scale, out, split_stride, SPLITS: tl.constexpr, EXPERTS: tl.constexpr,
+def combine_splits(partial, bias, ids, scale, out, split_stride: tl.int64, SPLITS: tl.constexpr, EXPERTS: tl.constexpr,
                    TOP_K: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_EXPERT: tl.constexpr,
                    BLOCK: tl.constexpr):  # fmt: skip
     """As `combine`, from unweighted partial sums [SPLITS, T·k, WIDTH] that are added in the order of K first."""

@@ -16,12 +16,12 @@ from tilecast.kernels.gpu._tiles import (
 
 
 @triton.jit(do_not_specialize=["split_stride"])
-def split_tiles(rows, weights, partial, slots, tile_count, tile_experts, tile_starts, tile_ends, split_stride,
-                UP: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, N_TILES: tl.constexpr,
-                EXPERT_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr, UP_STRIDE: tl.constexpr,
-                K_STRIDE: tl.constexpr, GATED: tl.constexpr, CHUNK: tl.constexpr, EVEN_K: tl.constexpr,
-                EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                GROUP_M: tl.constexpr):  # fmt: skip
+def split_tiles(rows, weights, partial, slots, tile_count, tile_experts, tile_starts, tile_ends,
+                split_stride: tl.int64, UP: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
+                N_TILES: tl.constexpr, EXPERT_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr,
+                UP_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, GATED: tl.constexpr, CHUNK: tl.constexpr,
+                EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):  # fmt: skip
     """Write one stretch's partial sums; grid (max_tiles · N_TILES, splits).
 
     partial is float32 [splits, S, N]: rows by position for up (gate columns, then up columns), by slot for down.
@@ -66,9 +66,9 @@ def split_tiles(rows, weights, partial, slots, tile_count, tile_experts, tile_st
 
 
 @triton.jit(do_not_specialize=["split_stride"])
-def finish_up(partial, bias, out, slots, ids, offsets, split_stride, SPLITS: tl.constexpr, EXPERTS: tl.constexpr,
-              WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-              BIAS_EXPERT: tl.constexpr, BIAS_COLUMN: tl.constexpr, BIAS_UP: tl.constexpr,
+def finish_up(partial, bias, out, slots, ids, offsets, split_stride: tl.int64, SPLITS: tl.constexpr,
+              EXPERTS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+              HAS_BIAS: tl.constexpr, BIAS_EXPERT: tl.constexpr, BIAS_COLUMN: tl.constexpr, BIAS_UP: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
     """Sum the splits in order, add the bias, activate and store; grid (S, column blocks), rows by position."""
     position = tl.program_id(0)
