@@ -113,14 +113,17 @@ def default_tile(gemm: ExpertGemm, tokens: int, target: Target, *, most_rows: in
     roomy = target.shared_bytes > 128 << 10
     if block_m == 128:
         if hopper:
-            return _tile(128, 256, 64, group=8, warps=8, stages=3)
+            # One program fills an SM's registers anyway: a fourth buffer is free.
+            return _tile(128, 256, 64, group=8, warps=8, stages=4)
         return _tile(128, 128, 64 if roomy else 32, group=8, warps=8, stages=3)
     if block_m == 64:
         return _tile(64, 128, 64, group=8, warps=4, stages=4 if hopper else 3)
     active = min(layer.experts, tokens * layer.top_k)
     narrow = active * -(-gemm.n // 128) < 2 * target.units
     block_n = 64 if narrow else 128
-    return _tile(block_m, block_n, 128 if roomy else 64, group=8, warps=4, stages=4 if roomy else 3)
+    # With four stages 32×128×128 leaves room for one program on an SM, with three for two.
+    stages = 4 if roomy and block_m + block_n < 160 else 3
+    return _tile(block_m, block_n, 128 if roomy else 64, group=8, warps=4, stages=stages)
 
 
 def _tile(block_m: int, block_n: int, block_k: int, *, group: int, warps: int, stages: int) -> dict[str, int]:
