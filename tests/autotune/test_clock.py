@@ -150,6 +150,8 @@ class FakeGraph:
     """A CUDA graph as far as its memory goes: a pool counts the graphs that hold it, and must be held to be shared."""
 
     holders: ClassVar[dict[int, int]] = {}
+    recording: ClassVar[set[int]] = set()
+    invalid: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.number = 0
@@ -157,11 +159,17 @@ class FakeGraph:
     def capture_begin(self, pool: int | None = None, capture_error_mode: str = "global") -> None:
         assert capture_error_mode == "thread_local"
         assert pool is None or self.holders[pool] > 0, "torch: the pool of graphs that are gone cannot be shared"
+        assert pool not in self.recording, "torch: already recording to the pool"
         self.number = len(self.holders) + 1 if pool is None else pool
+        self.recording.add(self.number)
         self.holders[self.number] = self.holders.get(self.number, 0) + 1
 
     def capture_end(self) -> None:
-        pass
+        if self.invalid:
+            # As in torch, which then does not come to telling the allocator.
+            type(self).invalid = False
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.recording.discard(self.number)
 
     def pool(self) -> int:
         return self.number
@@ -182,8 +190,9 @@ class FakeStream:
         pass
 
 
-def test_all_captures_share_one_memory_also_after_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captures_share_memory_but_not_with_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeGraph, "holders", {})
+    monkeypatch.setattr(FakeGraph, "recording", set())
     monkeypatch.setattr("torch.cuda.CUDAGraph", FakeGraph)
     monkeypatch.setattr("torch.cuda.Stream", FakeStream)
     monkeypatch.setattr("torch.cuda.current_stream", FakeStream)
@@ -193,15 +202,19 @@ def test_all_captures_share_one_memory_also_after_one_that_failed(monkeypatch: p
     for _ in range(3):
         queue.capture([lambda: None])()
 
-    def resists() -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    with pytest.raises(RuntimeError, match="not permitted"):
-        queue.capture([resists])
-    queue.capture([lambda: None])()
-    # One pool for all; only the last graph is left in it.
     gc.collect()
     assert FakeGraph.holders == {1: 1}
+
+    def resists() -> None:
+        FakeGraph.invalid = True
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="previous error"):
+        queue.capture([resists])
+    for _ in range(2):
+        queue.capture([lambda: None])()
+    gc.collect()
+    assert FakeGraph.holders[2] == 1 and len(FakeGraph.holders) == 2
 
 
 @pytest.mark.gpu

@@ -135,10 +135,11 @@ class CudaQueue:
 
         What a graph of its own allocated would stay reserved until that cache is emptied, and a capture cannot
         empty it: after some hundred samples it would find no memory. So each graph takes over the last one's memory,
-        which is why that one lives until then.
+        which is why that one lives until then. A capture that failed leaves it in no state to be shared.
         """
         graph = torch.cuda.CUDAGraph()
-        memory = None if self._last is None else self._last.pool()
+        last, self._last = self._last, None
+        memory = None if last is None else last.pool()
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             # Only this thread's calls can break the capture.
