@@ -30,8 +30,8 @@ Domain = dict[str, tuple[ParamValue, ...] | range]
 BLOCKS: tuple[ParamValue, ...] = (8, 16, 32, 64, 128, 256)
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TILE_MAP = (("tile_count", "*i32"), ("tile_experts", "*i32"), ("tile_starts", "*i32"), ("tile_ends", "*i32"))
-COMBINE_BLOCK = 1024
-"""Columns of one program of the combine, at most."""
+COMBINE_BLOCK = 512
+"""Columns of one program of the combine, at most: with 1024, adds come between the loads of eight slots."""
 INTERPRETED = "cuda:90"
 """The target that kernels are built for on CPU tensors, where Triton's interpreter runs them."""
 
