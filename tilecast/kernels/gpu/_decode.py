@@ -97,6 +97,9 @@ def decode_down(rows, weights, bias, out, ids, scale, EXPERTS: tl.constexpr, K: 
     offsets_k = tl.arange(0, BLOCK_K)
     # Loaded once: an index load within the loop would take pipeline stages from the weights.
     experts = tl.load(ids + token * TOP_K + m, mask=m < TOP_K, other=-1)
+    # Only present slots take steps: under expert parallelism most of a token's experts are elsewhere.
+    here = (experts >= 0) & (experts < EXPERTS)
+    order = tl.cumsum(here.to(tl.int32), 0) - 1
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     columns_inside = columns < WIDTH
     column_offsets = tl.minimum(columns, WIDTH - 1).to(tl.int64) * COLUMN_STRIDE
@@ -106,24 +109,23 @@ def decode_down(rows, weights, bias, out, ids, scale, EXPERTS: tl.constexpr, K: 
         acc = tl.zeros((BLOCK_N, SLOTS), tl.float32)
     else:
         acc = tl.zeros((SLOTS, BLOCK_N), tl.float32)
-    for step in range(0, TOP_K * steps):
-        slot = step // steps
+    for step in range(0, tl.sum(here.to(tl.int32), 0) * steps):
         k = step % steps * BLOCK_K + offsets_k
         inside = k < K
-        expert = tl.sum(tl.where(m == slot, experts, 0), 0)
-        present = (expert >= 0) & (expert < EXPERTS)
-        base = weights + tl.where(present, expert, 0).to(tl.int64) * EXPERT_STRIDE
+        current = here & (order == step // steps)
+        expert = tl.sum(tl.where(current, experts, 0), 0)
+        base = weights + expert.to(tl.int64) * EXPERT_STRIDE
         if SWAP:
-            a_mask = inside[:, None] & (m == slot)[None, :] & present
+            a_mask = inside[:, None] & current[None, :]
             a = tl.load(rows + row_offsets[None, :] + k[:, None], mask=a_mask, other=0.0)
-            b_mask = inside[None, :] & columns_inside[:, None] & present
+            b_mask = inside[None, :] & columns_inside[:, None]
             b_pointers = base + column_offsets[:, None] + k[None, :].to(tl.int64) * K_STRIDE
             b = tl.load(b_pointers, mask=b_mask, other=0.0, eviction_policy="evict_first")
             acc = tl.dot(b, a, acc, input_precision="ieee")
         else:
-            a_mask = inside[None, :] & (m == slot)[:, None] & present
+            a_mask = inside[None, :] & current[:, None]
             a = tl.load(rows + row_offsets[:, None] + k[None, :], mask=a_mask, other=0.0)
-            b_mask = inside[:, None] & columns_inside[None, :] & present
+            b_mask = inside[:, None] & columns_inside[None, :]
             b_pointers = base + column_offsets[None, :] + k[:, None].to(tl.int64) * K_STRIDE
             b = tl.load(b_pointers, mask=b_mask, other=0.0, eviction_policy="evict_first")
             acc = tl.dot(a, b, acc, input_precision="ieee")

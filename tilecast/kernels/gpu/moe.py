@@ -16,19 +16,19 @@ import torch
 
 from tilecast.canonical import Json
 from tilecast.environment import Environment, gpu_toolchain
-from tilecast.errors import DeviceError, InputError
+from tilecast.errors import DeviceError
 from tilecast.kernels.gpu.build import Build, Constant
-from tilecast.kernels.gpu.layouts import LAYOUTS, Strides, relayout, strides
+from tilecast.kernels.gpu.checks import TRITON_TYPES, check_call, check_output, check_rows, check_weights
+from tilecast.kernels.gpu.layouts import Strides, relayout, strides
 from tilecast.kernels.gpu.sorting import MAX_EXPERTS, DeviceLayout, TileMap, aligned
 from tilecast.kernels.gpu.target import Target, parse_target, target_of
 from tilecast.kernels.gpu.tiles import instruction, tile_reason
 from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
+from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, ParamValue, TileConfig
 
 Domain = dict[str, tuple[ParamValue, ...] | range]
 BLOCKS: tuple[ParamValue, ...] = (8, 16, 32, 64, 128, 256)
-TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TILE_MAP = (("tile_count", "*i32"), ("tile_experts", "*i32"), ("tile_starts", "*i32"), ("tile_ends", "*i32"))
 COMBINE_BLOCK = 512
 """Columns of one program of the combine, at most: with 1024, adds come between the loads of eight slots."""
@@ -154,7 +154,7 @@ class TritonExperts(ABC):
         layer = weights.gemm.layer
         check_call(weights, route, hidden)
         check_rows("input", hidden, (route.tokens, layer.hidden), layer.dtype)
-        check_rows("output", out, (route.tokens * route.top_k, layer.intermediate), layer.dtype)
+        check_output(out, (route.tokens * route.top_k, layer.intermediate), layer.dtype)
         if route.tokens:
             plan = self.plan(config, weights, hidden.device)
             self.launch_up(plan, aligned(hidden), weights, device_layout(route), out)
@@ -173,7 +173,7 @@ class TritonExperts(ABC):
         check_call(weights, route, intermediate)
         check_rows("input", intermediate, (route.tokens * route.top_k, layer.intermediate), layer.dtype)
         check_rows("routing weights", topk_weights, (route.tokens, route.top_k), "fp32")
-        check_rows("output", out, (route.tokens, layer.hidden), layer.dtype, "fp32")
+        check_output(out, (route.tokens, layer.hidden), layer.dtype, "fp32")
         if route.tokens:
             plan = self.plan(config, weights, intermediate.device, TRITON_TYPES[out.dtype])
             rows, scales = aligned(intermediate), aligned(topk_weights)
@@ -353,46 +353,3 @@ def target_of_arch(arch: str) -> Target | None:
     from dataclasses import replace
 
     return target_of(replace(parse_target(INTERPRETED).environment(), arch=arch))
-
-
-# Operands ---------------------------------------------------------------------------------
-
-
-def check_call(weights: GemmWeights, route: ExpertLayout, rows: torch.Tensor) -> None:
-    """Raise InputError unless weights, routing and rows belong together."""
-    experts = weights.gemm.layer.experts
-    if route.experts != experts:
-        raise InputError(f"slots are routed over {route.experts} experts, the weights have {experts}")
-    if route.top_k != weights.gemm.layer.top_k:
-        raise InputError(f"slots are routed to {route.top_k} experts, the layer's top-k is {weights.gemm.layer.top_k}")
-    devices = {rows.device, weights.data.device, route.ids.device}
-    if len(devices) > 1:
-        raise InputError(f"operands are on {', '.join(sorted(str(d) for d in devices))}, expected one device")
-
-
-def check_rows(what: str, tensor: torch.Tensor, shape: tuple[int, int], *dtypes: str) -> None:
-    """Raise InputError unless a tensor is contiguous, of a shape and of one of the dtypes."""
-    wanted = [TORCH_DTYPES[name] for name in dtypes]
-    if tensor.shape != shape or tensor.dtype not in wanted or not tensor.is_contiguous():
-        raise InputError(
-            f"{what} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
-            f"expected contiguous {' or '.join(str(d) for d in wanted)} {shape}"
-        )
-
-
-def check_weights(weights: GemmWeights) -> None:
-    """Raise InputError unless the stored weights are what their layout says."""
-    gemm, data, bias = weights.gemm, weights.data, weights.bias
-    shape = (gemm.layer.experts, gemm.k, gemm.n) if weights.layout.startswith("kn") else (
-        gemm.layer.experts, gemm.n, gemm.k
-    )  # fmt: skip
-    dtype = TORCH_DTYPES[gemm.layer.dtype]
-    if weights.layout not in LAYOUTS or data.dtype != dtype or data.shape != shape or not data.is_contiguous():
-        raise InputError(
-            f"weights in layout {weights.layout} are {data.dtype} {tuple(data.shape)}, expected contiguous {dtype} "
-            f"{shape} in one of {', '.join(LAYOUTS)}"
-        )
-    if bias is not None and (bias.shape != (shape[0], gemm.n) or bias.dtype not in TRITON_TYPES):
-        raise InputError(f"bias is {bias.dtype} {tuple(bias.shape)}, expected floats {(shape[0], gemm.n)}")
-    if bias is not None and (not bias.is_contiguous() or bias.device != data.device):
-        raise InputError(f"bias is on {bias.device} with strides {bias.stride()}, expected contiguous on {data.device}")

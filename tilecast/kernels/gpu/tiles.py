@@ -13,6 +13,8 @@ from tilecast.problem import DTYPES, ExpertGemm, TileConfig
 
 ACCUMULATORS_PER_THREAD = 128
 """More float32 sums than this in a thread's registers spill (128×256 with 4 warps does)."""
+SCRATCH_BYTES = 32 << 10
+"""The most that re-laying a tile of sums for its store was seen to take."""
 FRAGMENT_M = 16
 """Rows of the smallest tensor-core instruction with activations on the left."""
 
@@ -40,8 +42,9 @@ def instruction(gemm: ExpertGemm, config: TileConfig, target: Target) -> str:
         return "mfma"
     if gemm.layer.dtype == "fp32":
         return "fma"
-    m = tile_shape(config)[0]
-    large = m >= 64 and config.integer("num_warps") >= 4
+    m, n, _ = tile_shape(config)
+    # Triton gives eight columns, which only swapped operands have, to the small instruction.
+    large = m >= 64 and n >= 16 and config.integer("num_warps") >= 4
     return target.mma[0] if large else target.mma[-1]
 
 
@@ -49,14 +52,17 @@ def shared_bytes(gemm: ExpertGemm, config: TileConfig, target: Target) -> int:
     """Return an upper bound of the shared memory that a config's operand buffers take.
 
     `wgmma` and `tcgen05` read operands from shared memory while the next ones arrive: one buffer a stage. The others
-    hold operands in registers by then: one less. A multiple of the epilogue's own scratch is far smaller.
+    hold operands in registers by then: one less, but for a specialised loop, whose producer writes them. The
+    epilogue's scratch takes the same memory afterwards: a small tile of sums whole, a large one in parts.
     """
     m, n, k = tile_shape(config)
     stages = config.integer("num_stages")
     buffers = stages if instruction(gemm, config, target) in ("wgmma", "tcgen05") else max(1, stages - 1)
+    if _optional(config, "specialize"):
+        buffers = stages
     if target.kind == "cuda" and gemm.layer.dtype == "fp32":
         buffers = max(1, stages)
-    return buffers * (m + n) * k * DTYPES[gemm.layer.dtype] + 1024
+    return max(buffers * (m + n) * k * DTYPES[gemm.layer.dtype], min(4 * m * n, SCRATCH_BYTES)) + 1024
 
 
 def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | None:
