@@ -165,8 +165,8 @@ class Persistent(Grouped):
         """Return the grouped kernel's tile; with `like`, of the same numerics class."""
         target = target_of(environment)
         assert target is not None, "asked for a default in an environment that was rejected"
-        swap = swapped(like)
-        return TileConfig(self.name, {**sorted_tile(gemm, tokens, target, swap=swap), "swap": swap, "waves": 1})
+        tile = sorted_tile(gemm, tokens, target, like)
+        return TileConfig(self.name, {**tile, "swap": swapped(like), "waves": 1})
 
     def programs(self, plan: Plan, max_tiles: int) -> int:
         """Return the size of the grid, at most one program a tile."""

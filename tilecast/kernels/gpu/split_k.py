@@ -14,6 +14,7 @@ import torch
 from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.kernels.gpu.build import Build
+from tilecast.kernels.gpu.defaults import sorted_tile
 from tilecast.kernels.gpu.grouped import stage_range
 from tilecast.kernels.gpu.moe import (
     BLOCKS,
@@ -28,11 +29,12 @@ from tilecast.kernels.gpu.moe import (
 )
 from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
-from tilecast.kernels.gpu.tiles import block_rows, default_tile, rows_per_expert
+from tilecast.kernels.gpu.tiles import block_rows, rows_per_expert
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, TileConfig
 
 CHUNKS = (256, 512, 1024, 2048, 4096)
+DEFAULT_CHUNK = 1024
 MAX_ROWS = 64
 """With more rows an expert there are tiles enough, and partial sums are traffic."""
 TILE_CONSTANTS = (
@@ -88,8 +90,9 @@ class SplitK(TritonExperts):
         """Return the heuristic config; with `like`, one of the same numerics class."""
         target = target_of(environment)
         assert target is not None, "asked for a default in an environment that was rejected"
-        chunk = 1024 if like is None else int(dict(like.params).get("chunk", 1024))
-        return self._config(**default_tile(gemm, tokens, target, most_rows=MAX_ROWS), chunk=chunk)
+        shorter = [chunk for chunk in CHUNKS if chunk < gemm.k and chunk <= DEFAULT_CHUNK]
+        chunk = max(shorter, default=CHUNKS[0]) if like is None else like.integer("chunk")
+        return self._config(**sorted_tile(gemm, tokens, target, like, most_rows=MAX_ROWS), chunk=chunk)
 
     def _config(self, **params: int) -> TileConfig:
         return TileConfig(self.name, params)

@@ -98,16 +98,20 @@ def likely_rows(rows: int) -> int:
     return rows + isqrt(4 * rows)
 
 
-def default_tile(gemm: ExpertGemm, tokens: int, target: Target, *, most_rows: int = 128) -> dict[str, int]:
+def default_tile(
+    gemm: ExpertGemm, tokens: int, target: Target, *, least_rows: int = 16, most_rows: int = 128
+) -> dict[str, int]:
     """Return the heuristic tile of a sorted kernel: block sizes, group_m, warps and stages.
 
     Few rows an expert: the weights' bytes count, so short tiles, deep pipelines and enough programs for every SM; a
     tile holds more than the mean, as a second tile of an expert reads its weights again. Many: 128×256 is the only
-    tile whose shared-memory traffic leaves `wgmma` busy, see docs/gpu-kernels.md. most_rows bounds block_m.
+    tile whose shared-memory traffic leaves `wgmma` busy, see docs/gpu-kernels.md. least_rows and most_rows bound
+    block_m.
     """
     layer = gemm.layer
     rows = rows_per_expert(gemm, tokens)
-    block_m = min(most_rows, block_rows(rows) if rows > 64 else min(64, block_rows(likely_rows(rows))))
+    block_m = block_rows(rows) if rows > 64 else min(64, block_rows(likely_rows(rows)))
+    block_m = max(least_rows, min(most_rows, block_m))
     if layer.dtype == "fp32":
         wide = block_m >= 64
         return _tile(min(block_m, 64), 64, 32, group=8, warps=8 if wide else 4, stages=2)

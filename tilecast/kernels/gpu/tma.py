@@ -10,6 +10,7 @@ import torch
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, InputError
 from tilecast.kernels.gpu.build import Build
+from tilecast.kernels.gpu.defaults import sorted_tile
 from tilecast.kernels.gpu.grouped import tile_space
 from tilecast.kernels.gpu.layouts import strides
 from tilecast.kernels.gpu.moe import (
@@ -26,7 +27,7 @@ from tilecast.kernels.gpu.moe import (
 )
 from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
-from tilecast.kernels.gpu.tiles import default_tile, rows_per_expert
+from tilecast.kernels.gpu.tiles import rows_per_expert
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, TileConfig
 
@@ -97,10 +98,10 @@ class Tma(TritonExperts):
     def default(
         self, gemm: ExpertGemm, tokens: int, environment: Environment, like: TileConfig | None = None
     ) -> TileConfig:
-        """Return the heuristic config: the pointer form's tile."""
+        """Return the heuristic config, the pointer form's tile; with `like`, one of the same class."""
         target = target_of(environment)
         assert target is not None, "asked for a default in an environment that was rejected"
-        return TileConfig(self.name, {**default_tile(gemm, tokens, target), "waves": 0, "specialize": 0})
+        return TileConfig(self.name, {**sorted_tile(gemm, tokens, target, like), "waves": 0, "specialize": 0})
 
     def builds(
         self,
