@@ -67,7 +67,7 @@ def shared_bytes(gemm: ExpertGemm, config: TileConfig, target: Target) -> int:
 
 def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | None:
     """Return why a tile cannot run well on a target: shared memory, registers, or a shape no instruction has."""
-    m, n, _ = tile_shape(config)
+    m, n, k = tile_shape(config)
     warps = config.integer("num_warps")
     needed = shared_bytes(gemm, config, target)
     if needed > target.shared_bytes:
@@ -76,8 +76,14 @@ def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | N
     limit = ACCUMULATORS_PER_THREAD if target.kind == "cuda" else 2 * ACCUMULATORS_PER_THREAD
     if sums > limit:
         return f"{m}×{n} sums over {warps} warps are {sums} a thread, more than {limit} spill"
+    walks = bool(_optional(config, "waves")) and "tcgen05" in target.mma
+    if target.kind == "cuda" and sums == limit and warps == 4 and (gemm.layer.bias or walks):
+        return f"{sums} sums a thread leave 4 warps no registers for {'a bias' if gemm.layer.bias else 'a next tile'}"
     if gemm.layer.dtype != "fp32" and m < FRAGMENT_M:
         return f"{m} rows on the left of the product, the matrix unit takes {FRAGMENT_M}"
+    if gemm.layer.dtype != "fp32" and target.arch == "gfx950" and k < 32:
+        # Shorter steps compile to gfx942's instruction: other sums within one numerics class.
+        return f"steps of {k}, the matrix unit of {target.name} sums 32 at once"
     if m * n < 8 * 8 * warps:
         return f"{warps} warps have less than one instruction's tile each in {m}×{n}"
     if gemm.name == "up" and gemm.layer.gated and config.integer("block_n") < 16:

@@ -1,0 +1,294 @@
+"""Sweeps: every valid config of a GEMM measured, kept in a file, and played back as if it were measured now.
+
+So strategies are compared without the device, with the noise that the device had: `ReplayMeasurer` draws each sample
+from those recorded for the config. The format is documented in docs/tuning.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from tilecast.autotune.contention import MIN_STRETCH_S, CpuWatch, contended
+from tilecast.autotune.gate import Verdict
+from tilecast.autotune.measure import Measurer, failure
+from tilecast.autotune.prescreen import anchors, prescreen
+from tilecast.autotune.workload import hash_seed
+from tilecast.canonical import Json, fields_of
+from tilecast.environment import Environment
+from tilecast.errors import InputError
+from tilecast.evidence import percentile
+from tilecast.kernels.spec import Registry
+from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig, check_int
+
+FORMAT = 1
+MAX_FILE_BYTES = 64 << 20
+TRIES = 60
+"""How often a contended stretch is measured again before its samples are kept as they are."""
+PAUSE_S = 1.0
+"""Wait before that."""
+SLICE_S = 0.4
+"""Stretches of measuring between two looks at the CPUs' counters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """One config of a sweep: its samples in µs, in the order of rounds, or why there are none."""
+
+    config: TileConfig
+    status: str = "ok"
+    samples_us: tuple[float, ...] = ()
+    detail: str = ""
+
+    @property
+    def p50_us(self) -> float:
+        """Median of the samples."""
+        return percentile(self.samples_us, 50)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """All candidates of one GEMM at one token count under one routing profile; the default is the first.
+
+    `stolen` is the mean part of the CPUs that others used while it was recorded, `retried` how many stretches were
+    measured again for that.
+    """
+
+    environment: Environment
+    gemm: ExpertGemm
+    tokens: int
+    recorded: tuple[Recorded, ...]
+    routing: str = "uniform"
+    stolen: float = 0.0
+    retried: int = 0
+
+    @property
+    def ok(self) -> dict[TileConfig, Recorded]:
+        """What can be chosen, by config."""
+        return {r.config: r for r in self.recorded if r.status == "ok"}
+
+    def best(self) -> Recorded:
+        """Return the config with the smallest median. Raises InputError where none ran."""
+        if not self.ok:
+            raise InputError(f"the sweep of {self.gemm.layer.label} {self.gemm.name} at {self.tokens} has no times")
+        return min(self.ok.values(), key=lambda r: (r.p50_us, r.config.sort_key))
+
+
+def record_sweep(
+    gemm: ExpertGemm,
+    tokens: int,
+    environment: Environment,
+    registry: Registry,
+    measurer: Measurer,
+    *,
+    samples: int = 15,
+    routing: str = "uniform",
+    all_tokens: Sequence[int] = (),
+    watch: CpuWatch | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Sweep:
+    """Measure every valid candidate `samples` times, in rounds that go through all of them.
+
+    A stretch of a round in which others used the CPUs is measured again. `all_tokens` are the buckets of the whole
+    recording, whose defaults' groups are measured in every one of them.
+    """
+    check_int("samples", samples, 1, 1 << 16)
+    watch = watch or CpuWatch()
+    held = anchors(gemm, tuple(all_tokens) or (tokens,), environment, registry)
+    candidates = [c.config for c in prescreen(gemm, tokens, environment, registry, anchors=held).candidates]
+    status: dict[TileConfig, tuple[str, str]] = {}
+    for config in candidates:
+        try:
+            verdict = measurer.check(gemm, tokens, config)
+            status[config] = verdict.status, verdict.detail
+        except Exception as error:  # What a kernel raises is a fact about it, kept like any other.
+            status[config] = failure(error)
+    running = [config for config in candidates if status[config][0] == "ok"]
+    found: dict[TileConfig, list[float]] = {config: [] for config in running}
+    shares, retried = [], 0
+    for number in range(samples):
+        turn = number * 7 % max(1, len(running))
+        queue = [*running[turn:], *running[:turn]]
+        while queue:
+            stretch, stolen, again = _stretch(gemm, tokens, queue, number, measurer, watch)
+            retried += again
+            shares += [] if stolen is None else [stolen]
+            for config, value in stretch:
+                found[config].append(value)
+            queue = queue[len(stretch) :]
+        if progress is not None:
+            progress(f"{gemm.layer.label} {gemm.name} {tokens}: {number + 1}/{samples}, {retried} stretches again")
+    return Sweep(
+        environment=environment, gemm=gemm, tokens=tokens, routing=routing,
+        recorded=tuple(
+            Recorded(config=c, status=status[c][0], samples_us=tuple(found.get(c, ())), detail=status[c][1])
+            for c in candidates
+        ),
+        stolen=sum(shares) / len(shares) if shares else 0.0, retried=retried,
+    )  # fmt: skip
+
+
+def _stretch(
+    gemm: ExpertGemm, tokens: int, queue: Sequence[TileConfig], number: int, measurer: Measurer, watch: CpuWatch
+) -> tuple[list[tuple[TileConfig, float]], float | None, int]:
+    """Return one sample each of the first configs of `queue`, the others' share of the CPUs, and the repetitions."""
+    for again in range(TRIES):
+        start = watch.read()
+        taken: list[tuple[TileConfig, float]] = []
+        elapsed_s = 0.0
+        for config in queue:
+            begin = watch.read()
+            (value,) = measurer.sample(gemm, tokens, config, round=number, count=1)
+            taken.append((config, value))
+            end = watch.read()
+            if start is not None and begin is not None and end is not None:
+                elapsed_s = end.wall_s - start.wall_s
+                if elapsed_s > SLICE_S:
+                    break
+        stolen = watch.stolen(start, watch.read())
+        if stolen is None:
+            # Too short to tell: whether others run is asked of the moment after.
+            start = watch.read()
+            time.sleep(MIN_STRETCH_S)
+            stolen = watch.stolen(start, watch.read())
+        if not contended(stolen):
+            return taken, stolen, again
+        time.sleep(PAUSE_S)
+    return taken, stolen, TRIES
+
+
+# Files ------------------------------------------------------------------------------------
+
+
+def save_sweeps(path: Path, sweeps: Sequence[Sweep]) -> None:
+    """Write sweeps of one environment into a JSON file, whole or not at all; times to 10 ns."""
+    if not sweeps:
+        raise InputError("there are no sweeps to save")
+    environments = {sweep.environment.digest for sweep in sweeps}
+    if len(environments) > 1:
+        raise InputError(f"sweeps of {len(environments)} environments cannot be kept in one file")
+    document: Json = {
+        "format": FORMAT,
+        "environment": sweeps[0].environment.to_json(),
+        "sweeps": [_to_json(sweep) for sweep in sweeps],
+    }
+    lines = json.dumps(document, separators=(",", ":"), sort_keys=True).replace('{"config"', '\n{"config"')
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(lines + "\n", encoding="ascii")
+    temporary.replace(path)
+
+
+def _to_json(sweep: Sweep) -> Json:
+    return {
+        "layer": sweep.gemm.layer.to_json(),
+        "gemm": sweep.gemm.name,
+        "tokens": sweep.tokens,
+        "routing": sweep.routing,
+        "stolen": round(sweep.stolen, 4),
+        "retried": sweep.retried,
+        "recorded": [
+            {
+                "config": r.config.to_json(), "status": r.status, "detail": r.detail,
+                "samples_us": [round(value, 2) for value in r.samples_us],
+            }
+            for r in sweep.recorded
+        ],
+    }  # fmt: skip
+
+
+def load_sweeps(path: Path) -> list[Sweep]:
+    """Read sweeps. Raises InputError, in one line, for a file that is none."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+    parsed = fields_of(document, {"format": int, "environment": dict, "sweeps": list}, f"{path}")
+    if parsed["format"] != FORMAT:
+        raise InputError(f"{path}: sweeps of format {parsed['format']}, this version reads {FORMAT}")
+    environment = Environment.from_json(parsed["environment"])
+    return [_from_json(value, environment, str(path)) for value in cast(list[object], parsed["sweeps"])]
+
+
+def _from_json(value: object, environment: Environment, where: str) -> Sweep:
+    number: tuple[type, ...] = (float, int)
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "layer": dict, "gemm": str, "tokens": int, "routing": str, "stolen": number, "retried": int, "recorded": list,
+    }  # fmt: skip
+    parsed = fields_of(value, kinds, where)
+    if parsed["gemm"] not in ("up", "down"):
+        raise InputError(f"{where}: gemm is {parsed['gemm']!r}, expected up or down")
+    gemm = ExpertGemm(layer=ExpertLayer.from_json(parsed["layer"]), name=parsed["gemm"])
+    recorded = []
+    for item in cast(list[object], parsed["recorded"]):
+        one = fields_of(item, {"config": dict, "status": str, "detail": str, "samples_us": list}, where)
+        samples = tuple(float(sample) for sample in cast(list[float], one["samples_us"]))
+        if one["status"] == "ok" and not (samples and all(sample > 0 for sample in samples)):
+            raise InputError(f"{where}: a config with status ok needs times above 0")
+        recorded.append(
+            Recorded(
+                config=TileConfig.from_json(one["config"]), status=cast(str, one["status"]), samples_us=samples,
+                detail=cast(str, one["detail"]),
+            )
+        )  # fmt: skip
+    return Sweep(
+        environment=environment, gemm=gemm, tokens=cast(int, parsed["tokens"]), routing=cast(str, parsed["routing"]),
+        recorded=tuple(recorded), stolen=float(cast(float, parsed["stolen"])), retried=cast(int, parsed["retried"]),
+    )  # fmt: skip
+
+
+# Playing back -----------------------------------------------------------------------------
+
+
+class ReplayMeasurer:
+    """A measurer that draws its times from sweeps: with replacement, independently, from a seed.
+
+    Equal (config, round) give equal samples whatever was asked before, as in a resumed tuning. `samples` and
+    `checks` count what was asked for.
+    """
+
+    def __init__(self, sweeps: Iterable[Sweep], *, seed: int = 0) -> None:
+        """Play back `sweeps`, one for each (GEMM, tokens)."""
+        self._sweeps = {(sweep.gemm, sweep.tokens): sweep for sweep in sweeps}
+        self._seed = seed
+        self.samples = 0
+        self.checks = 0
+        self.elapsed_us = 0.0
+
+    def prepare(self, gemm: ExpertGemm) -> None:
+        """Nothing to do."""
+
+    def release(self, gemm: ExpertGemm) -> None:
+        """Nothing to do."""
+
+    def check(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> Verdict:
+        """Return what the gate said when the sweep was recorded."""
+        found = self._find(gemm, tokens, config)
+        self.checks += 1
+        return Verdict(status=found.status, detail=found.detail)
+
+    def sample(self, gemm: ExpertGemm, tokens: int, config: TileConfig, *, round: int, count: int) -> tuple[float, ...]:
+        """Return `count` recorded times, drawn at random."""
+        found = self._find(gemm, tokens, config)
+        parts = (self._seed, tokens, round, int(config.digest[:8], 16), int(gemm.layer.digest[:8], 16), len(gemm.name))
+        generator = random.Random(hash_seed(*parts))
+        drawn = tuple(generator.choice(found.samples_us) for _ in range(count))
+        self.samples += count
+        self.elapsed_us += sum(drawn)
+        return drawn
+
+    def _find(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> Recorded:
+        sweep = self._sweeps.get((gemm, tokens))
+        if sweep is None:
+            raise InputError(f"no sweep of {gemm.layer.label} {gemm.name} at {tokens} tokens was recorded")
+        for recorded in sweep.recorded:
+            if recorded.config == config:
+                return recorded
+        raise InputError(f"{config.label} is not in the sweep of {gemm.layer.label} {gemm.name} at {tokens} tokens")
