@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tilecast.autotune.classes import ClassVerifier, Verifier
 from tilecast.autotune.plan import Plan
 from tilecast.autotune.prescreen import anchors, prescreen
-from tilecast.autotune.select import Evidence, breaks_class, choose_pair, pool
+from tilecast.autotune.select import Evidence, breaks_class, bucket_weights, choose_pair, pool
 from tilecast.errors import CoverageError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable
 from tilecast.kernels.spec import Registry
@@ -24,9 +24,19 @@ CLASS_CHECK_ROUND = 1 << 30
 
 
 def decide(
-    plan: Plan, store: Store, registry: Registry, *, verify: bool = True, verifier: Verifier | None = None
+    plan: Plan,
+    store: Store,
+    registry: Registry,
+    *,
+    verify: bool = True,
+    verifier: Verifier | None = None,
+    weights: Mapping[int, float] | None = None,
 ) -> TuningTable:
     """Return the decisions for every layer and bucket of `plan`, made from the measurements in `store`.
+
+    What must be the same in all buckets (the weight layout, under `reproducible` also the numerics class) has the
+    smallest mean time of a call under `weights`, each token count's share of the calls; without them the smallest
+    geometric mean over the buckets.
 
     Under `reproducible` the chosen configs must keep their class's bits on this machine (`verifier`, by default
     `ClassVerifier`): one that does not is kept as a measurement with status `unstable`, is out of its class from
@@ -34,16 +44,18 @@ def decide(
     negative control shows that the check would have failed another class; else, with `verify` False, and under
     `fastest`, which promises no bits, it is `none`. The store's decisions are left as they are.
 
-    Raises CoverageError where measurements lack, DeviceError where no group of configs serves all buckets.
+    Raises CoverageError where measurements lack, DeviceError where no group of configs serves all buckets,
+    InputError for weights that no bucket has a share of.
     """
     if not plan.buckets:
         return TuningTable((plan.environment,), ())
     check: Verifier | None = None
     if verify and plan.policy == "reproducible":
         check = verifier or ClassVerifier(plan.environment, registry)
+    shares = None if weights is None else bucket_weights(weights, plan.buckets)
     decisions: list[Decision] = []
     for layer in plan.layers:
-        up, down, certain = _settle(plan, layer, store, registry, check)
+        up, down, certain = _settle(plan, layer, store, registry, check, shares)
         decisions += [
             Decision(
                 environment=plan.environment.digest,
@@ -61,7 +73,12 @@ def decide(
 
 
 def _settle(
-    plan: Plan, layer: ExpertLayer, store: Store, registry: Registry, verifier: Verifier | None
+    plan: Plan,
+    layer: ExpertLayer,
+    store: Store,
+    registry: Registry,
+    verifier: Verifier | None,
+    shares: Sequence[float] | None,
 ) -> tuple[tuple[Choice, ...], tuple[Choice, ...], bool]:
     """Choose for a layer, check the choices, and choose again without what failed, until none fails.
 
@@ -71,7 +88,12 @@ def _settle(
     try:
         while True:
             chosen = choose_pair(
-                up.evidence, down.evidence, plan.policy, excluded_up=up.excluded, excluded_down=down.excluded
+                up.evidence,
+                down.evidence,
+                plan.policy,
+                excluded_up=up.excluded,
+                excluded_down=down.excluded,
+                weights=shares,
             )
             if verifier is None:
                 return *chosen, False

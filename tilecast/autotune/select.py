@@ -1,7 +1,8 @@
 """From measurements to choices: pure functions, no device, no store, no clock.
 
 Times are medians over all rounds; over ranks the slowest counts, as every rank waits for it. A config replaces
-the default only if it wins by more than the noise of that very comparison.
+the default only if it wins by more than the noise of that very comparison. What must be the same in all buckets
+is chosen by the time of a call: the mean over the workload's calls where it is known, else the geometric mean.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from tilecast.autotune.prescreen import Candidate
-from tilecast.errors import CoverageError, DeviceError
+from tilecast.errors import CoverageError, DeviceError, InputError
 from tilecast.evidence import Choice, Measurement, percentile
 from tilecast.problem import Bucket, ExpertGemm, TileConfig, tokens_text
 
@@ -66,6 +67,25 @@ def pool(measurements: Iterable[Measurement]) -> tuple[dict[TileConfig, Timing],
 
     The measurements are of one GEMM, token count and run; what records a broken class is not a failure to run.
     """
+    samples, failures, ranks = _by_rank(measurements)
+    timings = {
+        config: _timing(config, by_rank)
+        for config, by_rank in samples.items()
+        if config not in failures and set(by_rank) == ranks
+    }
+    return timings, failures
+
+
+def pooled_samples(measurements: Iterable[Measurement]) -> dict[TileConfig, tuple[int, tuple[float, ...]]]:
+    """Return for each config with samples the rank whose median counts, and that rank's samples in µs."""
+    samples, _, _ = _by_rank(measurements)
+    slowest = {config: _slowest(by_rank) for config, by_rank in samples.items()}
+    return {config: (rank, tuple(samples[config][rank])) for config, rank in slowest.items()}
+
+
+def _by_rank(
+    measurements: Iterable[Measurement],
+) -> tuple[dict[TileConfig, dict[int, list[float]]], dict[TileConfig, str], set[int]]:
     samples: dict[TileConfig, dict[int, list[float]]] = {}
     failures: dict[TileConfig, str] = {}
     ranks: set[int] = set()
@@ -77,23 +97,21 @@ def pool(measurements: Iterable[Measurement]) -> tuple[dict[TileConfig, Timing],
             failures.setdefault(m.config, f"{m.status} on rank {m.rank}: {m.detail}")
             continue
         samples.setdefault(m.config, {}).setdefault(m.rank, []).extend(m.samples_us)
-    timings = {
-        config: _timing(config, by_rank)
-        for config, by_rank in samples.items()
-        if config not in failures and set(by_rank) == ranks
-    }
-    return timings, failures
+    return samples, failures, ranks
+
+
+def _slowest(by_rank: Mapping[int, Sequence[float]]) -> int:
+    return max(by_rank, key=lambda rank: (percentile(list(by_rank[rank]), 50), rank))
 
 
 def _timing(config: TileConfig, by_rank: Mapping[int, list[float]]) -> Timing:
-    medians = {rank: percentile(samples, 50) for rank, samples in by_rank.items()}
-    slowest = max(medians, key=lambda rank: (medians[rank], rank))
-    samples = by_rank[slowest]
-    spread = (percentile(samples, 80) - percentile(samples, 20)) / P80_P20_SIGMAS / medians[slowest]
+    samples = by_rank[_slowest(by_rank)]
+    p50_us = percentile(samples, 50)
+    spread = (percentile(samples, 80) - percentile(samples, 20)) / P80_P20_SIGMAS / p50_us
     if len(samples) < FEW_SAMPLES:
         spread = max(spread, FEW_SAMPLES_SPREAD)
     error = MEDIAN_FACTOR * spread / math.sqrt(len(samples))
-    return Timing(config=config, p50_us=medians[slowest], error=error, samples=len(samples))
+    return Timing(config=config, p50_us=p50_us, error=error, samples=len(samples))
 
 
 def noise(a: Timing, b: Timing) -> float:
@@ -125,6 +143,46 @@ def pick(timings: Sequence[Timing], default: TileConfig) -> Timing:
     return min(equals, key=lambda t: t.config.sort_key)
 
 
+def bucket_weights(weights: Mapping[int, float], buckets: Sequence[Bucket]) -> tuple[float, ...]:
+    """Return each bucket's share of the calls, from a share or a count for some token counts.
+
+    Token counts that no bucket covers are left out. Raises InputError for a share that is negative or not finite,
+    or when no bucket has any.
+    """
+    for tokens, share in weights.items():
+        if not (math.isfinite(share) and share >= 0):
+            raise InputError(f"the weight of {tokens_text(tokens)} is {share!r}, expected a number of at least 0")
+    sums = [sum(share for tokens, share in weights.items() if b.above < tokens <= b.tokens) for b in buckets]
+    total = sum(sums)
+    if not total > 0:
+        raise InputError("the weights give no share to any bucket that is tuned; name token counts that one covers")
+    return tuple(share / total for share in sums)
+
+
+def call_us(times_us: Sequence[float], weights: Sequence[float] | None) -> float:
+    """Return the time that stands for all buckets, from one time of each.
+
+    With `weights`, each bucket's share of the calls, the mean time of a call; None, where nothing is known of the
+    workload, gives the geometric mean, in which a factor in a short bucket counts as much as in a long one.
+    """
+    if weights is None:
+        return math.exp(sum(math.log(us) for us in times_us) / len(times_us))
+    return sum(share * us for share, us in zip(weights, times_us, strict=True))
+
+
+def call_noise(a: Sequence[Timing], b: Sequence[Timing], weights: Sequence[float] | None) -> float:
+    """Return the relative difference of two series' `call_us` that cannot be told from none."""
+    each = [noise(x, y) for x, y in zip(a, b, strict=True)]
+    if weights is None:
+        return math.sqrt(sum(x * x for x in each)) / len(each)
+    parts = [share * t.p50_us for share, t in zip(weights, b, strict=True)]
+    return math.sqrt(sum((part * x) ** 2 for part, x in zip(parts, each, strict=True))) / sum(parts)
+
+
+def _call_us(timings: Sequence[Timing], weights: Sequence[float] | None) -> float:
+    return call_us([t.p50_us for t in timings], weights)
+
+
 def group_of(candidate: Candidate, policy: str) -> Group | None:
     """Return the group a candidate belongs to under a policy; None if the policy does not allow it."""
     if policy == "fastest":
@@ -133,17 +191,21 @@ def group_of(candidate: Candidate, policy: str) -> Group | None:
 
 
 def choose(
-    evidence: Sequence[Evidence], policy: str, *, excluded: Collection[TileConfig] = ()
+    evidence: Sequence[Evidence],
+    policy: str,
+    *,
+    excluded: Collection[TileConfig] = (),
+    weights: Sequence[float] | None = None,
 ) -> tuple[Group, tuple[Choice, ...]]:
     """Return the group to use for one GEMM, and its choice for each bucket.
 
-    Of the groups that have a timing in every bucket, the one whose times, each over that bucket's best of all
-    groups, have the smallest geometric mean; a group of the defaults if that is within noise of it. `excluded`
+    Of the groups that have a timing in every bucket, the one whose best times have the smallest `call_us` under
+    `weights`, the buckets' shares of the calls; a group of the defaults if that is within noise of it. `excluded`
     configs are not chosen. Raises CoverageError where a default was not measured, DeviceError where a default
     does not run, or no group is left.
     """
     by_group, complete = _complete_groups(evidence, policy, excluded)
-    group = _best_group(evidence, by_group, complete, policy)
+    group = _best_group(_Side(evidence, by_group, complete), policy, weights)
     return group, tuple(_choice(e, of_group[group]) for e, of_group in zip(evidence, by_group, strict=True))
 
 
@@ -154,6 +216,7 @@ def choose_pair(
     *,
     excluded_up: Collection[TileConfig] = (),
     excluded_down: Collection[TileConfig] = (),
+    weights: Sequence[float] | None = None,
 ) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
     """Return the choices for a layer's up and down GEMMs, whose evidence is given for the same buckets.
 
@@ -164,7 +227,7 @@ def choose_pair(
     noise of it. Raises as `choose` does.
     """
     sides = [_Side.of(up, policy, excluded_up), _Side.of(down, policy, excluded_down)]
-    groups = _fitting_groups(sides[0], sides[1], policy)
+    groups = _fitting_groups(sides[0], sides[1], policy, weights)
     chosen: tuple[list[Choice], list[Choice]] = ([], [])
     for bucket in range(len(up)):
         orders = _common_orders(sides[0].in_orders(groups[0], bucket), sides[1].in_orders(groups[1], bucket))
@@ -221,8 +284,8 @@ def _common_orders(up: Mapping[str, list[Timing]], down: Mapping[str, list[Timin
     return {order: (up[order], down[order]) for order in up if order in down}
 
 
-def _fitting_groups(up: _Side, down: _Side, policy: str) -> tuple[Group, Group]:
-    first, second = (_best_group(side.evidence, side.by_group, side.complete, policy) for side in (up, down))
+def _fitting_groups(up: _Side, down: _Side, policy: str, weights: Sequence[float] | None) -> tuple[Group, Group]:
+    first, second = (_best_group(side, policy, weights) for side in (up, down))
     best: dict[tuple[Group, Group], list[Timing]] = {}
     for pair in product(sorted(up.complete), sorted(down.complete)):
         timings = _pair_timings(up, down, pair)
@@ -233,13 +296,11 @@ def _fitting_groups(up: _Side, down: _Side, policy: str) -> tuple[Group, Group]:
             f"no working configs of {up.evidence[0].gemm.layer.label} up and down have the same order of the "
             "intermediate in every bucket; measure with a larger budget"
         )
-    cost = {pair: sum(math.log(t.p50_us) for t in timings) for pair, timings in best.items()}
+    cost = {pair: _call_us(timings, weights) for pair, timings in best.items()}
     fastest_pair = min(cost, key=lambda pair: (cost[pair], pair))
     own = (first, second)
-    if own in best:
-        doubt = math.sqrt(sum(noise(a, b) ** 2 for a, b in zip(best[own], best[fastest_pair], strict=True)))
-        if cost[own] - cost[fastest_pair] <= doubt:
-            return own
+    if own in best and cost[own] <= cost[fastest_pair] * (1 + call_noise(best[own], best[fastest_pair], weights)):
+        return own
     return fastest_pair
 
 
@@ -290,27 +351,37 @@ def _grouped(e: Evidence, policy: str, excluded: Collection[TileConfig]) -> dict
         group = None if candidate is None else group_of(candidate, policy)
         if group is not None and (policy == "fastest" or config not in excluded):
             groups.setdefault(group, []).append(timing)
-    return {group: _well_sampled(timings) for group, timings in groups.items()}
+    return {group: well_sampled(timings) for group, timings in groups.items()}
 
 
-def _well_sampled(timings: list[Timing]) -> list[Timing]:
+def well_sampled(timings: Sequence[Timing]) -> list[Timing]:
+    """Return the timings with at least half as many samples as the one that has most."""
     # A config that was dropped after a round or two was slower then; its few samples must not win by luck.
     most = max(t.samples for t in timings)
     return [t for t in timings if 2 * t.samples >= most]
 
 
-def _best_group(
-    evidence: Sequence[Evidence], by_group: Sequence[Mapping[Group, list[Timing]]], complete: set[Group], policy: str
-) -> Group:
-    best_in = {group: [fastest(of_group[group]) for of_group in by_group] for group in complete}
-    cost = {group: sum(math.log(t.p50_us) for t in best_in[group]) for group in complete}
-    best = min(complete, key=lambda group: (cost[group], group))
-    defaults = {group_of(e.candidates[e.default], policy) for e in evidence if e.default in e.candidates}
-    for group in sorted(complete & defaults, key=lambda g: (cost[g], g)):
-        doubt = math.sqrt(sum(noise(a, b) ** 2 for a, b in zip(best_in[group], best_in[best], strict=True)))
-        if cost[group] - cost[best] <= doubt:
+def _best_group(side: _Side, policy: str, weights: Sequence[float] | None) -> Group:
+    best_in = {group: [fastest(of_group[group]) for of_group in side.by_group] for group in side.complete}
+    cost = {group: _call_us(timings, weights) for group, timings in best_in.items()}
+    best = min(cost, key=lambda group: (cost[group], group))
+    defaults = {group_of(e.candidates[e.default], policy) for e in side.evidence if e.default in e.candidates}
+    for group in sorted(side.complete & defaults, key=lambda g: (cost[g], g)):
+        if cost[group] <= cost[best] * (1 + call_noise(best_in[group], best_in[best], weights)):
             return group
     return best
+
+
+def group_call_us(
+    evidence: Sequence[Evidence],
+    policy: str,
+    *,
+    excluded: Collection[TileConfig] = (),
+    weights: Sequence[float] | None = None,
+) -> dict[Group, float]:
+    """Return what `choose` compares: the `call_us` of each group that has a timing in every bucket."""
+    by_group, complete = _complete_groups(evidence, policy, excluded)
+    return {g: _call_us([fastest(of[g]) for of in by_group], weights) for g in sorted(complete)}
 
 
 def _choice(e: Evidence, timings: Sequence[Timing]) -> Choice:
