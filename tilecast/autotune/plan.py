@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tilecast.autotune.routing_profiles import RoutingProfile, as_profile
 from tilecast.environment import Environment
+from tilecast.errors import InputError
 from tilecast.evidence import POLICIES
 from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, buckets, check_name
-
-ROUTINGS = ("uniform",)
-"""Routing profiles that a measurement can be made under."""
 
 Task = tuple[ExpertGemm, Bucket]
 """One thing to tune: a GEMM at the token counts of one bucket."""
@@ -20,7 +19,8 @@ Task = tuple[ExpertGemm, Bucket]
 class Plan:
     """The layers and buckets to tune, where, and under which policy and routing profile.
 
-    A plan without layers or without buckets is empty: nothing to measure, an empty table.
+    A plan without layers or without buckets is empty: nothing to measure, an empty table. `routing` is the profile's
+    name, which keys hold; `profile` follows from it, except for a histogram, of which it holds the counts.
     """
 
     environment: Environment
@@ -28,11 +28,26 @@ class Plan:
     buckets: tuple[Bucket, ...]
     policy: str = "reproducible"
     routing: str = "uniform"
+    profile: RoutingProfile | None = None
 
     def __post_init__(self) -> None:
-        """Validate; raises InputError."""
+        """Validate, and fill in whichever of `routing` and `profile` is not given; raises InputError."""
         check_name("policy", self.policy, POLICIES)
-        check_name("routing profile", self.routing, ROUTINGS)
+        if self.profile is None:
+            object.__setattr__(self, "profile", as_profile(self.routing))
+        elif self.routing not in ("uniform", self.profile.name):
+            raise InputError(f"the plan's routing is {self.routing}, but its profile is {self.profile.name}")
+        object.__setattr__(self, "routing", self.routing_profile.name)
+        if not self.routing_profile.is_uniform:
+            # Found out now, not after an hour: a histogram may know nothing of a layer.
+            for layer in self.layers:
+                self.routing_profile.probabilities(layer)
+
+    @property
+    def routing_profile(self) -> RoutingProfile:
+        """How tokens are spread over experts."""
+        assert self.profile is not None, "filled in when the plan is made"
+        return self.profile
 
     @property
     def gemms(self) -> tuple[ExpertGemm, ...]:
@@ -51,16 +66,19 @@ def make_plan(
     environment: Environment,
     *,
     policy: str = "reproducible",
-    routing: str = "uniform",
+    routing: str | RoutingProfile = "uniform",
 ) -> Plan:
     """Return the plan for some layers and token counts; equal layers count once, their order is kept.
 
-    Raises InputError for a token count below 1, an unknown policy or an unknown routing profile.
+    Raises InputError for a token count below 1, an unknown policy, an unknown routing profile or one that says
+    nothing of a layer.
     """
+    profile = as_profile(routing)
     return Plan(
         environment=environment,
         layers=tuple(dict.fromkeys(layers)),
         buckets=buckets(tuple(tokens)),
         policy=policy,
-        routing=routing,
+        routing=profile.name,
+        profile=profile,
     )

@@ -11,9 +11,11 @@ import math
 import os
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
+from tilecast.autotune.routing_profiles import UNIFORM, RoutingProfile, as_profile
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
 from tilecast.kernels import sort_slots
@@ -32,6 +34,9 @@ MAX_SORTED_BYTES = 2 << 30
 """Bound of the sorted rows that are kept: unlike rows in slot order, every routing needs its own."""
 DRAWS = 32
 """Routing draws tried for one with the typical number of active experts."""
+MAX_DRAWN = 1 << 22
+"""Scores drawn at most for one skewed routing: many tokens are typical by themselves."""
+PILOT_SEED = 0x71107
 SORTED = "sorted"
 """The order of the intermediate in which row p belongs to slot `route.slots[p]`; see `Kernel.order`."""
 
@@ -92,6 +97,66 @@ def uniform_ids(layer: ExpertLayer, tokens: int, seed: int) -> torch.Tensor:
     if layer.experts < layer.global_experts and not bool((best < layer.experts).any()):
         best[0, 0] = seed % layer.experts
     return best.to(torch.int32)
+
+
+def routed_ids(layer: ExpertLayer, tokens: int, seed: int, profile: RoutingProfile = UNIFORM) -> torch.Tensor:
+    """Return int32 [T, k]: distinct experts per token out of all global ones, drawn by a profile.
+
+    For skewed profiles these are Gumbel top-k draws, among a few the one nearest to the median number of active local
+    experts and the median load of the busiest; see `uniform_ids` for why. Raises InputError for a histogram that says
+    nothing of the layer.
+    """
+    if profile.is_uniform:
+        return uniform_ids(layer, tokens, seed)
+    generator = torch.Generator().manual_seed(seed)
+    weights = profile.log_weights(layer).to(torch.float32)
+    wanted, most = _typical_load(layer, tokens, profile)
+    best, best_gap = torch.empty(0), math.inf
+    for _ in range(_draws(layer, tokens)):
+        ids = _gumbel_topk(weights, tokens, layer.top_k, generator)
+        active, busiest = _load(layer, ids)
+        # The busiest expert's load is a sum over many tokens: within 3% it is the typical one.
+        gap = abs(active - wanted) + max(0, abs(busiest - most) - most // 32)
+        if gap < best_gap:
+            best, best_gap = ids, gap
+        if gap == 0:
+            break
+    if layer.experts < layer.global_experts and not bool((best < layer.experts).any()):
+        best[0, 0] = seed % layer.experts
+    return best.to(torch.int32)
+
+
+def typical_counts(layer: ExpertLayer, tokens: int, profile: RoutingProfile = UNIFORM, seed: int = 0) -> list[int]:
+    """Return the rows that each of this rank's experts gets in a typical routing of `tokens` by a profile."""
+    ids = routed_ids(layer, tokens, hash_seed(seed, tokens), profile)
+    return torch.bincount(ids.flatten(), minlength=layer.global_experts)[: layer.experts].tolist()
+
+
+@lru_cache(maxsize=256)
+def _typical_load(layer: ExpertLayer, tokens: int, profile: RoutingProfile) -> tuple[int, int]:
+    """Return the median number of active local experts, at least 1, and the median load of the busiest one."""
+    generator = torch.Generator().manual_seed(PILOT_SEED)
+    weights = profile.log_weights(layer).to(torch.float32)
+    seen = [
+        _load(layer, _gumbel_topk(weights, tokens, layer.top_k, generator)) for _ in range(_draws(layer, tokens) | 1)
+    ]
+    middle = len(seen) // 2
+    return max(1, sorted(active for active, _ in seen)[middle]), max(1, sorted(most for _, most in seen)[middle])
+
+
+def _draws(layer: ExpertLayer, tokens: int) -> int:
+    return max(2, min(DRAWS, MAX_DRAWN // (tokens * layer.global_experts)))
+
+
+def _gumbel_topk(weights: torch.Tensor, tokens: int, top_k: int, generator: torch.Generator) -> torch.Tensor:
+    clocks = torch.empty(tokens, len(weights)).exponential_(generator=generator)
+    # Experts that nobody chose are the last resort, which a token needs where fewer than k were chosen at all.
+    return (weights.clamp(min=-1e30) - clocks.log()).topk(top_k, dim=1, sorted=False).indices
+
+
+def _load(layer: ExpertLayer, ids: torch.Tensor) -> tuple[int, int]:
+    counts = torch.bincount(ids.flatten(), minlength=layer.global_experts)[: layer.experts]
+    return int((counts > 0).sum()), int(counts.max())
 
 
 def normal_stack(
@@ -168,16 +233,17 @@ class Workload:
         self,
         environment: Environment,
         *,
-        routing: str = "uniform",
+        routing: str | RoutingProfile = "uniform",
         seed: int = 0,
         device: torch.device | None = None,
     ) -> None:
         """Measure for `environment` under a routing profile; operands follow from `seed` alone.
 
-        They are on `device`, by default the environment's. Raises DeviceError if that is not here.
+        They are on `device`, by default the environment's. Raises DeviceError if that is not here, InputError for
+        an unknown profile.
         """
         self.environment = environment
-        self.routing = routing
+        self.routing = as_profile(routing)
         self.seed = seed
         self.device = device_of(environment) if device is None else device
         self._stacks: OrderedDict[tuple[str, str, int], GemmWeights] = OrderedDict()
@@ -221,7 +287,7 @@ class Workload:
         key = (tokens, seed)
         if key not in self._inputs:
             layer = gemm.layer
-            ids = uniform_ids(layer, tokens, hash_seed(self.seed, tokens, seed)).to(self.device)
+            ids = routed_ids(layer, tokens, hash_seed(self.seed, tokens, seed), self.routing).to(self.device)
             self._inputs[key] = Inputs(
                 rows=self._rows(gemm, tokens, seed),
                 route=sort_slots(ids, layer.experts),
