@@ -243,10 +243,9 @@ def _order(load: Load) -> tuple[tuple[int, ...], int]:
     return load.slots, load.absent
 
 
-def _name(
-    loads: Mapping[str, tuple[Load, ...]], routers: Mapping[Router, tuple[Load, ...]], counts: tuple[int, ...]
-) -> str:
-    return f"histogram:{digest(_content(loads, routers, counts))[:16]}"
+def _name(loads: Mapping[str, tuple[Load, ...]], counts: tuple[int, ...]) -> str:
+    # Routers' loads are the layers' ones.
+    return f"histogram:{digest(_content(loads, {}, counts))[:16]}"
 
 
 def _content(
