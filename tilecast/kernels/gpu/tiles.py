@@ -14,7 +14,9 @@ from tilecast.problem import DTYPES, ExpertGemm, TileConfig
 ACCUMULATORS_PER_THREAD = 128
 """More float32 sums than this in a thread's registers spill (128×256 with 4 warps does)."""
 SCRATCH_BYTES = 32 << 10
-"""The most that re-laying a tile of sums for its store was seen to take."""
+"""The most that re-laying a tile of sums for its store was seen to take, but for the down GEMM's after `wgmma`."""
+FMA_VALUES_PER_THREAD = 80
+"""More operands of a step and sums of a thread than this spill where there is no matrix unit (96 was seen to)."""
 FRAGMENT_M = 16
 """Rows of the smallest tensor-core instruction with activations on the left."""
 
@@ -62,7 +64,10 @@ def shared_bytes(gemm: ExpertGemm, config: TileConfig, target: Target) -> int:
         buffers = stages
     if target.kind == "cuda" and gemm.layer.dtype == "fp32":
         buffers = max(1, stages)
-    return max(buffers * (m + n) * k * DTYPES[gemm.layer.dtype], min(4 * m * n, SCRATCH_BYTES)) + 1024
+    # The sums of `wgmma` are stored as float32 by down: a tile of them takes its whole size, whatever that is.
+    whole = gemm.name == "down" and instruction(gemm, config, target) == "wgmma"
+    scratch = 4 * m * n if whole else min(4 * m * n, SCRATCH_BYTES)
+    return max(buffers * (m + n) * k * DTYPES[gemm.layer.dtype], scratch) + 1024
 
 
 def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | None:
@@ -79,6 +84,11 @@ def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | N
     walks = bool(_optional(config, "waves")) and "tcgen05" in target.mma
     if target.kind == "cuda" and sums == limit and warps == 4 and (gemm.layer.bias or walks):
         return f"{sums} sums a thread leave 4 warps no registers for {'a bias' if gemm.layer.bias else 'a next tile'}"
+    if instruction(gemm, config, target) == "mma.sync" and sums >= ACCUMULATORS_PER_THREAD // 2 and k >= 128:
+        return f"fragments of steps of {k} beside {sums} sums a thread spill"
+    values = ((m + n) * k + m * n) // (target.warp_size * warps)
+    if instruction(gemm, config, target) == "fma" and values > FMA_VALUES_PER_THREAD:
+        return f"{values} operands and sums a thread, more than {FMA_VALUES_PER_THREAD} spill without a matrix unit"
     if gemm.layer.dtype != "fp32" and m < FRAGMENT_M:
         return f"{m} rows on the left of the product, the matrix unit takes {FRAGMENT_M}"
     if gemm.layer.dtype != "fp32" and target.arch == "gfx950" and k < 32:
