@@ -37,7 +37,7 @@ SAMPLED_LAYERS = {**LAYERS, "Qwen3 in fp16": replace(QWEN3, dtype="fp16")}
 DEFAULT_TOKENS, SAMPLED_TOKENS = (1, 8, 64, 512, 4096), (1, 16, 128, 2048)
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
 SAMPLED_TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-DEFAULTS, SAMPLES, SEED = 20, 52, 20
+DEFAULTS, SAMPLES, SEED = 18, 50, 20
 REDUCTION = {"hip:gfx950": 32}
 """K of the 16-bit instruction where it is not 16: sums of other lengths would be another numerics class."""
 CROWDED_SPILL_BYTES = 640
