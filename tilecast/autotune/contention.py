@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +34,18 @@ class Reading:
 class CpuWatch:
     """Counts the CPU time of everything else on the CPUs that this process may use."""
 
-    def __init__(self, stat: Path = STAT, cpus: frozenset[int] | None = None) -> None:
-        """Watch `cpus`, by default those this process may run on; `stat` is the system's table of counters."""
+    def __init__(
+        self,
+        stat: Path = STAT,
+        cpus: frozenset[int] | None = None,
+        pids: Callable[[], Iterable[int]] | None = None,
+    ) -> None:
+        """Watch `cpus`, by default those this process may run on; `stat` is the system's table of counters.
+
+        `pids` names the processes whose time is our own besides this one's, such as the worker that measures.
+        """
         self._stat = stat
+        self._pids = pids or tuple
         self._cpus = cpus if cpus is not None else frozenset(_affinity())
         self._tick_s = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -51,7 +61,18 @@ class CpuWatch:
             if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in self._cpus:
                 counts = [int(field) for field in rest.split()]
                 busy += sum(counts[i] for i in BUSY_FIELDS if i < len(counts))
-        return Reading(time.monotonic(), busy * self._tick_s, time.process_time())
+        own_s = time.process_time() + sum(self._process_s(pid) for pid in self._pids())
+        return Reading(time.monotonic(), busy * self._tick_s, own_s)
+
+    def _process_s(self, pid: int) -> float:
+        """Return the CPU seconds of another process and the children it waited for; 0 once it is gone."""
+        try:
+            text = self._stat.with_name(str(pid)).joinpath("stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return 0.0
+        # utime to cstime of proc_pid_stat(5); the command before them may hold spaces and brackets.
+        fields = text.rpartition(")")[2].split()
+        return sum(int(field) for field in fields[11:15]) * self._tick_s
 
     def stolen(self, start: Reading | None, end: Reading | None) -> float | None:
         """Return the part (0 to 1) of the CPUs that others used between two readings; None if that is not known."""

@@ -41,6 +41,19 @@ class Measurer(Protocol):
         ...
 
 
+class MeasurementTimeout(Exception):
+    """A call of a measurer took longer than it may, and was ended."""
+
+
+class WorkerDied(Exception):
+    """The process that measured ended by itself; `killed` if from outside, as by a system that is out of memory."""
+
+    def __init__(self, message: str, *, killed: bool = False) -> None:
+        """Say how it ended."""
+        super().__init__(message)
+        self.killed = killed
+
+
 NO_ROOM = ("allocate memory", "out of memory", "out of resource", "too many resources", "too much shared data")
 COMPILER = ("compil", "llvm", "passmanager", "ptxas")
 LOST = (
@@ -53,11 +66,15 @@ LOST = (
 def failure(error: Exception) -> tuple[str, str]:
     """Return the status and the one-line detail that stand for what a kernel raised.
 
-    `resource` where memory, shared memory or registers ran out, `compile_error` where a compiler speaks, else
-    `runtime_error`.
+    `timeout` where a launch was ended, `resource` where memory, shared memory or registers ran out, `compile_error`
+    where a compiler speaks, else `runtime_error`.
     """
     detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     text = detail.lower()
+    if isinstance(error, MeasurementTimeout):
+        return "timeout", detail
+    if isinstance(error, WorkerDied):
+        return ("resource" if error.killed else "runtime_error"), detail
     if device_lost(detail):
         return "runtime_error", detail
     if isinstance(error, MemoryError) or any(word in text for word in NO_ROOM):
