@@ -187,6 +187,7 @@ def test_everything_set() -> None:
         TM_GEMM_MISS="error",
         TM_GEMM_WARN_CACHE_MISS="yes",
         TM_GEMM_POLICY="fastest",
+        TM_GEMM_ROUTING="zipf:1.2",
         TILECAST_CACHE_DIR="/cache",
     ) == Settings(
         cache_dir=Path("/cache"),
@@ -197,6 +198,7 @@ def test_everything_set() -> None:
         miss="error",
         warn_cache_miss=True,
         policy="fastest",
+        routing="zipf:1.2",
     )
 
 

@@ -63,7 +63,8 @@ class Launcher:
 class Settings:
     """The environment variables, parsed.
 
-    `import_from` (a path or SQLAlchemy URL), `export_to` and `record_to` (paths) are None where unset.
+    `import_from` (a path or SQLAlchemy URL), `export_to` and `record_to` (paths) are None where unset, and so is
+    `routing`: a routing profile's name, or a file of recorded counts.
     `cache_dir` holds compiled kernels and the default store; nothing here creates it.
     """
 
@@ -75,6 +76,7 @@ class Settings:
     miss: str = "default"
     warn_cache_miss: bool = False
     policy: str = "reproducible"
+    routing: str | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -91,6 +93,7 @@ class Settings:
             miss=values.choice("TM_GEMM_MISS", MISSES),
             warn_cache_miss=values.flag("TM_GEMM_WARN_CACHE_MISS"),
             policy=values.choice("TM_GEMM_POLICY", POLICIES),
+            routing=values.get("TM_GEMM_ROUTING"),
             cache_dir=_cache_dir(values),
         )
 

@@ -23,7 +23,7 @@ from tilecast.settings import child_environment
 
 SPEC = "E=4,H=64,I=96,k=2"
 LAYER = ExpertLayer(hidden=64, intermediate=96, experts=4, top_k=2)
-VARIABLES = ("IMPORT", "EXPORT", "TUNE", "MISS", "WARN_CACHE_MISS", "POLICY", "RECORD")
+VARIABLES = ("IMPORT", "EXPORT", "TUNE", "MISS", "WARN_CACHE_MISS", "POLICY", "RECORD", "ROUTING")
 
 
 @dataclass(frozen=True)

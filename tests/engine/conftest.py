@@ -12,7 +12,7 @@ from tilecast.engine import runtime
 
 @pytest.fixture(autouse=True)
 def no_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("IMPORT", "EXPORT", "TUNE", "MISS", "WARN_CACHE_MISS", "POLICY", "RECORD"):
+    for name in ("IMPORT", "EXPORT", "TUNE", "MISS", "WARN_CACHE_MISS", "POLICY", "RECORD", "ROUTING"):
         monkeypatch.delenv(f"TM_GEMM_{name}", raising=False)
     runtime.forget_table()
     yield

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tilecast.autotune.routing_profiles import RoutingProfile, load_profile
 from tilecast.canonical import Json, canonical_json
+from tilecast.engine import recording
 from tilecast.engine.group import Group
 from tilecast.engine.runtime import Runtime, default_registry, may_run, missing_buckets, use_runtime
 from tilecast.engine.table_index import spans
@@ -150,7 +152,7 @@ def startup(
             everyone = [layer for theirs in gather_layers(mine, own) for layer in theirs]
             missing = {layer: missing_buckets(runtime, layer, orders.tokens) for layer in dict.fromkeys(everyone)}
             if any(missing.values()):
-                table = _tune(mine, runtime, missing, chosen, store, measurer, budget_s, progress)
+                table = _tune(mine, runtime, missing, chosen, orders, store, measurer, budget_s, progress)
                 runtime = _build(table, device, kernels, chosen, orders)
         check_coverage(mine, runtime, own)
         others = _other_kinds(mine, runtime)
@@ -164,16 +166,23 @@ def startup(
         # Nobody starts to serve before rank 0 has written: an export that fails ends all.
         mine.gather("ready", b"")
     # Only now, so that a start that failed leaves what was in use as it was.
+    recording.start(chosen.record_to)
     return use_runtime(runtime, others)
 
 
 @dataclass(frozen=True, slots=True)
 class _Orders:
-    """What rank 0's settings say and all ranks follow. `tokens` is None where nothing is to be tuned."""
+    """What rank 0's settings say and all ranks follow. `tokens` is None where nothing is to be tuned.
+
+    `routing` is a profile's name, None where it is to be the table's; `profile` is it where it was read or is a name
+    that says all.
+    """
 
     policy: str
     miss: str
     tokens: tuple[int, ...] | None
+    routing: str | None = None
+    profile: RoutingProfile | None = None
 
 
 def _agree_on_orders(group: Group, settings: Settings) -> _Orders:
@@ -182,10 +191,26 @@ def _agree_on_orders(group: Group, settings: Settings) -> _Orders:
         tokens = settings.tune.tokens
     elif settings.miss == "tune":
         tokens = DEFAULT_TOKENS
-    own: Json = {"policy": settings.policy, "miss": settings.miss, "tokens": None if tokens is None else list(tokens)}
+    own: dict[str, Json] = {
+        "policy": settings.policy,
+        "miss": settings.miss,
+        "tokens": None if tokens is None else list(tokens),
+        "routing": settings.routing,
+        "profile": None,
+    }
+    if group.rank == 0 and settings.routing is not None and not settings.routing.startswith("histogram:"):
+        # Its file need be there for rank 0 only.
+        profile = load_profile(settings.routing)
+        own.update(routing=profile.name, profile=profile.to_json())
     first = json.loads(group.broadcast("orders", canonical_json(own).encode("ascii")))
-    agreed = first["tokens"]
-    return _Orders(first["policy"], first["miss"], None if agreed is None else tuple(agreed))
+    agreed, sent = first["tokens"], first["profile"]
+    return _Orders(
+        first["policy"],
+        first["miss"],
+        None if agreed is None else tuple(agreed),
+        first["routing"],
+        None if sent is None else RoutingProfile.from_json(sent),
+    )
 
 
 def _other_kinds(group: Group, runtime: Runtime) -> dict[str, Runtime | TilecastError]:
@@ -209,6 +234,7 @@ def _build(table: TuningTable, here: Environment, registry: Registry, settings: 
         environment=here,
         registry=registry,
         policy=orders.policy,
+        routing=orders.routing,
         miss=orders.miss,
         warn_miss=settings.warn_cache_miss,
     )
@@ -231,6 +257,7 @@ def _tune(
     runtime: Runtime,
     missing: dict[ExpertLayer, tuple[Bucket, ...]],
     settings: Settings,
+    orders: _Orders,
     store: Store | None,
     measurer: Measurer | None,
     budget_s: float | None,
@@ -244,7 +271,16 @@ def _tune(
     if group.rank == 0 and store is None:
         opened = store = open_store(settings.cache_dir / "store.db")
     try:
-        return tune_missing(runtime, missing, store, group, measurer=measurer, budget_s=budget_s, progress=progress)
+        return tune_missing(
+            runtime,
+            missing,
+            store,
+            group,
+            profile=orders.profile,
+            measurer=measurer,
+            budget_s=budget_s,
+            progress=progress,
+        )
     finally:
         if opened is not None:
             opened.close()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tilecast.engine import op
+from tilecast.engine import op, recording
 from tilecast.engine import runtime as runtime_module
 from tilecast.engine.operands import check_device, check_inputs, layer_of, seen
 from tilecast.engine.runtime import MAX_MISSES, Runtime
@@ -265,6 +265,9 @@ def _run(
     scales: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
+    recorder = recording.active()
+    if recorder is not None:
+        recorder.count(layer, ids, hit=entry.hit, place=up.data.data_ptr())
     layout = sort_slots(ids, layer.experts)
     tokens, top_k = ids.shape
     intermediate = torch.empty((tokens * top_k, layer.intermediate), dtype=rows.dtype, device=rows.device)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tilecast import environment as environments
+from tilecast.autotune.routing_profiles import load_profile
+from tilecast.engine import recording
 from tilecast.engine.table_index import Entry, default_pair, entry_of, index_table, spans, usable_environments
 from tilecast.environment import Environment
 from tilecast.errors import CoverageError, TilecastError
@@ -67,12 +69,12 @@ class Runtime:
         environment: Environment,
         registry: Registry,
         policy: str = "reproducible",
-        routing: str = "uniform",
+        routing: str | None = None,
         miss: str = "default",
         warn_miss: bool = False,
         optional: bool = False,
     ) -> None:
-        """Validate `table` and index it.
+        """Validate `table` and index it. `routing` is a profile's name, by default the one the table is tuned for.
 
         Raises ConfigError for a config that cannot run here (the message names the entry), CoverageError when
         the table holds decisions but only for other devices or toolchains, InputError for an unknown policy
@@ -84,12 +86,12 @@ class Runtime:
         self.environment = environment
         self.registry = registry
         self.policy = policy
-        self.routing = routing
         self.plain_entries: dict[int, tuple[Entry, Entry]] = {}
         """Where the functional form keeps, by an entry's id, the entry and the configs it runs on plain weights."""
         self.devices: set[torch.device] = set()
         """Where the engine keeps the devices that it knows this runtime to be for."""
         self._miss_mode = miss
+        self._routing_given = routing
         self._fails_on_miss = miss == "error"
         self._warns_on_miss = warn_miss
         self._missed: dict[tuple[ExpertLayer, int], _Missed] = {}
@@ -99,8 +101,9 @@ class Runtime:
         self.differences = environment.compare(usable[0]) if usable else ()
         """The soft fields in which the closest environment of the table differs from this one."""
         self._usable = frozenset(e.digest for e in usable)
+        self.routing = routing_of(table, policy, self._usable) if routing is None else routing
         self._index = index_table(
-            table, usable, environment=environment, registry=registry, policy=policy, routing=routing
+            table, usable, environment=environment, registry=registry, policy=policy, routing=self.routing
         )
 
     def lookup(self, layer: ExpertLayer, tokens: int) -> Entry:
@@ -153,7 +156,7 @@ class Runtime:
             environment=environment,
             registry=self.registry,
             policy=policy,
-            routing=self.routing,
+            routing=self._routing_given,
             miss=self._miss_mode,
             warn_miss=self._warns_on_miss,
             optional=True,
@@ -219,6 +222,21 @@ class Runtime:
         return f"the table has no decision for {layer.label}; it has: {'; '.join(labels[:4])}{more}"
 
 
+def routing_of(table: TuningTable, policy: str, environments: frozenset[str]) -> str:
+    """Return the routing profile that a table's decisions of a policy, made in some environments, are for.
+
+    A table is tuned for one; without decisions, and where several tables were merged and one is for uniform routing,
+    it is that. Raises CoverageError for several others.
+    """
+    found = {d.routing for d in table.decisions if d.policy == policy and d.environment in environments}
+    if not found or "uniform" in found:
+        return "uniform"
+    if len(found) > 1:
+        names = ", ".join(sorted(found))
+        raise CoverageError(f"the table is tuned for several routing profiles: {names}; set TM_GEMM_ROUTING to one")
+    return found.pop()
+
+
 def missing_buckets(runtime: Runtime, layer: ExpertLayer, tokens: Iterable[int]) -> tuple[Bucket, ...]:
     """Return the buckets that must be added so that the table covers every one of `tokens` for `layer`."""
     found = []
@@ -277,6 +295,7 @@ def use_table(
     *,
     policy: str | None = None,
     miss: str | None = None,
+    routing: str | None = None,
     warn_miss: bool | None = None,
     environment: Environment | None = None,
     registry: Registry | None = None,
@@ -295,11 +314,21 @@ def use_table(
         environment=environment or main_environment(used),
         registry=registry or default_registry(),
         policy=policy or chosen.policy,
+        routing=routing or routing_named(chosen.routing),
         miss=miss or chosen.miss,
         warn_miss=chosen.warn_cache_miss if warn_miss is None else warn_miss,
     )
     made.log_differences()
+    recording.start(chosen.record_to)
     return use_runtime(made)
+
+
+def routing_named(text: str | None) -> str | None:
+    """Return the name of the profile that TM_GEMM_ROUTING, a name or a file, stands for. Raises InputError."""
+    if text is None or text.startswith("histogram:"):
+        # A lookup needs no counts.
+        return text
+    return load_profile(text).name
 
 
 def main_environment(table: TuningTable) -> Environment:

@@ -16,6 +16,7 @@ import torch
 
 from tilecast.autotune.classes import ClassVerifier
 from tilecast.autotune.plan import Plan
+from tilecast.autotune.routing_profiles import RoutingProfile, as_profile
 from tilecast.autotune.select import breaks_class
 from tilecast.autotune.tuner import MIN_BUDGET_S, decide, measure_plan
 from tilecast.cache_store.memory import MemoryStore
@@ -97,6 +98,7 @@ def tune_missing(
     store: Store | None,
     group: Group,
     *,
+    profile: RoutingProfile | None = None,
     measurer: Measurer | None = None,
     budget_s: float | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -104,11 +106,12 @@ def tune_missing(
     """Tune the buckets that `runtime`'s table lacks and return it with them added, the same on all ranks.
 
     `missing` must be equal on all ranks. New decisions of a layer that has some read the weight layout, and
-    under `reproducible` are of the numerics class, that those have. `budget_s` is shared by the plans that
+    under `reproducible` are of the numerics class, that those have. `profile` is the runtime's
+    routing profile, needed where that is a histogram. `budget_s` is shared by the plans that
     this takes, one per distinct set of missing buckets. Raises as `tune_together` does.
     """
     table = runtime.table
-    plans = _plans(runtime, missing)
+    plans = _plans(runtime, missing, as_profile(runtime.routing) if profile is None else profile)
     tasks = sum(len(plan.tasks) for plan, _ in plans) or 1
     for plan, registry in plans:
         share = None if budget_s is None else budget_s * len(plan.tasks) / tasks
@@ -180,7 +183,9 @@ def _agree_on_plan(plan: Plan, group: Group) -> Plan:
 # Staying with the layout and class of what is decided already ------------------------------------------------
 
 
-def _plans(runtime: Runtime, missing: Mapping[ExpertLayer, tuple[Bucket, ...]]) -> list[tuple[Plan, Registry]]:
+def _plans(
+    runtime: Runtime, missing: Mapping[ExpertLayer, tuple[Bucket, ...]], profile: RoutingProfile
+) -> list[tuple[Plan, Registry]]:
     """Return the plans that cover `missing`: undecided layers together, every decided one for itself."""
     groups: dict[tuple[tuple[Bucket, ...], ExpertLayer | None], list[ExpertLayer]] = {}
     for layer, lacking in missing.items():
@@ -190,7 +195,7 @@ def _plans(runtime: Runtime, missing: Mapping[ExpertLayer, tuple[Bucket, ...]]) 
     for (lacking, decided), layers in groups.items():
         plan = Plan(
             environment=runtime.environment, layers=tuple(layers), buckets=lacking,
-            policy=runtime.policy, routing=runtime.routing,
+            policy=runtime.policy, routing=runtime.routing, profile=profile,
         )  # fmt: skip
         found.append((plan, runtime.registry if decided is None else _anchored(runtime, decided)))
     return found
