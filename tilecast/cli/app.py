@@ -11,7 +11,19 @@ import typer
 from typer.core import TyperGroup
 
 from tilecast._version import VERSION
-from tilecast.cli import bench, cache_export, cache_import, cache_show, certify, check, demo, doctor, prescreen, tune
+from tilecast.cli import (
+    bench,
+    cache_explain,
+    cache_export,
+    cache_import,
+    cache_show,
+    certify,
+    check,
+    demo,
+    doctor,
+    prescreen,
+    tune,
+)
 from tilecast.cli._exit import guarded, quiet_broken_pipe
 
 _HELP = (
@@ -78,7 +90,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _cache = typer.Typer(
-    help="Look into, export and import tuning tables.",
+    help="Look into, explain, export and import tuning tables.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -112,6 +124,7 @@ _COMMANDS: tuple[tuple[typer.Typer, str, Callable[..., None]], ...] = (
     (app, "certify", certify.certify),
     (app, "demo", demo.demo),
     (_cache, "show", cache_show.show),
+    (_cache, "explain", cache_explain.explain),
     (_cache, "export", cache_export.export),
     (_cache, "import", cache_import.import_),
 )

@@ -13,9 +13,11 @@ from tilecast.cli._options import (
     BudgetOption,
     DtypeOption,
     EpOption,
+    FromRecordOption,
     JsonOption,
-    ModelArgument,
+    OptionalModelArgument,
     PolicyOption,
+    RoutingOption,
     StoreOption,
     ThreadsOption,
     TokensOption,
@@ -26,22 +28,26 @@ from tilecast.cli._options import (
     parse_token_option,
 )
 from tilecast.cli._output import Output, duration, plural
+from tilecast.cli._recorded import read_missed, tune_missed
 from tilecast.cli._run import launched_rank, tune_layers, use_threads
 from tilecast.cli._stores import store_location
 from tilecast.cli._tables import decision_tables, table_json, weak
+from tilecast.errors import UsageError
 from tilecast.settings import DEFAULT_TOKENS, Settings
 
 if TYPE_CHECKING:
-    from tilecast.evidence import TuningTable
+    from tilecast.evidence import Measurement, TuningTable
 
 
 def tune(
-    model: ModelArgument,
+    model: OptionalModelArgument = None,
     tp: TpOption = 1,
     ep: EpOption = 1,
     tokens: TokensOption = None,
     dtype: DtypeOption = None,
     policy: PolicyOption = None,
+    routing: RoutingOption = None,
+    from_record: FromRecordOption = None,
     budget: BudgetOption = None,
     store: StoreOption = None,
     export: Annotated[
@@ -65,7 +71,10 @@ def tune(
         tilecast tune E=8,H=1024,I=3584,k=2 --tokens 1,16,256 --budget 3m
 
         torchrun --nproc-per-node 4 -m tilecast tune qwen3-30b-a3b --tp 4
+
+        tilecast tune --from-record seen.json --routing seen.json --export more.db
     """
+    from tilecast.autotune.routing_profiles import load_profile
     from tilecast.cache_store.bundle import export_table
     from tilecast.engine.agreement import process_group
 
@@ -75,28 +84,47 @@ def tune(
     chosen = parse_policy(policy, settings.policy)
     counts = parse_token_option(tokens, DEFAULT_TOKENS)
     budget_s = parse_budget(budget)
-    split = sharded(model, tp=tp, ep=ep, dtype=dtype)
+    if model is None and from_record is None:
+        raise UsageError("neither MODEL nor --from-record is given; name a preset, a config.json, a folder or a spec")
+    split = None if model is None else sharded(model, tp=tp, ep=ep, dtype=dtype)
     where = store_location(store, settings)
     use_threads(threads)
     group = process_group()
     with group.guard():
         if rank == 0 and export is not None:
             check_writable("--export", export)
-    _announce(output, split, counts, chosen, budget_s, where)
-    table = tune_layers(
-        split.layers, counts, policy=chosen, where=where, group=group, output=output, budget_s=budget_s, fresh=fresh
-    )
+        named = settings.routing if routing is None else routing
+        profile = None if named is None else load_profile(named)
+        layers = None if split is None else split.layers
+        missed = None if from_record is None else read_missed(from_record, layers, output)
+    if split is not None:
+        split.explain(output)
+    if missed is not None:
+        output.note(f"measurements go to {where}")
+        table = tune_missed(
+            missed, None if tokens is None else counts, policy=chosen, profile=profile, base=settings.import_from,
+            where=where, group=group, output=output, budget_s=budget_s, fresh=fresh,
+        )  # fmt: skip
+    else:
+        assert split is not None, "checked above"
+        _announce(output, split, counts, chosen, budget_s, where)
+        table = tune_layers(
+            split.layers, counts, policy=chosen, routing=profile, where=where, group=group, output=output,
+            budget_s=budget_s, fresh=fresh,
+        )  # fmt: skip
+    evidence: list[Measurement] = []
     with group.guard():
+        if rank == 0:
+            evidence = _evidence(table, where)
         if rank == 0 and export is not None:
-            export_table(table, export)
+            export_table(table, export, evidence)
         group.gather("exported", b"")
-    _report(output, split, table, where=where, export=export, ranks=group.world_size)
+    _report(output, split, table, evidence, where=where, export=export, ranks=group.world_size)
 
 
 def _announce(
     output: Output, split: ShardedModel, counts: tuple[int, ...], policy: str, budget_s: float | None, where: str
 ) -> None:
-    split.explain(output)
     shown = ", ".join(map(str, counts[:12])) + (f", … {counts[-1]}" if len(counts) > 12 else "")
     within = "" if budget_s is None else f", within {duration(budget_s)}"
     noun = "token" if counts == (1,) else "tokens"
@@ -104,19 +132,41 @@ def _announce(
     output.note(f"measurements go to {where}")
 
 
+def _evidence(table: TuningTable, where: str) -> list[Measurement]:
+    """Return the measurements that the decisions rest on."""
+    from tilecast.autotune.explain import deciding_measurements
+    from tilecast.cache_store.store import open_store
+
+    with open_store(where, create=False, read_only=True) as store:
+        return deciding_measurements(table, store)
+
+
 def _report(
-    output: Output, split: ShardedModel, table: TuningTable, *, where: str, export: Path | None, ranks: int
+    output: Output,
+    split: ShardedModel | None,
+    table: TuningTable,
+    evidence: list[Measurement],
+    *,
+    where: str,
+    export: Path | None,
+    ranks: int,
 ) -> None:
+    from tilecast.autotune.explain import table_costs
+    from tilecast.cli._explained import cost_lines, costs_json
+    from tilecast.kernels import registry
+
+    costs = table_costs(table, evidence, registry)
     document: dict[str, Json] = {
         "command": "tune",
-        "model": split.to_json(),
+        "model": None if split is None else split.to_json(),
         "store": where,
         "export": None if export is None else str(export),
         "ranks": ranks,
         "table": table_json(table),
+        "reproducibility": costs_json(costs, table),
     }
     output.emit(document)
-    output.show(*decision_tables(table.decisions))
+    output.show(*decision_tables(table.decisions), *cost_lines(costs, table))
     uncertified = weak(table.decisions)
     if uncertified:
         output.warn(f"{plural(len(uncertified), 'decision')} could not be certified on this device as reproducible")

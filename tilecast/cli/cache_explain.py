@@ -1,0 +1,189 @@
+"""`tilecast cache explain`: the race behind one decision."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tilecast.cli._layers import sharded
+from tilecast.cli._options import EpOption, JsonOption, TpOption
+from tilecast.cli._output import Output
+from tilecast.cli._stores import read_file, store_location
+from tilecast.environment import Environment
+from tilecast.errors import CoverageError, InputError, ModelError, UsageError
+from tilecast.evidence import POLICIES, Decision, TuningTable
+from tilecast.problem import ExpertLayer, tokens_text
+from tilecast.settings import Settings
+
+DEFAULT_STORE = "store"
+
+
+def explain(
+    table: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE", help="An exported file, a store, or a SQLAlchemy URL; `store` is the default store."
+        ),
+    ],
+    layer: Annotated[
+        str,
+        typer.Argument(
+            metavar="LAYER",
+            help="A layer: text in its label, the start of its digest, its number in the table from 1, "
+            "or a model or spec as `tune` takes it.",
+        ),
+    ],
+    tokens: Annotated[int, typer.Argument(metavar="TOKENS", min=1, help="Token count; its bucket is explained.")],
+    tp: TpOption = 1,
+    ep: EpOption = 1,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            "--policy",
+            metavar="POLICY",
+            help="Decisions of this policy. Default: reproducible if there are any.",
+            show_default=False,
+        ),
+    ] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            "--routing",
+            metavar="NAME",
+            help="Decisions of this routing profile. Default: uniform if there are any.",
+            show_default=False,
+        ),
+    ] = None,
+    environment: Annotated[
+        str | None,
+        typer.Option(
+            "--environment",
+            metavar="DIGEST",
+            help="Start of the environment's digest. Default: the one that fits.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="T=W,…",
+            help="Token counts' shares of the calls, as given to tune: 1=0.9,64=0.1.",
+            show_default=False,
+        ),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Show why a config was chosen: who ran, who was cut when and why, who won by how much.
+
+    Everything is computed from the measurements in the table, which `tune --export` and `cache export
+    --measurements` put there.
+
+    Examples:
+
+        tilecast cache explain mixtral.db mixtral-8x7b 64 --tp 8
+
+        tilecast cache explain mixtral.db 1 64 --json
+    """  # fmt: skip
+    from tilecast import environment as environments
+    from tilecast.autotune.explain import explain as explained
+    from tilecast.autotune.explain import series_of
+    from tilecast.cli._explained import explanation_json, show_explanation
+    from tilecast.kernels import registry
+
+    if policy is not None and policy not in POLICIES:
+        raise UsageError(f"--policy is {policy!r:.40}, expected one of {', '.join(POLICIES)}")
+    shares = parse_weights(weights)
+    output = Output(json_wanted=json_)
+    where = store_location(None, Settings.from_environment()) if table == DEFAULT_STORE else table
+    bundle = read_file(where, measurements=True)
+    of_layer = _of_layer(bundle.table, layer, where, tp=tp, ep=ep)
+    series = _series(of_layer, bundle.table, where, environments.here(), (policy, routing, environment))
+    decision = _covering(series, tokens, where)
+    made = next(e for e in bundle.table.environments if e.digest == decision.environment)
+    ours = environments.kernel_source_digest(made.device_kind) == made.kernel_source
+    explanation = explained(
+        decision, series_of(decision, bundle.table), bundle.measurements, made, registry if ours else None,
+        weights=shares,
+    )  # fmt: skip
+    output.emit({"command": "cache explain", "source": where, "tokens": tokens, **explanation_json(explanation)})
+    show_explanation(output, explanation)
+
+
+def parse_weights(text: str | None) -> dict[int, float] | None:
+    """Return token counts with their shares from `1=0.9,64=0.1`; None for None. Raises UsageError."""
+    if text is None:
+        return None
+    found: dict[int, float] = {}
+    for part in text.split(","):
+        tokens, equals, share = part.partition("=")
+        try:
+            count, value = int(tokens), float(share)
+        except ValueError:
+            count, value = 0, 0.0
+        if not equals or count < 1 or not 0 <= value < float("inf") or count in found:
+            raise UsageError(f"--weights holds {part!r:.40}, expected each token count once, as in 1=0.9,64=0.1")
+        found[count] = value
+    return found
+
+
+def _of_layer(table: TuningTable, text: str, source: str, *, tp: int, ep: int) -> list[Decision]:
+    """Return the decisions of the one layer that `text` names. Raises InputError for none or several."""
+    present = list(dict.fromkeys(d.layer for d in table.decisions))
+    named = _named(present, text, tp=tp, ep=ep)
+    if len(named) != 1:
+        shown = "; ".join(f"{i}: {layer.label} ({layer.digest[:8]})" for i, layer in enumerate(present, start=1))
+        count = f"matches {len(named)} layers" if named else "is no layer"
+        raise InputError(f"{text!r:.60} {count} of {source}; it has: {shown or 'none'}")
+    return [d for d in table.decisions if d.layer == named[0]]
+
+
+def _named(present: list[ExpertLayer], text: str, *, tp: int, ep: int) -> list[ExpertLayer]:
+    if text.isdecimal() and 1 <= int(text) <= len(present):
+        return [present[int(text) - 1]]
+    lower = text.lower()
+    # Six digits, so that a size such as "896" is never taken for a digest.
+    found = [x for x in present if lower in x.label.lower() or (len(text) >= 6 and x.digest.startswith(lower))]
+    exact = [x for x in found if x.label.lower() == lower]
+    if found:
+        return exact or found
+    try:
+        wanted = sharded(text, tp=tp, ep=ep).layers
+    except ModelError:
+        return []
+    return [x for x in present if x in wanted]
+
+
+def _series(
+    decisions: list[Decision],
+    table: TuningTable,
+    source: str,
+    here: Environment,
+    wanted: tuple[str | None, str | None, str | None],
+) -> list[Decision]:
+    """Return the decisions of one policy, routing profile and environment. Raises InputError, CoverageError."""
+    policy, routing, digest = wanted
+    fits = {e.digest for e in table.environments if here.accepts(e)}
+    kept = [
+        d for d in decisions
+        if policy in (None, d.policy) and routing in (None, d.routing) and d.environment.startswith(digest or "")
+    ]  # fmt: skip
+    if not kept:
+        raise CoverageError(f"{source} has no decision of this layer with these options; see `tilecast cache show`")
+    best = min(
+        kept, key=lambda d: (d.environment not in fits, d.policy != "reproducible", d.routing != "uniform", d.sort_key)
+    )
+    others = {d.environment for d in kept}
+    if digest is None and best.environment not in fits and len(others) > 1:
+        names = ", ".join(sorted(other[:12] for other in others))
+        raise InputError(f"{source} has this layer for several devices, none of them this one: --environment {names}")
+    return [d for d in kept if d.sort_key[:4] == best.sort_key[:4]]
+
+
+def _covering(series: list[Decision], tokens: int, source: str) -> Decision:
+    for decision in series:
+        if decision.bucket.above < tokens <= decision.bucket.tokens:
+            return decision
+    counts = ", ".join(str(d.bucket.tokens) for d in series)
+    raise CoverageError(f"no decision of {source} covers {tokens_text(tokens)}; this layer's buckets end at {counts}")
