@@ -68,6 +68,25 @@ BudgetOption = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
+RoutingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--routing",
+        metavar="PROFILE",
+        help="How tokens spread over experts: uniform, zipf:S (zipf:1.2), or a file that TM_GEMM_RECORD wrote. "
+        "Default: TM_GEMM_ROUTING or uniform.",
+        show_default=False,
+    ),
+]
+FromRecordOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-record",
+        metavar="FILE",
+        help="Tune the layers and token counts that serving missed, as TM_GEMM_RECORD wrote them down.",
+        show_default=False,
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, max=4096, metavar="N", help="CPU threads. Default: torch's.", show_default=False),

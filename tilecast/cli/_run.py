@@ -12,6 +12,7 @@ from tilecast.evidence import TuningTable
 from tilecast.problem import ExpertLayer
 
 if TYPE_CHECKING:
+    from tilecast.autotune.routing_profiles import RoutingProfile
     from tilecast.autotune.tuner import Progress
     from tilecast.engine.group import Group
 
@@ -49,6 +50,7 @@ def tune_layers(
     where: str,
     group: Group,
     output: Output,
+    routing: RoutingProfile | None = None,
     budget_s: float | None = None,
     fresh: bool = False,
 ) -> TuningTable:
@@ -61,7 +63,7 @@ def tune_layers(
     from tilecast.cache_store.store import open_store
     from tilecast.engine.tuning import tune_together
 
-    plan = make_plan(layers, tokens, environment.here(), policy=policy)
+    plan = make_plan(layers, tokens, environment.here(), policy=policy, routing=routing or "uniform")
     with resumable("measurements made"), group.guard(), output.progress("tuning") as reporter:
         store = open_store(where) if group.rank == 0 else None
         try:

@@ -102,6 +102,7 @@ def tune_missing(
     measurer: Measurer | None = None,
     budget_s: float | None = None,
     progress: Callable[[Progress], None] | None = None,
+    fresh: bool = False,
 ) -> TuningTable:
     """Tune the buckets that `runtime`'s table lacks and return it with them added, the same on all ranks.
 
@@ -116,7 +117,7 @@ def tune_missing(
     for plan, registry in plans:
         share = None if budget_s is None else budget_s * len(plan.tasks) / tasks
         added = tune_together(
-            plan, store, group, registry=registry, measurer=measurer, budget_s=share, progress=progress
+            plan, store, group, registry=registry, measurer=measurer, budget_s=share, progress=progress, fresh=fresh
         )
         table = table.merged(added)
     return table
