@@ -29,7 +29,7 @@ CPU_FEATURES = frozenset(
 )
 """CPU feature flags, by their Linux names, that can change which instructions a kernel uses."""
 
-NEVER_LAUNCHED = frozenset({"reference.py", "static.py", "compilers.py", "assembly.py", "_compile.py"})
+NEVER_LAUNCHED = frozenset({"reference.py", "static.py", "compilers.py", "assembly.py", "_compile.py", "work.py"})
 """Modules of `tilecast.kernels` that judge kernels and launch none: no bit and no time depends on them."""
 TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
 """The distributions that Triton comes in, the usual one first."""
@@ -131,7 +131,8 @@ def kernel_source_digest(device_kind: str) -> str:
     folder = {"cpu": "cpu", "cuda": "gpu"}[device_kind]
     total = hashlib.sha256()
     common = [path for path in root.glob("*.py") if path.name not in NEVER_LAUNCHED]
-    for path in sorted([*common, *(root / folder).glob("**/*.py")]):
+    own = [path for path in (root / folder).glob("**/*.py") if path.name != "work.py"]
+    for path in sorted([*common, *own]):
         total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()
 

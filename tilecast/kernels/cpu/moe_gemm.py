@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -22,8 +22,10 @@ from tilecast.kernels.cpu._moe import ARGS, FLUSH_K, Variant
 from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.kernels.cpu.jit import available_threads, load_variant, run
 from tilecast.kernels.cpu.layouts import pack_bias, pack_panels, padded_columns, padded_k
+from tilecast.kernels.cpu.work import moe_gemm_work
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
+from tilecast.kernels.work import Work
 from tilecast.problem import DTYPES, ExpertGemm, ParamValue, TileConfig
 
 NAME = "llvm.moe_gemm"
@@ -183,6 +185,10 @@ class MoeGemm:
             raise ConfigError(f"{NAME}: weights in layout {weights.layout} cannot be packed as {layout}")
         data = pack_panels(weights.data, weights.gemm, panel_columns(layout), self.isa.lanes)
         return GemmWeights(gemm=weights.gemm, layout=layout, data=data, bias=weights.bias)
+
+    def work(self, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
+        """Return what a launch of a valid config does; counts are the rows of each local expert."""
+        return moe_gemm_work(self.isa, gemm, config, environment, counts, BLOCK_M)
 
     # Launching ------------------------------------------------------------------------
 

@@ -28,9 +28,11 @@ import torch
 from tilecast.canonical import Json
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import ConfigError, DeviceError
+from tilecast.kernels.cpu.work import onednn_work
 from tilecast.kernels.reference import activate
 from tilecast.kernels.routing import ExpertLayout, ordered_sum
 from tilecast.kernels.spec import PLAIN, GemmWeights, outside_domain
+from tilecast.kernels.work import Work
 from tilecast.problem import ExpertGemm, ParamValue, TileConfig
 
 ONEDNN = "onednn"
@@ -131,6 +133,10 @@ class OneDnnLinear:
         with torch.no_grad():
             data = tuple(prepack(weight, PACK_ROWS) for weight in weights.data)
         return GemmWeights(gemm=weights.gemm, layout=layout, data=data, bias=weights.bias)
+
+    def work(self, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
+        """Return what a launch of a valid config does; counts are the rows of each local expert."""
+        return onednn_work(gemm, config, environment, counts)
 
     def up(
         self,

@@ -6,7 +6,7 @@ tile and walks over all its experts in slot order, so that the combine is part o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -17,7 +17,9 @@ from tilecast.kernels.gpu.defaults import DECODE, MAX_TOP_K, default_config, lea
 from tilecast.kernels.gpu.moe import Domain, Plan, TritonExperts, gemm_constants, make_build
 from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
+from tilecast.kernels.gpu.work import decode_work
 from tilecast.kernels.spec import PLAIN, GemmWeights
+from tilecast.kernels.work import Work
 from tilecast.problem import ExpertGemm, TileConfig
 
 UP_CONSTANTS = (
@@ -88,6 +90,10 @@ class Decode(TritonExperts):
 
     def _config(self, **params: int) -> TileConfig:
         return TileConfig(self.name, params)
+
+    def work(self, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
+        """Return what a launch of a valid config does; counts are the rows of each local expert."""
+        return decode_work(gemm, config, environment, counts)
 
     def builds(
         self,

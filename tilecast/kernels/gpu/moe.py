@@ -8,7 +8,7 @@ stages, warps, program order, TMA and the unsorted form change none of that. Swa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,8 +23,10 @@ from tilecast.kernels.gpu.layouts import Strides, relayout, strides
 from tilecast.kernels.gpu.sorting import MAX_EXPERTS, DeviceLayout, TileMap, aligned
 from tilecast.kernels.gpu.target import Target, parse_target, target_of
 from tilecast.kernels.gpu.tiles import instruction, tile_reason
+from tilecast.kernels.gpu.work import sorted_work
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, GemmWeights
+from tilecast.kernels.work import Work
 from tilecast.problem import ExpertGemm, ParamValue, TileConfig
 
 Domain = dict[str, tuple[ParamValue, ...] | range]
@@ -121,6 +123,10 @@ class TritonExperts(ABC):
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         """Return `plain` weights stored in another layout. The plain tensor is left as it was."""
         return relayout(weights, layout)
+
+    def work(self, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
+        """Return what a launch of a valid config does; counts are the rows of each local expert."""
+        return sorted_work(gemm, config, environment, counts)
 
     # What is compiled -------------------------------------------------------------------
 

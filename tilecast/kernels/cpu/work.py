@@ -1,0 +1,205 @@
+"""What the CPU kernels' launches do, for the cost model: cycles of the inner tile, streams of weights, library calls.
+
+Cycles are those of a core with two multiply-add units and two vector loads a cycle, as all of this package's x86 and
+ARM targets have within a factor that the measured multiply-add rate carries (Fog, "Instruction tables";
+"Software Optimization Guide for the AMD Family 19h Processors", AMD).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tilecast.environment import Environment
+from tilecast.kernels.cpu._moe import FLUSH_K, Tile, Variant
+from tilecast.kernels.cpu.isa import Isa
+from tilecast.kernels.cpu.layouts import padded_columns, padded_k
+from tilecast.kernels.spec import PLAIN
+from tilecast.kernels.work import Work, nothing, present
+from tilecast.problem import DTYPES, ExpertGemm, TileConfig
+
+FMA_UNITS, LOAD_PORTS, VECTOR_PIPES = 2, 2, 4
+FMA_LATENCY = 4
+"""Cycles from one multiply-add into a register to the next one."""
+SPILL_CYCLES = 3.0
+"""What a step waits longer where a tile needs more registers than there are: a store is read back at once."""
+CALL_CYCLES = 24.0
+"""Entering the micro-kernel for one block of rows and one chunk of K."""
+SUM_CYCLES = 1.5
+"""Adding one vector of sums to the totals: a load, an add, a store."""
+L1_BYTES, L2_BYTES = 32 << 10, 512 << 10
+L2_BYTES_PER_CYCLE = 24.0
+STAGE_PACKED_CYCLES = 1.0
+"""Widening one vector of packed weights into scratch: one store a cycle."""
+STAGE_PLAIN_CYCLES = 6.5
+"""The same from plain rows: transposed, and the rows' addresses, a power of two apart, share few cache sets."""
+STREAM_EFFICIENCY = {1: 0.78, 2: 0.95}
+"""Part of the bandwidth that cores reach on one and on two streams of weights each; four fill it."""
+HALF_PANEL_EFFICIENCY, HALF_PANEL_PREFETCHED = 0.95, 0.8
+"""The same where a tile takes every second stretch of a panel: the neighbour's come along, for the next tile, but
+prefetches by the kernel ask for lines that this tile does not want."""
+DOUBLE_REQUESTS = 0.96
+"""What prefetches leave of the bandwidth where the hardware follows the streams anyway."""
+PLAIN_EFFICIENCY = 0.8
+"""Plain weights are read in stretches of 512 bytes to 1 KiB of many rows at once."""
+OVERLAP, PREFETCHED_OVERLAP = 0.5, 0.8
+"""How much of the shorter of reading and computing hides behind the other, without and with prefetching."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cycles of a tile depend on besides its rows and vectors. source: `f32`, `f16` or `pairs`."""
+
+    source: str
+    dot: bool
+    lanes: int
+    registers: int
+    prefetched: float
+    l2_chunk: bool
+
+
+def step_cycles(rows: int, nv: int, shape: Shape) -> float:
+    """Return the cycles of one step of K of a register tile of `rows` × nv vectors."""
+    sums = rows * nv
+    pairs = shape.source == "pairs" and not shape.dot
+    # A word of two bf16 is loaded once for two steps, and widened by a shift and a mask.
+    loads = (nv / 2 if pairs else nv) + rows + shape.prefetched
+    widening = nv if pairs else 2 * nv if shape.source == "f16" else 0
+    live = sums + 1 + (2 * nv if pairs else nv)
+    cycles = max(sums / FMA_UNITS, loads / LOAD_PORTS, (sums + widening) / VECTOR_PIPES, FMA_LATENCY)
+    if shape.l2_chunk:
+        cycles = max(cycles, 4 * nv * shape.lanes / L2_BYTES_PER_CYCLE) + rows / LOAD_PORTS
+    # An operand that is used once is taken from memory by the multiply-add itself.
+    return cycles + (SPILL_CYCLES if live > shape.registers + (0 if pairs else nv - 1) else 0.0)
+
+
+def row_blocks(rows: int, most: int) -> Counter[int]:
+    """Return how many blocks of each size `rows` are cut into: sizes differ by at most one."""
+    blocks = -(-rows // most)
+    small, larger = divmod(rows, blocks)
+    return +Counter({small + 1: larger, small: blocks - larger})
+
+
+def variant_of(isa: Isa, gemm: ExpertGemm, config: TileConfig, block_n: int) -> Variant:
+    """Return the code variant that a config runs."""
+    nv, layout = config.integer("nv"), str(config["layout"])
+    layer = gemm.layer
+    return Variant(
+        gemm=gemm.name, dtype=layer.dtype, out=layer.dtype, activation=layer.activation if gemm.name == "up" else "",
+        gated=layer.gated, bias=layer.bias, mr=config.integer("mr"), nv=nv,
+        max_nv=max(nv, min(8, block_n // isa.lanes)), unroll=config.integer("unroll"),
+        panel=0 if layout == PLAIN else int(layout.removeprefix("panel")), stage=bool(config["stage"]),
+        dot="native" if config["dot"] == "bf16" else "", prefetch=config.integer("prefetch"), lanes=isa.lanes,
+        fma=isa.fma,
+    )  # fmt: skip
+
+
+def moe_gemm_work(
+    isa: Isa, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int], block_m: int
+) -> Work:
+    """Return what a launch of `llvm.moe_gemm` does; block_m rows share one pass over the weights."""
+    rows_present = present(counts)
+    dot = config["dot"] == "bf16"
+    path = "dot_bf16" if dot else "fma"
+    if not rows_present:
+        return nothing(path)
+    size, columns = DTYPES[gemm.layer.dtype], padded_columns(gemm, isa.lanes)
+    block_n = min(config.integer("block_n"), columns)
+    variant = variant_of(isa, gemm, config, block_n)
+    depth = padded_k(gemm, pairs=variant.panel > 0 and gemm.layer.dtype == "bf16")
+    row_bytes = 2 if dot else 4
+    cycles = memory_cost = covered_cycles = passes = cache_bytes = 0.0
+    longest, jobs = 0.0, 0
+    column_blocks = -(-columns // block_n)
+    for rows, experts in Counter(rows_present).items():
+        for part, times in Counter([block_m] * (rows // block_m) + [rows % block_m] * bool(rows % block_m)).items():
+            tile = next((tile for tile in variant.tiles if part <= tile.most), variant.tiles[-1])
+            each, covered = _product_cycles(variant, tile, part, depth, isa, dot)
+            tiles = column_blocks * -(-block_n // tile.nr)
+            cycles += experts * times * tiles * each
+            covered_cycles += experts * times * tiles * each * covered / max(1, tile.nr // (variant.panel or tile.nr))
+            memory_cost += experts * times / _memory_efficiency(variant, tile)
+            passes += experts * times
+            jobs += experts * times * column_blocks
+            longest = max(longest, tiles * each / column_blocks)
+            held = part * min(depth, config.integer("block_k") or depth) * row_bytes
+            cache_bytes += experts * times * tiles * part * depth * row_bytes * (held > L2_BYTES // 2)
+    rows = sum(rows_present)
+    flops = 2.0 * rows * columns * depth
+    ideal = flops / (2 * isa.lanes * FMA_UNITS * (2 if dot else 1))
+    cached = columns * depth * size * block_m <= environment.llc_bytes // 2
+    reads = len(rows_present) if cached else passes
+    widened = 0 if not variant.widens else 2 * 4 * rows * depth
+    partial = 0 if gemm.name == "up" else 2 * 4 * rows * gemm.n
+    return Work(
+        weight_bytes=float(reads * columns * depth * size), row_bytes=float(rows * gemm.k * size),
+        out_bytes=float(rows * gemm.n * size), cache_bytes=cache_bytes + widened + partial, flops=flops,
+        useful_flops=float(gemm.flops(rows)), programs=jobs, path=path, efficiency=min(1.0, ideal / cycles),
+        largest=longest / cycles, memory_efficiency=passes / memory_cost,
+        overlap=OVERLAP + (PREFETCHED_OVERLAP - OVERLAP) * covered_cycles / cycles,
+    )  # fmt: skip
+
+
+def _product_cycles(variant: Variant, tile: Tile, rows: int, depth: int, isa: Isa, dot: bool) -> tuple[float, float]:
+    """Return the cycles of one column tile of a job over all of K, and the part of its weights prefetched."""
+    micro, nv = tile.micro, tile.micro.nv
+    source = micro.source
+    step = 2 if dot else 1
+    steps, chunks = depth / step, -(-depth // FLUSH_K)
+    blocks = row_blocks(rows, tile.most)
+    turns = FLUSH_K / micro.step / micro.unroll
+    chunk_bytes = FLUSH_K * tile.nr * (4 if source == "f32" else 2)
+    weights_bytes = FLUSH_K * tile.nr * DTYPES[variant.dtype]
+    asked = turns * micro.panels * micro.lines_per_panel * 64 * blocks.total()
+    covered = min(1.0, asked / weights_bytes) if variant.panel and tile.nr >= variant.panel else 0.0
+    shape = Shape(
+        source=source, dot=dot, lanes=isa.lanes, registers=isa.registers,
+        prefetched=micro.prefetch / micro.unroll / micro.step * step,
+        l2_chunk=blocks.total() > 1 and chunk_bytes > 3 * L1_BYTES // 4,
+    )  # fmt: skip
+    cycles = 0.0
+    for size, times in blocks.items():
+        cycles += times * (steps * step_cycles(size, nv, shape) + chunks * (CALL_CYCLES + SUM_CYCLES * size * nv))
+    if variant.stage:
+        cycles += depth * nv * (STAGE_PACKED_CYCLES if variant.panel else STAGE_PLAIN_CYCLES)
+    return cycles, covered
+
+
+def _memory_efficiency(variant: Variant, tile: Tile) -> float:
+    if not variant.panel:
+        return PLAIN_EFFICIENCY
+    if tile.nr < variant.panel:
+        return HALF_PANEL_PREFETCHED if variant.prefetch else HALF_PANEL_EFFICIENCY
+    streams = tile.nr // variant.panel
+    base = STREAM_EFFICIENCY.get(streams, 1.0)
+    if streams > 1 and variant.prefetch:
+        return base * DOUBLE_REQUESTS
+    return base
+
+
+LIBRARY_CALLS = 7
+"""Torch operations around each product of `onednn.linear`."""
+
+
+def onednn_work(gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
+    """Return what a launch of `onednn.linear` does: one product for each block of rows."""
+    rows_present, dtype = present(counts), gemm.layer.dtype
+    path = f"library_{dtype}"
+    if not rows_present:
+        return nothing(path)
+    block, size = config.integer("row_block"), DTYPES[dtype]
+    blocks = [-(-rows // block) if block else 1 for rows in rows_present]
+    padded = sum(count * block if block else rows for rows, count in zip(rows_present, blocks, strict=True))
+    weights = gemm.n * gemm.k * size
+    # What is read again at once comes from the cache, as far as it holds an expert.
+    again = (sum(blocks) - len(blocks)) * weights
+    fits = weights <= environment.llc_bytes // 2
+    rows = sum(rows_present)
+    return Work(
+        weight_bytes=float(len(rows_present) * weights + (0 if fits else again)),
+        cache_bytes=float((again if fits else 0) + 4 * padded * gemm.n * 4), row_bytes=float(padded * gemm.k * size),
+        out_bytes=float(rows * gemm.n * size), flops=float(gemm.flops(padded)), useful_flops=float(gemm.flops(rows)),
+        programs=sum(blocks), launches=LIBRARY_CALLS * sum(blocks), path=path, overlap=OVERLAP,
+        memory_efficiency=STREAM_EFFICIENCY[1],
+    )  # fmt: skip
