@@ -11,10 +11,12 @@ import pytest
 
 from tests.cli.conftest import LAYER, SPEC, Command, table_of
 from tilecast.autotune.decide import decide
+from tilecast.autotune.explain import table_costs
 from tilecast.autotune.plan import make_plan
 from tilecast.autotune.prescreen import anchors, prescreen
 from tilecast.cache_store.bundle import export_table, read_bundle
 from tilecast.cache_store.memory import MemoryStore
+from tilecast.cli._explained import cost_lines
 from tilecast.environment import cpu_environment
 from tilecast.evidence import Measurement
 from tilecast.kernels import registry
@@ -87,6 +89,16 @@ def test_a_layer_has_many_names(cli: Command, raced: Path, layer: str) -> None:
     done = cli("cache", "explain", raced, layer, "1", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["decision"]["layer_digest"] == LAYER.digest
+
+
+def test_tune_sums_the_cost_up_in_a_line_per_layer(raced: Path) -> None:
+    bundle = read_bundle(raced, measurements=True)
+    costs = table_costs(bundle.table, bundle.measurements, registry)
+    (line,) = cost_lines(costs, bundle.table)
+    (cost,) = costs.values()
+    assert f"{LAYER.label}: {cost.overall.total:.3f}× overall (bits {cost.overall.bits:.3f}×" in line
+    assert line.endswith((" at 1 token", " at 4 tokens"))
+    assert cost_lines({}, bundle.table) == []
 
 
 def test_weights_move_the_overall_cost_alone(cli: Command, raced: Path) -> None:
