@@ -1,7 +1,8 @@
 """The process that compiles: one build a line on standard input, one report a line on standard output.
 
-`static.py` starts it, without TRITON_INTERPRET (with it, kernels would be the interpreter's and could not be
-compiled), with Triton's cache in a folder of its own, and with ptxas's report switched on.
+`compilers.py` starts it, without TRITON_INTERPRET (with it, kernels would be the interpreter's and could not be
+compiled). For static analysis Triton's cache is in a folder of its own, and ptxas's report switched on. For launches
+to come, builds are compiled exactly as these would, into the cache in which they look.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import MockTensor, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilecast.kernels.assembly import gcn_usage, machine_code, ptx_threads, ptxas_usage, read_gcn, read_ptx
 from tilecast.kernels.compilers import READY
 from tilecast.kernels.gpu.build import Build
 from tilecast.kernels.gpu.target import Target, parse_target
+from tilecast.kernels.spec import TORCH_DTYPES
 
 MAX_ERROR = 400
 
@@ -77,6 +82,54 @@ def compile_build(build: Build, target: Target) -> dict[str, Any]:
         return {"error": _one_line(error), "compile_seconds": time.perf_counter() - start}
 
 
+def compile_ahead(build: Build, target: GPUTarget) -> dict[str, Any]:
+    """Compile one build into Triton's cache, where a launch on `target` finds it; `error` where that fails."""
+    start = time.perf_counter()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            source, options = launch_source(build, target)
+            triton.compile(source, target=target, options=options)
+        return {"compile_seconds": time.perf_counter() - start}
+    except Exception as error:  # Triton's passes raise what they like; the answer carries it
+        return {"error": _one_line(error), "compile_seconds": time.perf_counter() - start}
+
+
+def launch_source(build: Build, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """Return what Triton's JIT hands to its compiler for a launch of `build`: the source and the options.
+
+    The key in the cache is made of their text, so they have to be the JIT's own and not just mean the same.
+    """
+    kernel, backend = build.kernel, make_backend(target)
+    knobs = triton.knobs
+    keywords = {
+        **dict(build.constants),
+        **build.triton_options,
+        "debug": kernel.debug or knobs.runtime.debug,
+        "instrumentation_mode": knobs.compilation.instrumentation_mode,
+    }
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*(_stand_in(kind) for _, kind in build.signature), **keywords)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    return ASTSource(kernel, signature, constants, attributes), parsed.__dict__
+
+
+def _stand_in(kind: str) -> Any:
+    """Return an argument of a type, as `Build.signature` has it, that a launch would not tell from a real one."""
+    if kind.startswith("*"):
+        return MockTensor(_ELEMENTS[kind[1:]])
+    if not kind.startswith("tensordesc<"):
+        # Numbers are not specialised on; 0 and 1 would be taken for constants by Triton if they were.
+        return 3
+    dtype, _, block = kind.removeprefix("tensordesc<").removesuffix("]>").partition("[")
+    sizes = [int(size) for size in block.split(",")]
+    # 16-byte strides, whatever the dtype; nothing is read.
+    base = torch.empty(16, dtype=_ELEMENTS[dtype])
+    return TensorDescriptor(base, [16] * len(sizes), [16] * (len(sizes) - 1) + [1], sizes)
+
+
+_ELEMENTS = {**TORCH_DTYPES, "i32": torch.int32, "i64": torch.int64}
+
+
 def _facts(compiled: Any, log: str) -> dict[str, Any]:
     metadata = compiled.metadata
     if "ptx" in compiled.asm:
@@ -123,8 +176,11 @@ def _diagnosis(errors: Path, seen: int) -> str:
     return next((line.strip() for line in lines if "error:" in line), "")[:MAX_ERROR]
 
 
-def main(errors: Path, cache: Path) -> None:
-    """Serve until standard input ends. `errors` is where standard error goes, `cache` is Triton's folder."""
+def main(errors: Path, cache: Path | None) -> None:
+    """Serve until standard input ends. `errors` is where standard error goes, `cache` is Triton's folder.
+
+    Without `cache`, builds are compiled for launches to come and stay where Triton puts them.
+    """
     # Ctrl-C is the parent's to handle; it ends this process by closing its input or killing it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Whatever else is printed must not come between the reports.
@@ -134,14 +190,19 @@ def main(errors: Path, cache: Path) -> None:
         for line in sys.stdin:
             job = json.loads(line)
             seen = errors.stat().st_size
-            facts = compile_build(build_from_json(job["build"]), parse_target(job["target"]))
+            build = build_from_json(job["build"])
+            if cache is None:
+                facts = compile_ahead(build, GPUTarget(*job["target"]))
+            else:
+                facts = compile_build(build, parse_target(job["target"]))
             if "error" in facts:
                 said = _diagnosis(errors, seen)
                 facts["error"] = f"{facts['error']} ({said})" if said and said not in facts["error"] else facts["error"]
-            # A thousand compiled kernels would fill gigabytes, and nobody reads them again.
-            shutil.rmtree(cache, ignore_errors=True)
+            if cache is not None:
+                # A thousand compiled kernels would fill gigabytes, and nobody reads them again.
+                shutil.rmtree(cache, ignore_errors=True)
             print(json.dumps(facts), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if sys.argv[2:] else None)

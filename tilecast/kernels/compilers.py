@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,25 +43,20 @@ class _Ended(Exception):
 class _Compiler:
     """One process, with a folder of its own that goes with it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, ahead: bool = False) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=folder))
         self._errors = self.folder / "errors"
         cache = self.folder / "triton"
         # The same modules as here, whatever put them on the path; -P keeps the working folder from going first.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        analysing = {} if ahead else {"TRITON_CACHE_DIR": str(cache), "TRITON_DUMP_PTXAS_LOG": "1"}
         environment = child_environment(
-            {
-                "PYTHONPATH": path,
-                "TRITON_CACHE_DIR": str(cache),
-                "TRITON_DUMP_PTXAS_LOG": "1",
-                "TMPDIR": str(self.folder),
-                "OMP_NUM_THREADS": "1",
-            },
+            {"PYTHONPATH": path, "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1", **analysing},
             without=("TRITON_INTERPRET",),
         )
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", MODULE, str(self._errors), str(cache)],
+                [sys.executable, "-P", "-m", MODULE, str(self._errors), *([] if ahead else [str(cache)])],
                 env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
             )  # fmt: skip
 
@@ -210,6 +206,89 @@ class Compilers:
         return compiler
 
     def _stop(self, compiler: _Compiler) -> None:
+        with self._lock:
+            self._alive.discard(compiler)
+        compiler.end()
+
+
+class AheadCompilers:
+    """Processes that compile for launches to come, into Triton's own cache; they stay until `close`."""
+
+    def __init__(self, count: int) -> None:
+        """Prepare `count` processes; each starts when there is work for it."""
+        self._count = count
+        self._folder = Path(tempfile.mkdtemp(prefix="tilecast-ahead-"))
+        self._lock = threading.Lock()
+        self._waiting: queue.SimpleQueue[tuple[Json, Future[dict[str, Any]]] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._alive: set[_Compiler] = set()
+        self._closed = False
+
+    def submit(self, job: Json) -> Future[dict[str, Any]]:
+        """Queue a job: a build, and the arguments of Triton's GPUTarget. The result has `error` where it failed
+        or crashed the compiler.
+
+        A result raises DeviceError if a process cannot start compiling at all.
+        """
+        future: Future[dict[str, Any]] = Future()
+        with self._lock:
+            if self._closed:
+                future.cancel()
+                return future
+            self._waiting.put((job, future))
+            if len(self._threads) < self._count:
+                self._threads.append(threading.Thread(target=self._serve, daemon=True))
+                self._threads[-1].start()
+        return future
+
+    def close(self) -> None:
+        """End every process, whatever it is doing; what waited is cancelled."""
+        with self._lock:
+            self._closed = True
+            alive = tuple(self._alive)
+        for compiler in alive:
+            compiler.kill()
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _serve(self) -> None:
+        compiler: _Compiler | None = None
+        while (item := self._waiting.get()) is not None:
+            job, future = item
+            if self._closed or not future.set_running_or_notify_cancel():
+                future.cancel()
+                continue
+            try:
+                compiler = compiler or self._start()
+                future.set_result(compiler.compile(job))
+            except _Ended as ended:
+                if compiler is not None:
+                    self._end(compiler)
+                compiler = None
+                # Killed from outside says nothing about the build.
+                future.set_result({"error": str(ended)} if ended.crashed else {})
+            except BaseException as error:  # The future raises it where it can be seen.
+                future.set_exception(error)
+        if compiler is not None:
+            self._end(compiler)
+
+    def _start(self) -> _Compiler:
+        with self._lock:
+            if self._closed:
+                raise _Ended("compiling was ended", crashed=False)
+            compiler = _Compiler(self._folder, ahead=True)
+            self._alive.add(compiler)
+        try:
+            compiler.wait_ready()
+        except BaseException:
+            self._end(compiler)
+            raise
+        return compiler
+
+    def _end(self, compiler: _Compiler) -> None:
         with self._lock:
             self._alive.discard(compiler)
         compiler.end()
