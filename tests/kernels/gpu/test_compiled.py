@@ -16,7 +16,7 @@ from tilecast.kernels import registry
 from tilecast.kernels.gpu.build import Build
 from tilecast.kernels.gpu.moe import TritonExperts
 from tilecast.kernels.gpu.target import Target, parse_target
-from tilecast.kernels.gpu.tiles import ACCUMULATORS_PER_THREAD, instruction, shared_bytes, tile_shape
+from tilecast.kernels.gpu.tiles import instruction, shared_bytes, tile_shape
 from tilecast.kernels.static import MAX_SPILL_BYTES, Report, analyse, verdict
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
@@ -40,7 +40,6 @@ SAMPLED_TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 DEFAULTS, SAMPLES, SEED = 18, 50, 20
 REDUCTION = {"hip:gfx950": 32}
 """K of the 16-bit instruction where it is not 16: sums of other lengths would be another numerics class."""
-CROWDED_SPILL_BYTES = 640
 GEMMS = ("grouped", "persistent", "tma_tiles", "split_tiles", "decode_up", "decode_down")
 KERNELS = tuple(kernel for kernel in registry if isinstance(kernel, TritonExperts))
 
@@ -61,12 +60,6 @@ class Case:
     @property
     def sixteen_bits(self) -> bool:
         return self.gemm.layer.dtype != "fp32"
-
-    def crowded(self, target: Target) -> bool:
-        """Whether a program keeps its place among the tiles beside as many sums as a thread can hold."""
-        m, n, _ = tile_shape(self.config)
-        sums = m * n // (target.warp_size * self.config.integer("num_warps"))
-        return bool(dict(self.config.params).get("waves")) and sums >= ACCUMULATORS_PER_THREAD
 
     @property
     def label(self) -> str:
@@ -164,7 +157,7 @@ def unrolled(case: Case, report: Report, target: Target) -> bool:
 def faults(case: Case, report: Report, target: Target) -> list[str]:
     """Return what is wrong with any build of a valid config, but for what it spills."""
     kind = instruction(case.gemm, case.config, target) if case.multiplies else "fma"
-    reason = verdict(report, target, tensor_cores=kind != "fma", max_spill_bytes=CROWDED_SPILL_BYTES)
+    reason = verdict(report, target, tensor_cores=kind != "fma", max_spill_bytes=MAX_SPILL_BYTES)
     if reason is not None:
         return [reason]
     found = []
@@ -184,14 +177,12 @@ def faults(case: Case, report: Report, target: Target) -> list[str]:
 
 def default_spill(case: Case, report: Report, target: Target) -> int:
     """Return the most that a default may spill: nothing, where that is for the tile to say."""
-    if case.crowded(target):
-        return CROWDED_SPILL_BYTES
     # ptxas for sm_100 and later may stop at 64 registers for the sake of occupancy, and spill a few.
     return MAX_SPILL_BYTES if target.arch in ("100", "120") and report.registers <= 64 else 0
 
 
 def sampled_spill(case: Case, report: Report, target: Target) -> int:
-    return CROWDED_SPILL_BYTES if case.crowded(target) else MAX_SPILL_BYTES
+    return MAX_SPILL_BYTES
 
 
 def check(pairs: list[tuple[Case, Report]], target: Target, most_spill: Callable[[Case, Report, Target], int]) -> None:

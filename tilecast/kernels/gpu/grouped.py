@@ -28,7 +28,7 @@ from tilecast.kernels.gpu.moe import (
 )
 from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
-from tilecast.kernels.gpu.tiles import block_rows, rows_per_expert
+from tilecast.kernels.gpu.tiles import block_rows, crowds, rows_per_expert
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, TileConfig
 
@@ -166,6 +166,8 @@ class Persistent(Grouped):
         target = target_of(environment)
         assert target is not None, "asked for a default in an environment that was rejected"
         tile = sorted_tile(gemm, tokens, target, like)
+        if crowds(gemm, target, walks=True, warps=tile["num_warps"]):
+            tile["block_n"] = min(tile["block_n"], 128)
         return TileConfig(self.name, {**tile, "swap": swapped(like), "waves": 1})
 
     def programs(self, plan: Plan, max_tiles: int) -> int:

@@ -81,9 +81,9 @@ def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | N
     limit = ACCUMULATORS_PER_THREAD if target.kind == "cuda" else 2 * ACCUMULATORS_PER_THREAD
     if sums > limit:
         return f"{m}×{n} sums over {warps} warps are {sums} a thread, more than {limit} spill"
-    walks = bool(_optional(config, "waves")) and "tcgen05" in target.mma
-    if target.kind == "cuda" and sums == limit and warps == 4 and (gemm.layer.bias or walks):
-        return f"{sums} sums a thread leave 4 warps no registers for {'a bias' if gemm.layer.bias else 'a next tile'}"
+    walks = bool(_optional(config, "waves"))
+    if target.kind == "cuda" and sums == limit and crowds(gemm, target, walks=walks, warps=warps):
+        return f"{sums} sums a thread leave no registers for {'a bias' if gemm.layer.bias else 'the next tile'}"
     if instruction(gemm, config, target) == "mma.sync" and sums >= ACCUMULATORS_PER_THREAD // 2 and k >= 128:
         return f"fragments of steps of {k} beside {sums} sums a thread spill"
     values = ((m + n) * k + m * n) // (target.warp_size * warps)
@@ -99,6 +99,11 @@ def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | N
     if gemm.name == "up" and gemm.layer.gated and config.integer("block_n") < 16:
         return "a gated tile needs 8 gate and 8 up columns"
     return None
+
+
+def crowds(gemm: ExpertGemm, target: Target, *, walks: bool, warps: int) -> bool:
+    """Return whether a bias or a next tile does not fit beside as many sums as a thread can hold."""
+    return (walks and "tcgen05" in target.mma) or (gemm.layer.bias and (walks or warps == 4))
 
 
 def block_rows(rows: int, low: int = 16, high: int = 128) -> int:
