@@ -6,7 +6,7 @@ from statistics import median
 import pytest
 
 from tests.autotune.shared import HERE, LAYER, measured
-from tests.torch_kernel import TorchKernel
+from tests.torch_kernel import SortedTorchKernel, TorchKernel
 from tilecast.autotune.decide import decide
 from tilecast.autotune.explain import Explanation, deciding_measurements, deciding_run, explain, series_of, table_costs
 from tilecast.autotune.fates import Entrant
@@ -30,12 +30,14 @@ TOKENS = (1, 4)
 PLAN = make_plan([LAYER], TOKENS, HERE)
 
 
-def rounds_of(config: TileConfig, us: float, *, rounds: int = 3, **fields: object) -> list[Measurement]:
+def rounds_of(
+    config: TileConfig, us: float, *, rounds: int = 3, kernels: Registry = REGISTRY, **fields: object
+) -> list[Measurement]:
     """Return six samples around `us` for each round, 1% apart at most."""
     return [
         measured(
             config, *[us * (1 + 0.001 * (i - 2.5)) for i in range(6)], round=r,
-            numerics=describe(LAYER.up, config, HERE, REGISTRY).numerics, **fields,
+            numerics=describe(LAYER.up, config, HERE, kernels).numerics, **fields,
         )
         for r in range(rounds)
     ]  # fmt: skip
@@ -115,6 +117,30 @@ def test_a_broken_class_is_named() -> None:
     explanation = explained(store)
     assert fates(explanation)[BLOCK16].fate == "class check"
     assert explanation.decision.up.config == DEFAULT and explanation.repeated
+
+
+def test_who_came_late_has_too_few_samples_to_win() -> None:
+    late = [m for g in LAYER.gemms for t in TOKENS for m in rounds_of(BLOCK16, 50, gemm=g, tokens=t) if m.round == 2]
+    entrant = fates(explained(stored(everywhere(DEFAULT, 100, 100), late)))[BLOCK16]
+    assert (entrant.fate, entrant.reason) == ("few samples", "6 of up to 18 samples: fewer than half")
+
+
+def test_the_faster_order_of_one_gemm_gives_way_to_both_together() -> None:
+    kernel = SortedTorchKernel("matmul")
+    registry, plan = Registry((kernel,)), make_plan([LAYER], [4], HERE)
+    slot, ordered = kernel.config(), kernel.config(order="sorted")
+    up = rounds_of(slot, 100, kernels=registry) + rounds_of(ordered, 80, kernels=registry)
+    down = [
+        m
+        for config, us in ((slot, 100), (ordered, 150))
+        for m in rounds_of(config, us, gemm=LAYER.down, kernels=registry)
+    ]
+    store = stored(up, down)
+    table = decide(plan, store, registry, verify=False)
+    found = explain(table.decisions[0], table.decisions, store.measurements(), HERE, registry)
+    assert {e.config: e.fate for e in found.races[0].entrants} == {ordered: "other order", slot: "chosen"}
+    assert found.repeated and "chosen in slot" in found.races[0].entrants[0].reason
+    assert found.cost is not None and found.cost.overall.class_us == pytest.approx(200)
 
 
 def test_the_slowest_rank_is_the_one_shown() -> None:
