@@ -15,7 +15,7 @@ from tilecast.cache_store.bundle import import_table
 from tilecast.engine.runtime import use_table
 
 OTHER = replace(LAYER, hidden=32)
-BUDGET = ("--budget", "2s")
+BUDGET = ("--budget", "0.5s")
 
 
 @pytest.fixture
