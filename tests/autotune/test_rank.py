@@ -9,7 +9,7 @@ from tests.cases import SMALL
 from tests.torch_kernel import TorchKernel
 from tilecast.autotune.calibrate import Calibration, device_key, nominal
 from tilecast.autotune.prescreen import prescreen
-from tilecast.autotune.rank import CostModel
+from tilecast.autotune.rank import CostModel, ModelRanker
 from tilecast.engine.runtime import default_registry
 from tilecast.environment import cpu_environment
 from tilecast.kernels.gpu.target import parse_target
@@ -70,6 +70,16 @@ def test_a_kernel_that_cannot_tell_is_ranked_in_the_middle() -> None:
     ranked = list(model.rank(LAYER.up, 8, [*known, unknown], registry))
     assert abs(ranked.index(unknown) - len(known) / 2) <= 1 + len(known) % 2
     assert model.rank(LAYER.up, 8, [unknown], registry) == {unknown: 1.0}
+    assert set(ModelRanker(model, registry).rank(LAYER.up, 8, [*known, unknown])) == set(known)
+
+
+def test_a_ranker_predicts_for_its_profile() -> None:
+    environment, registry = cpu_environment(), default_registry()
+    model = CostModel(environment, CALIBRATION)
+    layer = replace(LAYER, experts=64)
+    config = registry.default_kernel(layer.up, environment).default(layer.up, 8, environment)
+    uniform, skewed = (ModelRanker(model, registry, name).rank(layer.up, 8, [config]) for name in ("uniform", "zipf:2"))
+    assert skewed[config] < uniform[config], "fewer experts are read"
 
 
 def test_ranking_is_ascending_and_does_not_depend_on_the_order_asked() -> None:

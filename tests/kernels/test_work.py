@@ -56,6 +56,8 @@ def test_cycles_of_register_tiles() -> None:
     assert cycles(1, 1) == 4  # one chain waits for itself
     assert cycles(6, 2, "pairs") > cycles(6, 2) + 1, "widening takes the registers of a sixth row"
     assert cycles(5, 2, "pairs") == 5
+    assert cycles(3, 4) > 6, "four vectors held for three rows are a register too many"
+    assert cycles(1, 8) == (8 + 1) / 2, "one row takes them from memory, two loads a cycle"
 
 
 def test_active_experts_are_read_once_and_only_present_rows_are_computed() -> None:

@@ -41,7 +41,8 @@ class Calibration:
 
     memory_bytes_s and cache_bytes_s: read from memory and from the last-level cache; `flops_s` by path (see
     `Work.path`) the rate of multiply-adds, each counted as two; launch_us of one kernel or library call; program_us
-    of one tile or job besides its work; latency_us of a read from memory. `source` is `probe` or `nominal`.
+    of one tile or job besides its work; latency_us of a read from memory. `source` is `probe`, `nominal`, or `mixed`
+    where others disturbed the probe.
     """
 
     device: str
@@ -315,7 +316,8 @@ def calibration_for(
 ) -> Calibration:
     """Return the kept calibration of an environment; else probe it; the nominal one of a device that is not here.
 
-    `folder` is the user's cache folder, where a probe is kept unless others used the CPUs meanwhile; None keeps none.
+    `folder` is the user's cache folder, where a probe is kept; None keeps none. Where others used the CPUs
+    meanwhile nothing is kept, and nominal figures stand in for lower ones.
     """
     kept = None if folder is None else load_calibration(folder, environment)
     if kept is not None:
@@ -328,9 +330,22 @@ def calibration_for(
     stolen = watch.stolen(start, watch.read())
     if environment.device_kind == "cpu" and contended(stolen):
         logger.warning("others used %.0f%% of the CPUs while limits were probed: not kept", 100 * (stolen or 0))
+        found = at_least(found, nominal(environment))
     elif folder is not None:
         save_calibration(folder, environment, found)
     return found
+
+
+def at_least(found: Calibration, floor: Calibration) -> Calibration:
+    """Return each rate of a disturbed probe, or the nominal one where that is higher; launches no slower than it."""
+    return replace(
+        found,
+        memory_bytes_s=max(found.memory_bytes_s, floor.memory_bytes_s),
+        cache_bytes_s=max(found.cache_bytes_s, floor.cache_bytes_s),
+        flops_s={path: max(rate, floor.flops_s.get(path, 0.0)) for path, rate in found.flops_s.items()},
+        launch_us=min(found.launch_us, floor.launch_us),
+        source="mixed",
+    )
 
 
 def is_here(environment: Environment) -> bool:

@@ -106,3 +106,20 @@ class CostModel:
         available = max(1, self.environment.threads or self.environment.units)
         used = min(threads or available, available)
         return used, used / available
+
+
+class ModelRanker:
+    """A cost model with the kernels and the routing profile of one tuning."""
+
+    def __init__(self, model: CostModel, registry: Registry, routing: str | RoutingProfile = "uniform") -> None:
+        """Rank configs of kernels in `registry` under a routing profile. Raises InputError for an unknown one."""
+        self.model = model
+        self._registry, self._routing = registry, as_profile(routing)
+
+    def rank(self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig]) -> dict[TileConfig, float]:
+        """Return the expected µs of the configs whose kernels tell what they do."""
+        predicted = {
+            config: self.model.predict_us(gemm, tokens, config, self._registry[config.kernel], self._routing)
+            for config in configs
+        }
+        return {config: value for config, value in predicted.items() if value is not None}

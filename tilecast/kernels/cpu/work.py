@@ -22,14 +22,16 @@ from tilecast.problem import DTYPES, ExpertGemm, TileConfig
 FMA_UNITS, LOAD_PORTS, VECTOR_PIPES = 2, 2, 4
 FMA_LATENCY = 4
 """Cycles from one multiply-add into a register to the next one."""
-SPILL_CYCLES = 3.0
+SPILL_CYCLES = 4.0
 """What a step waits longer where a tile needs more registers than there are: a store is read back at once."""
 CALL_CYCLES = 24.0
 """Entering the micro-kernel for one block of rows and one chunk of K."""
 SUM_CYCLES = 1.5
 """Adding one vector of sums to the totals: a load, an add, a store."""
 L1_BYTES, L2_BYTES = 32 << 10, 512 << 10
-L2_BYTES_PER_CYCLE = 24.0
+L2_BYTES_PER_CYCLE = 16.0
+PREFETCH_CYCLES = 1.3
+"""Asking for one cache line ahead: a load, and where the line is already there, the room that it takes again."""
 STAGE_PACKED_CYCLES = 1.0
 """Widening one vector of packed weights into scratch: one store a cycle."""
 STAGE_PLAIN_CYCLES = 6.5
@@ -64,14 +66,15 @@ def step_cycles(rows: int, nv: int, shape: Shape) -> float:
     sums = rows * nv
     pairs = shape.source == "pairs" and not shape.dot
     # A word of two bf16 is loaded once for two steps, and widened by a shift and a mask.
-    loads = (nv / 2 if pairs else nv) + rows + shape.prefetched
+    loads = (nv / 2 if pairs else nv) + rows
     widening = nv if pairs else 2 * nv if shape.source == "f16" else 0
-    live = sums + 1 + (2 * nv if pairs else nv)
+    # Operands that one row alone uses are taken as they come; others are held until the last row had them.
+    held = 2 if rows == 1 else 2 * nv if pairs else nv
     cycles = max(sums / FMA_UNITS, loads / LOAD_PORTS, (sums + widening) / VECTOR_PIPES, FMA_LATENCY)
     if shape.l2_chunk:
         cycles = max(cycles, 4 * nv * shape.lanes / L2_BYTES_PER_CYCLE) + rows / LOAD_PORTS
-    # An operand that is used once is taken from memory by the multiply-add itself.
-    return cycles + (SPILL_CYCLES if live > shape.registers + (0 if pairs else nv - 1) else 0.0)
+    cycles += PREFETCH_CYCLES * shape.prefetched
+    return cycles + (SPILL_CYCLES if sums + held + 1 > shape.registers else 0.0)
 
 
 def row_blocks(rows: int, most: int) -> Counter[int]:
@@ -124,7 +127,7 @@ def moe_gemm_work(
             jobs += experts * times * column_blocks
             longest = max(longest, tiles * each / column_blocks)
             held = part * min(depth, config.integer("block_k") or depth) * row_bytes
-            cache_bytes += experts * times * tiles * part * depth * row_bytes * (held > L2_BYTES // 2)
+            cache_bytes += experts * times * tiles * part * depth * row_bytes * (held > 3 * L2_BYTES // 4)
     rows = sum(rows_present)
     flops = 2.0 * rows * columns * depth
     ideal = flops / (2 * isa.lanes * FMA_UNITS * (2 if dot else 1))
