@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -102,7 +103,8 @@ def test_a_config_that_was_dropped_though_slower_ones_ran_on_is_left_out_not_cut
         everywhere(DEFAULT, 100, 100),
         everywhere(BLOCK16, 80, 80, rounds=1),
         everywhere(BLOCK64, 50, 50),
-        everywhere(KERNEL.config(row_block=3), 90, 90),
+        everywhere(CHUNKED, 85, 85),
+        everywhere(CHUNKED16, 90, 90),
     )
     entrant = fates(explained(store))[BLOCK16]
     assert entrant.fate == "left out" and "1 slower ran on" in entrant.reason
@@ -224,6 +226,23 @@ def test_other_kernel_sources_leave_times_and_say_so() -> None:
     assert found.cost is None and "other kernel sources" in found.notes[0]
     assert {e.config for e in found.races[0].entrants} == {DEFAULT, BLOCK16, CHUNKED}
     assert found.races[0].entrants[0].layout is None
+
+
+@pytest.mark.parametrize("strange", [TileConfig("no.such_kernel"), TileConfig("torch.moe_gemm", {"chunk_k": -5})])
+def test_a_config_that_no_kernel_here_knows_keeps_its_times(strange: TileConfig) -> None:
+    store = stored(everywhere(DEFAULT, 100, 100), everywhere(BLOCK16, 80, 80))
+    table = decide(PLAN, store, REGISTRY, verify=False)
+    store.add_measurements(
+        [measured(strange, *[50 + i for i in range(18)], gemm=g, tokens=t) for g in LAYER.gemms for t in TOKENS]
+    )
+    entrant = fates(explained(store, table=table))[strange]
+    assert entrant.p50_us == 58.5 and entrant.layout is None
+    unknown = [
+        replace(m, config=strange) if (m.config, m.gemm) == (DEFAULT, LAYER.up) else m for m in store.measurements()
+    ]
+    odd = [replace(d, up=replace(d.up, default=strange)) for d in table.decisions]
+    found = explain(odd[0], odd, unknown, HERE, REGISTRY)
+    assert found.cost is None and found.repeated is None and "no kernel here knows" in found.notes[0]
 
 
 def test_a_table_that_lacks_a_bucket_compares_no_classes() -> None:

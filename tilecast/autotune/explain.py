@@ -24,7 +24,7 @@ from tilecast.autotune.select import (
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, CoverageError, DeviceError, InputError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable
-from tilecast.kernels.spec import Registry
+from tilecast.kernels.spec import Registry, outside_domain
 from tilecast.problem import ExpertGemm, GemmName, TileConfig
 from tilecast.store import Store
 
@@ -131,9 +131,12 @@ def explain(
     notes: list[str] = []
     if registry is None:
         notes.append("made by other kernel sources than these: layouts and orders of configs are not known here")
-    whole = registry is not None and all(e is not None for side in sides.values() for e in side.evidence)
+    whole = registry is not None and all(side.is_whole for side in sides.values())
     if registry is not None and not whole:
-        notes.append("the table lacks measurements of other buckets of this layer: classes are not compared")
+        notes.append(
+            "the table lacks measurements of other buckets of this layer, or has configs that no kernel here knows: "
+            "classes are not compared"
+        )
     chosen = _choose_again(sides, decision, shares) if whole else None
     cost = _cost(sides, series, shares, notes) if whole and decision.policy == "reproducible" else None
     races = tuple(side.race(at, decision, shares if whole else None, whole) for side in sides.values())
@@ -162,7 +165,7 @@ def table_costs(
         of_layer = [m for m in measurements if _belongs(m, series[0])]
         place = environments[series[0].environment]
         sides = {name: _Side.of(name, series, of_layer, place, registry) for name in GEMMS}
-        if all(e is not None for side in sides.values() for e in side.evidence):
+        if all(side.is_whole for side in sides.values()):
             shares = None if weights is None else bucket_weights(weights, [d.bucket for d in series])
             cost = _cost(sides, series, shares, [])
             if cost is not None:
@@ -178,6 +181,11 @@ class _Side:
     evidence: Sequence[Evidence | None]
     raced: Sequence[Sequence[Measurement]]
     excluded: frozenset[TileConfig]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every bucket is measured, its default of a known group."""
+        return all(e is not None and e.default in e.candidates for e in self.evidence)
 
     @classmethod
     def of(
@@ -215,8 +223,6 @@ class _Side:
         assert e is not None
         measured = [m for m in self.raced[at] if not breaks_class(m)]
         choice = decision.choice(self.gemm.name)
-        known = [x for x in self.evidence if x is not None]
-        groups = group_call_us(known, decision.policy, excluded=self.excluded, weights=shares) if whole else {}
         standing = Standing(choice=choice, policy=decision.policy, candidates=e.candidates, excluded=self.excluded)
         return GemmRace(
             gemm=self.gemm,
@@ -226,9 +232,15 @@ class _Side:
             rounds=len({m.round for m in measured}),
             entrants=entrants(measured, standing),
             as_stored=_as_stored(e, choice),
-            groups=groups,
+            groups=self._groups(decision.policy, shares) if whole else {},
             group=standing.group,
         )
+
+    def _groups(self, policy: str, shares: Sequence[float] | None) -> dict[Group, float]:
+        try:
+            return group_call_us(_known(self), policy, excluded=self.excluded, weights=shares)
+        except DeviceError:
+            return {}  # Buckets that were tuned apart may have no group in common.
 
 
 def _candidates(
@@ -238,7 +250,8 @@ def _candidates(
     for config in configs if registry is not None else ():
         assert registry is not None
         try:
-            found[config] = describe(gemm, config, environment, registry)
+            if outside_domain(registry[config.kernel], config) is None:
+                found[config] = describe(gemm, config, environment, registry)
         except ConfigError:
             continue  # A kernel that is not registered here: its timings are shown, its group is not known.
     return found
