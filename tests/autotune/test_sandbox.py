@@ -72,6 +72,8 @@ def test_the_worker_is_another_process_with_as_many_threads(measurer: SandboxMea
     threads, pid = measurer.sample(SMALL.up, 4, behaving("threads"), round=0, count=1)
     assert threads == torch.get_num_threads()
     assert (int(pid),) == measurer.pids() != (os.getpid(),)
+    # Another session would be scheduled by itself, without regard to priorities.
+    assert (os.getsid(int(pid)), os.getpgid(int(pid))) == (os.getsid(0), int(pid))
 
 
 def test_what_a_kernel_raises_keeps_its_name_message_and_worker(measurer: SandboxMeasurer) -> None:

@@ -193,10 +193,11 @@ class _Worker:
         )
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the worker
         with far:
-            # A session of its own: Ctrl-C is this process's to handle, and killing reaches the worker's children.
+            # A group of its own: Ctrl-C is this process's to handle, and killing reaches the worker's children. Not a
+            # session: Linux may give each an equal share of the CPUs, whatever priority others were started with.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", MODULE, str(far.fileno())], env=environment, pass_fds=(far.fileno(),),
-                stdin=subprocess.PIPE, stdout=self._errors, stderr=self._errors, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=self._errors, stderr=self._errors, process_group=0,
             )  # fmt: skip
         self._connection = Connection(near.detach())
 
