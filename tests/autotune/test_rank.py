@@ -76,7 +76,7 @@ def test_a_kernel_that_cannot_tell_is_ranked_in_the_middle() -> None:
 def test_a_ranker_predicts_for_its_profile() -> None:
     environment, registry = cpu_environment(), default_registry()
     model = CostModel(environment, CALIBRATION)
-    layer = replace(LAYER, experts=64)
+    layer = replace(LAYER, experts=64, global_experts=64)
     config = registry.default_kernel(layer.up, environment).default(layer.up, 8, environment)
     uniform, skewed = (ModelRanker(model, registry, name).rank(layer.up, 8, [config]) for name in ("uniform", "zipf:2"))
     assert skewed[config] < uniform[config], "fewer experts are read"
