@@ -37,6 +37,8 @@ LAYER = ExpertLayer(hidden=1024, intermediate=512, experts=32, top_k=4)
 HOT_SHARE = 0.23
 """Part of the slots that `hot` sends to one expert: of top-4 slots, nearly every token has it."""
 EVALUATION_SEED = 1
+SAMPLES = 4
+"""Samples per config and round, so that a round is long enough to tell what others used of the CPUs in it."""
 MOST_AGAIN = 100
 """Disturbed rounds that are made again, per profile; further ones are kept."""
 
@@ -96,7 +98,10 @@ def _round(
 ) -> dict[TileConfig, float]:
     turn = number % len(configs)
     order = [*configs[turn:], *configs[:turn]]
-    return {config: measurer.sample(gemm, tokens, config, round=1 + number, count=1)[0] for config in order}
+    return {
+        config: statistics.median(measurer.sample(gemm, tokens, config, round=1 + number, count=SAMPLES))
+        for config in order
+    }
 
 
 def compared(result: Timed, own: str) -> dict[str, Json]:

@@ -117,6 +117,20 @@ def test_counts_stay_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert seen.loads == (Load((12, 0, 0, 0)), Load((10, 0, 0, 0)))
 
 
+def test_nothing_touches_a_stream_that_is_being_captured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    recorder = Recorder(tmp_path / "seen.json", interval_s=0)
+    ids = torch.zeros(1, 2, dtype=torch.int32).as_subclass(OnGpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    recorder.count(LAYER, ids, hit=True, place=0)
+    assert recorder.record().layers == () and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    recorder.count(LAYER, ids, hit=True, place=0)
+    assert recorder.record().layers[0].calls == 1
+
+
 def test_a_disk_that_fails_ends_recording_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     clock = Clock()
