@@ -16,7 +16,8 @@ from tilecast.autotune.gate import Gate
 from tilecast.autotune.measure import DeviceMeasurer
 from tilecast.autotune.plan import make_plan
 from tilecast.autotune.prescreen import describe
-from tilecast.autotune.race import survivors
+from tilecast.autotune.search import Halving
+from tilecast.autotune.search.elimination import survivors
 from tilecast.autotune.select import Timing
 from tilecast.autotune.tuner import measure_plan, tune
 from tilecast.autotune.workload import MAX_SORTED_BYTES, Workload, in_order, in_slot_order, present_slots
@@ -118,11 +119,11 @@ def test_the_best_of_each_order_stays_in_the_race() -> None:
     candidates = [describe(LAYER.up, c, HERE, REGISTRY, is_default=c == KERNEL.config()) for c in configs]
     times = dict(zip(configs, (300.0, 145.0, 100.0, 101.0), strict=True))
     timings = {c: Timing(config=c, p50_us=us, error=0.01, samples=3) for c, us in times.items()}
-    kept = survivors(candidates, timings, round=1, policy="reproducible")
+    kept = survivors(candidates, timings, within=1.2, policy="reproducible")
     assert [c.config for c in kept] == configs
     times[configs[1]] = 160.0
     timings = {c: Timing(config=c, p50_us=us, error=0.01, samples=3) for c, us in times.items()}
-    assert [c.config for c in survivors(candidates, timings, round=1, policy="reproducible")] == [
+    assert [c.config for c in survivors(candidates, timings, within=1.2, policy="reproducible")] == [
         configs[0],
         *configs[2:],
     ]
@@ -170,7 +171,7 @@ def test_real_measurements_pass_the_gate_and_decide_in_one_order() -> None:
     kernel = SortedTorchKernel(default_order="sorted")
     registry = Registry((kernel,))
     plan, store = make_plan([TINY], [3], HERE), MemoryStore()
-    measure_plan(plan, store, registry, measurer=DeviceMeasurer(HERE, registry), rounds=1)
+    measure_plan(plan, store, registry, measurer=DeviceMeasurer(HERE, registry), strategy=Halving(rounds=1))
     assert {m.status for m in store.measurements()} == {"ok"}
     assert {m.config["order"] for m in store.measurements()} == {"slot", "sorted"}
     (decision,) = decide(plan, store, registry).decisions

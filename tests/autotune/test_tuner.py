@@ -3,22 +3,28 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from tests.autotune.fake_times import FakeTimes
 from tests.autotune.shared import HERE, LAYER
 from tests.torch_kernel import TorchKernel
+from tilecast.autotune import tuner
 from tilecast.autotune.gate import Verdict
 from tilecast.autotune.plan import Plan, make_plan
 from tilecast.autotune.race import FEW
-from tilecast.autotune.tuner import Progress, measure_plan, tune
+from tilecast.autotune.search import Halving
+from tilecast.autotune.tuner import Progress
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.environment import cpu_environment
 from tilecast.errors import DeviceError, UsageError
 from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertGemm, TileConfig
 
+measure_plan = partial(tuner.measure_plan, strategy="halving")
+"""All candidates start, so that what is asked here of rounds does not depend on a ranking."""
+tune = partial(tuner.tune, strategy="halving")
 KERNEL = TorchKernel()
 REGISTRY = Registry((KERNEL,))
 
@@ -158,7 +164,7 @@ def test_failures_are_kept_and_never_end_the_tuning() -> None:
     kernel = TorchKernel("zeros", "raises", "no_memory", "no_compiler", "unwritten")
     store = MemoryStore()
     plan = make_plan([LAYER], [4], cpu_environment())
-    table = tune(plan, store, Registry((kernel,)), rounds=1, verify=False)
+    table = tune(plan, store, Registry((kernel,)), strategy=Halving(rounds=1), verify=False)
     found = {m.config["variant"]: m for m in store.measurements() if m.gemm.name == "up" and m.status != "ok"}
     assert {variant: m.status for variant, m in found.items()} == {
         "zeros": "wrong_result",
@@ -233,8 +239,8 @@ def test_policies_differ_where_a_config_that_is_not_invariant_is_faster() -> Non
 def test_a_budget_must_be_a_positive_time(budget_s: float) -> None:
     with pytest.raises(UsageError, match="budget"):
         measure_plan(plan_of(4), MemoryStore(), REGISTRY, budget_s=budget_s)
-    with pytest.raises(UsageError, match="rounds"):
-        measure_plan(plan_of(4), MemoryStore(), REGISTRY, rounds=0)
+    with pytest.raises(UsageError, match="no such"):
+        measure_plan(plan_of(4), MemoryStore(), REGISTRY, strategy="no such")
 
 
 def test_a_budget_cuts_and_says_so_and_each_task_gets_its_part() -> None:
@@ -344,7 +350,7 @@ def test_a_real_tuning_decides_and_certifies() -> None:
     store = MemoryStore()
     environment = cpu_environment()
     plan = make_plan([LAYER], [1, 3], environment)
-    table = tune(plan, store, Registry((kernel,)), rounds=2)
+    table = tune(plan, store, Registry((kernel,)), strategy=Halving(rounds=2))
     assert [d.bucket.tokens for d in table.decisions] == [1, 3]
     for decision in table.decisions:
         assert decision.certificate == "hardware"

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from tests.autotune.fake_times import FakeTimes
 from tests.autotune.shared import LAYER
-from tests.autotune.test_tuner import REGISTRY, by_block, keys, plan_of
+from tests.autotune.test_tuner import REGISTRY, by_block, keys, measure_plan, plan_of
 from tilecast.autotune.decide import decide
 from tilecast.autotune.plan import Plan
-from tilecast.autotune.tuner import measure_plan
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.evidence import Measurement
 from tilecast.problem import ExpertGemm, TileConfig

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Protocol
 
 from tilecast.autotune.clock import Clock, clock_for
 from tilecast.autotune.gate import Gate, Verdict
+from tilecast.autotune.routing_profiles import RoutingProfile
 from tilecast.autotune.workload import Workload, check_memory, launch, poisoned_output
 from tilecast.environment import Environment
 from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertGemm, TileConfig
 
-SHORT_LAUNCH_US = 100.0
-"""Below this a sample is the mean of several launches: the clock and the call around it would show."""
-MAX_REPEATS = 32
+SAMPLE_US = {"cpu": 8000.0, "cuda": 200.0}
+"""A sample is the mean of as many launches as take about this long: on a CPU what the rest of the machine does comes
+and goes within milliseconds, and on either the clock and the call around one short launch would show."""
+MAX_REPEATS = 64
 
 
 class Measurer(Protocol):
@@ -98,7 +99,7 @@ class DeviceMeasurer:
         environment: Environment,
         registry: Registry,
         *,
-        routing: str = "uniform",
+        routing: str | RoutingProfile = "uniform",
         seed: int = 0,
         clock: Clock | None = None,
     ) -> None:
@@ -124,16 +125,16 @@ class DeviceMeasurer:
     def sample(self, gemm: ExpertGemm, tokens: int, config: TileConfig, *, round: int, count: int) -> tuple[float, ...]:
         """Return `count` times of one launch in µs, each on the next copy of the weights and fresh routing.
 
-        The first call for a config launches it once without timing. Launches of less than `SHORT_LAUNCH_US`
-        are repeated, each repeat on its own operands, and the time divided.
+        The first call for a config launches it once without timing. Launches of less than `SAMPLE_US` are
+        repeated, each repeat on its own operands, and the time divided.
         """
         key = (gemm, tokens, config)
         if key not in self._repeats:
             # The first launch compiles and touches memory; the second says how long one takes.
             self._time(gemm, tokens, config, seeds=[0])
             once = self._time(gemm, tokens, config, seeds=[0])
-            short = once < SHORT_LAUNCH_US
-            self._repeats[key] = min(MAX_REPEATS, math.ceil(2 * SHORT_LAUNCH_US / once)) if short else 1
+            wanted = SAMPLE_US[self._workload.device.type]
+            self._repeats[key] = max(1, min(MAX_REPEATS, int(wanted / once + 0.5)))
         repeats = self._repeats[key]
         times = []
         for index in range(count):

@@ -1,35 +1,38 @@
-"""One task's race: interleaved rounds in rotating order, the slow ones dropped, every measurement kept at once."""
+"""One task's race: rounds that a strategy composes, interleaved in rotating order, every measurement kept at once."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
+from typing import Protocol
 
+from tilecast.autotune.gate import Verdict
 from tilecast.autotune.measure import Measurer, device_lost, failure
 from tilecast.autotune.peers import Peers
 from tilecast.autotune.plan import Plan
 from tilecast.autotune.prescreen import Candidate
-from tilecast.autotune.select import Group, Timing, breaks_class, group_of, pool
+from tilecast.autotune.prior import Expectation
+from tilecast.autotune.search.base import Strategy, Turn, View
+from tilecast.autotune.select import Timing, breaks_class, pool
 from tilecast.errors import DeviceError
 from tilecast.evidence import Measurement
 from tilecast.problem import Bucket, ExpertGemm, TileConfig
 from tilecast.store import Store
 
-SAMPLES = (1, 2, 3)
-"""Samples per config in round 0, 1 and every later one."""
-KEEP_WITHIN = (1.5, 1.2)
-"""After round 0 and 1, configs within this factor of the best go on."""
-KEEP_BEST = 6
-"""From round 2 on, at most this many go on, besides the default and the groups' best."""
-GROUP_WITHIN = 1.5
-"""The best config of a group and order goes on within this factor: one group must serve all buckets."""
 FEW = 4
 """Candidates besides the default that get a sample even when a task's share of the budget is spent."""
 
 SCREENING_SHARE = 0.6
 """Part of a task's time that round 0 may take: many configs sampled once and none twice tell nothing from noise."""
+
+STRETCH_S = 0.4
+"""Time between two looks at what else uses the device."""
+TRIES = 5
+PAUSE_S = 0.5
+"""How often a disturbed stretch is measured again, and the wait before."""
 
 TaskKey = tuple[ExpertGemm, int]
 
@@ -39,6 +42,8 @@ class Session:
     """What all tasks of one tuning share.
 
     `known` holds this run's measurements of all ranks, by key; `broken` the configs that failed a class check.
+    `watch` sees what else uses the device, `disturbed` counts the stretches measured again for that; a `sandboxed`
+    measurer survives what makes a device unusable to a process.
     """
 
     plan: Plan
@@ -49,6 +54,9 @@ class Session:
     known: dict[TaskKey, dict[str, Measurement]] = field(default_factory=dict)
     broken: dict[ExpertGemm, set[TileConfig]] = field(default_factory=dict)
     made: int = 0
+    watch: Watch | None = None
+    sandboxed: bool = False
+    disturbed: int = 0
 
     def learn(self, measurements: Sequence[Measurement]) -> list[Measurement]:
         """Remember measurements of this run and return the ones that are new."""
@@ -110,36 +118,26 @@ class RaceState:
     cut: int = 0
 
 
-def survivors(
-    alive: Sequence[Candidate], timings: dict[TileConfig, Timing], *, round: int, policy: str
-) -> list[Candidate]:
-    """Return who goes on after `round`, in the order given: near enough to the best, among the best few.
+class Watch(Protocol):
+    """Sees whether something else disturbed what was measured between two readings."""
 
-    That holds for each order of the intermediate by itself, if its best is not far behind: the layer's other GEMM may
-    be much faster in that order. The default goes on as long as it runs at all; so does each group's best in each
-    order if it is not far behind.
-    """
-    timed = sorted((c for c in alive if c.config in timings), key=lambda c: timings[c.config].p50_us)
-    if not timed:
-        return []
-    best = timings[timed[0].config].p50_us
-    within = KEEP_WITHIN[min(round, len(KEEP_WITHIN) - 1)]
-    kept: set[TileConfig] = set()
-    for order in sorted({c.order for c in timed}):
-        of_order = [c for c in timed if c.order == order]
-        best_of_order = timings[of_order[0].config].p50_us
-        if best_of_order > best * GROUP_WITHIN:
-            continue
-        few = of_order if round == 0 else of_order[:KEEP_BEST]
-        near = best_of_order * within
-        kept |= {c.config for c in few if timings[c.config].p50_us <= near or round >= len(KEEP_WITHIN)}
-    leaders: dict[tuple[Group, str], Candidate] = {}
-    for c in timed:
-        if (group := group_of(c, policy)) is not None:
-            leaders.setdefault((group, c.order), c)
-    kept |= {c.config for c in leaders.values() if timings[c.config].p50_us <= best * GROUP_WITHIN}
-    kept |= {c.config for c in timed if c.is_default}
-    return [c for c in alive if c.config in kept]
+    def read(self) -> object:
+        """Return the counters at this moment."""
+        ...
+
+    def disturbed(self, start: object, end: object) -> str | None:
+        """Return what disturbed the time between two readings, in one line; None if nothing did."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Who may run: all candidates, default first; those that must; neighbours' best; and all in a random order."""
+
+    candidates: tuple[Candidate, ...]
+    must: tuple[TileConfig, ...]
+    hints: tuple[TileConfig, ...]
+    drawn: tuple[TileConfig, ...]
 
 
 class Race:
@@ -150,23 +148,29 @@ class Race:
         session: Session,
         gemm: ExpertGemm,
         bucket: Bucket,
-        candidates: Sequence[Candidate],
+        entry: Entry,
         *,
-        required: int,
+        strategy: Strategy,
         deadline: float,
-        rounds: int,
+        expect: Callable[[Mapping[TileConfig, Timing]], Expectation],
         report: Callable[[RaceState], None],
     ) -> None:
-        """Race `candidates`; the first `required` of them are measured even after the deadline (monotonic s)."""
+        """Race the candidates of `entry` until the deadline (monotonic s), those that must be measured beyond it.
+
+        `expect` says what to expect of all candidates, given what the race has shown so far.
+        """
         self._session = session
         self._gemm = gemm
         self._tokens = bucket.tokens
-        self._candidates = list(candidates)
-        self._required = required
+        self._entry = entry
+        self._by_config = {c.config: c for c in entry.candidates}
+        self._strategy = strategy
         self._deadline = deadline
+        # Whatever the deadline: what selection cannot do without, and a few more to choose from.
+        self._required = len(entry.must) + (FEW if deadline > time.monotonic() else 0)
         now = time.monotonic()
         self._screening_end = now + SCREENING_SHARE * max(0.0, deadline - now)
-        self._rounds = rounds
+        self._expect = expect
         self._report = report
         self._cost_s: dict[TileConfig, float] = {}
         self._first_costs_s: list[float] = []
@@ -174,17 +178,29 @@ class Race:
 
     def run(self) -> int:
         """Run all rounds and return how many (config, round) pairs the deadline cut."""
-        alive = self._candidates
-        for number in range(self._rounds):
-            made, stop = self._round(alive, number)
+        for number in range(self._strategy.rounds):
+            turn = self._strategy.turn(self._view(number))
+            if turn is None or not turn.configs:
+                break
+            made, stop = self._round(turn, number)
             stop = self._session.exchange(made, stop)
-            timings = pool(m for m in self._measurements() if m.round <= number)[0]
-            alive = survivors(alive, timings, round=number, policy=self._session.plan.policy)
             if self._cut:
-                self._report(self._state(number, len(alive), 1.0))
-            if stop or not alive:
+                self._report(self._state(number, len(turn.configs), 1.0))
+            if stop:
                 break
         return self._cut
+
+    def _view(self, number: int) -> View:
+        before = [m for m in self._measurements() if m.round < number and not breaks_class(m)]
+        timings, failures = pool(before)
+        expectation = self._expect(timings)
+        entry = self._entry
+        return View(
+            gemm=self._gemm, tokens=self._tokens, policy=self._session.plan.policy, round=number,
+            candidates=entry.candidates, must=entry.must, hints=entry.hints, expected=expectation.log_time,
+            doubt=expectation.doubt, drawn=entry.drawn, timings=timings, failed=frozenset(failures),
+            ran=tuple(frozenset(m.config for m in before if m.round == r) for r in range(number)),
+        )  # fmt: skip
 
     def timings(self) -> dict[TileConfig, Timing]:
         """Return what is known so far of the configs that ran on every rank."""
@@ -193,56 +209,61 @@ class Race:
     def _measurements(self) -> list[Measurement]:
         return list(self._session.known.get((self._gemm, self._tokens), {}).values())
 
-    def _round(self, alive: Sequence[Candidate], number: int) -> tuple[list[Measurement], bool]:
+    def _round(self, turn: Turn, number: int) -> tuple[list[Measurement], bool]:
         rank = self._session.peers.rank
-        present = {m.config: m for m in self._measurements() if m.rank == rank and m.round == number}
-        turn = number % len(alive)
-        order = [*alive[turn:], *alive[:turn]]
+        present = {m.config for m in self._measurements() if m.rank == rank and m.round == number}
+        first = number % len(turn.configs)
+        order = [*turn.configs[first:], *turn.configs[:first]]
         made: list[Measurement] = []
+        stretch = _Stretch(self._session)
         stop = False
-        for position, candidate in enumerate(order):
-            if candidate.config in present:
+        for position, config in enumerate(order):
+            if config in present:
                 continue
             must = number == 0 and position < self._required
-            cost = self._expected_cost_s(candidate.config, number)
+            cost = self._expected_cost_s(config, number, turn.samples)
             stop = stop or (not must and time.monotonic() + cost > self._deadline)
             if not must and (stop or (number == 0 and time.monotonic() + cost > self._screening_end)):
                 self._cut += 1
                 continue
-            measurement = self._measure(candidate, number)
-            self._session.keep(measurement)
-            if measurement.status == "runtime_error" and device_lost(measurement.detail):
-                raise DeviceError(
-                    f"{candidate.config.label} left the device unusable to this process ({measurement.detail}); "
-                    "that is recorded: run tune again, it goes on without this config"
-                )
-            made.append(measurement)
-            self._report(self._state(number, len(alive), (position + 1) / len(order)))
+            checked = self._check(config, number)
+            again = partial(self._sample, config, number, turn.samples, checked)
+            made += stretch.add(again)
+            self._report(self._state(number, len(turn.configs), (position + 1) / len(order)))
+        made += stretch.close()
         return made, stop
 
-    def _expected_cost_s(self, config: TileConfig, number: int) -> float:
-        if number == 0:
+    def _expected_cost_s(self, config: TileConfig, number: int, samples: int) -> float:
+        if config not in self._cost_s:
             # The median: the first config of each weight layout packs for all that follow it.
             return median(self._first_costs_s) if self._first_costs_s else 0.0
-        return self._cost_s.get(config, 0.0) * _samples(number)
+        return self._cost_s[config] * samples
 
-    def _measure(self, candidate: Candidate, number: int) -> Measurement:
-        config, session = candidate.config, self._session
+    def _check(self, config: TileConfig, number: int) -> Verdict | None:
+        """Run the gate if the config was not checked before: a verdict, or None for one that passed it earlier."""
+        rank = self._session.peers.rank
+        if any(m.config == config and m.rank == rank and m.status == "ok" for m in self._measurements()):
+            return None
         start = time.monotonic()
-        status, detail, ratio = "ok", "", None
-        samples: tuple[float, ...] = ()
         try:
-            if number == 0:
-                verdict = session.measurer.check(self._gemm, self._tokens, config)
-                status, detail, ratio = verdict.status, verdict.detail, verdict.error_ratio
-            if status == "ok":
-                count = _samples(number)
-                samples = session.measurer.sample(self._gemm, self._tokens, config, round=number, count=count)
-                self._cost_s[config] = max(samples) / 1e6
+            return self._session.measurer.check(self._gemm, self._tokens, config)
         except Exception as error:  # Whatever a kernel raises is evidence about it, not the end of tuning.
             status, detail = failure(error)
-        if number == 0:
+            return Verdict(status=status, detail=detail)
+        finally:
             self._first_costs_s.append(time.monotonic() - start)
+
+    def _sample(self, config: TileConfig, number: int, count: int, checked: Verdict | None) -> Measurement:
+        session = self._session
+        verdict = checked or Verdict()
+        status, detail = verdict.status, verdict.detail
+        samples: tuple[float, ...] = ()
+        if status == "ok":
+            try:
+                samples = session.measurer.sample(self._gemm, self._tokens, config, round=number, count=count)
+                self._cost_s[config] = max(samples) / 1e6
+            except Exception as error:  # As above.
+                status, detail = failure(error)
         return Measurement(
             environment=session.plan.environment.digest,
             gemm=self._gemm,
@@ -251,8 +272,8 @@ class Race:
             status=status,
             samples_us=samples,
             routing=session.plan.routing,
-            numerics=candidate.numerics,
-            error_ratio=ratio,
+            numerics=self._by_config[config].numerics,
+            error_ratio=verdict.error_ratio,
             rank=session.peers.rank,
             world_size=session.peers.world_size,
             run=session.run,
@@ -263,9 +284,9 @@ class Race:
 
     def _state(self, number: int, alive: int, part: float) -> RaceState:
         own = {m.config: m.p50_us for m in self._measurements() if m.samples_us and not breaks_class(m)}
-        default = self._candidates[0].config
-        # Round 0 takes about half of a race: every candidate is checked and sampled.
-        done = 0.5 * part if number == 0 else 0.5 + 0.5 * (number - 1 + part) / max(1, self._rounds - 1)
+        default = self._entry.candidates[0].config
+        # Round 0 takes about half of a race: whoever starts is checked and sampled.
+        done = 0.5 * part if number == 0 else 0.5 + 0.5 * (number - 1 + part) / max(1, self._strategy.rounds - 1)
         return RaceState(
             round=number,
             alive=alive,
@@ -276,5 +297,51 @@ class Race:
         )
 
 
-def _samples(number: int) -> int:
-    return SAMPLES[min(number, len(SAMPLES) - 1)]
+class _Stretch:
+    """Measurements made one after the other: kept at once, or when a watch has seen that nothing disturbed them.
+
+    What was taken while something else used the device is taken again, a few times; then it is kept with the reason
+    as its detail.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._watch = session.watch
+        self._start: object = None
+        self._began = 0.0
+        self._held: list[tuple[Callable[[], Measurement], Measurement]] = []
+
+    def add(self, take: Callable[[], Measurement]) -> list[Measurement]:
+        """Measure; return what was kept by now."""
+        if self._watch is None:
+            return [self._keep(take())]
+        if not self._held:
+            self._start, self._began = self._watch.read(), time.monotonic()
+        self._held.append((take, take()))
+        return self.close() if time.monotonic() - self._began > STRETCH_S else []
+
+    def close(self) -> list[Measurement]:
+        """Keep what is held, measured again as long as it was disturbed."""
+        if self._watch is None or not self._held:
+            return []
+        reason = self._watch.disturbed(self._start, self._watch.read())
+        for _ in range(TRIES):
+            if reason is None:
+                break
+            self._session.disturbed += 1
+            time.sleep(PAUSE_S)
+            start = self._watch.read()
+            self._held = [(take, take() if m.status == "ok" else m) for take, m in self._held]
+            reason = self._watch.disturbed(start, self._watch.read())
+        found = [m if reason is None or m.status != "ok" else replace(m, detail=reason) for _, m in self._held]
+        self._held = []
+        return [self._keep(m) for m in found]
+
+    def _keep(self, measurement: Measurement) -> Measurement:
+        self._session.keep(measurement)
+        if measurement.status == "runtime_error" and device_lost(measurement.detail) and not self._session.sandboxed:
+            raise DeviceError(
+                f"{measurement.config.label} left the device unusable to this process ({measurement.detail}); "
+                "that is recorded: run tune again, it goes on without this config"
+            )
+        return measurement

@@ -248,10 +248,12 @@ def _from_json(value: object, environment: Environment, where: str) -> Sweep:
 
 
 class ReplayMeasurer:
-    """A measurer that draws its times from sweeps: with replacement, independently, from a seed.
+    """A measurer that plays sweeps back: each sample is one recorded round, drawn with replacement from a seed.
 
-    Equal (config, round) give equal samples whatever was asked before, as in a resumed tuning. `samples` and
-    `checks` count what was asked for.
+    All configs of one round of a tuning get their times from the same recorded rounds, as they would be measured one
+    after the other on the same operands: what disturbed a recorded round disturbs them alike. Equal (config, round)
+    give equal samples whatever was asked before, as in a resumed tuning. `samples`, `checks` and `elapsed_us` count
+    what was asked for.
     """
 
     def __init__(self, sweeps: Iterable[Sweep], *, seed: int = 0) -> None:
@@ -277,9 +279,9 @@ class ReplayMeasurer:
     def sample(self, gemm: ExpertGemm, tokens: int, config: TileConfig, *, round: int, count: int) -> tuple[float, ...]:
         """Return `count` recorded times, drawn at random."""
         found = self._find(gemm, tokens, config)
-        parts = (self._seed, tokens, round, int(config.digest[:8], 16), int(gemm.layer.digest[:8], 16), len(gemm.name))
+        parts = (self._seed, tokens, round, int(gemm.layer.digest[:8], 16), len(gemm.name))
         generator = random.Random(hash_seed(*parts))
-        drawn = tuple(generator.choice(found.samples_us) for _ in range(count))
+        drawn = tuple(found.samples_us[int(generator.random() * len(found.samples_us))] for _ in range(count))
         self.samples += count
         self.elapsed_us += sum(drawn)
         return drawn

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tilecast.autotune.budget import Budget, expected_cost_s
 from tilecast.autotune.classes import Verifier
@@ -14,8 +15,11 @@ from tilecast.autotune.measure import DeviceMeasurer, Measurer
 from tilecast.autotune.peers import Alone, Peers
 from tilecast.autotune.plan import Plan, Task
 from tilecast.autotune.prescreen import Candidate, Prescreened, anchors, prescreen
-from tilecast.autotune.race import FEW, Progress, Race, RaceState, Session
-from tilecast.autotune.select import breaks_class, fastest
+from tilecast.autotune.prior import Expectation, Neighbour, expect
+from tilecast.autotune.race import Entry, Progress, Race, RaceState, Session, Watch
+from tilecast.autotune.search import Strategy, strategy_for
+from tilecast.autotune.select import Timing, breaks_class
+from tilecast.canonical import digest
 from tilecast.errors import UsageError
 from tilecast.evidence import Measurement, TuningTable
 from tilecast.kernels.spec import Registry
@@ -24,10 +28,32 @@ from tilecast.store import Store
 
 __all__ = ["Progress", "TaskReport", "TuningRun", "decide", "measure_plan", "tune"]
 
-ROUNDS = 7
+EFFORT = "standard"
 MIN_BUDGET_S = 1e-3
-HINTS = 3
-"""The best configs of the buckets measured before are tried early in the next one."""
+HINTS = 2
+"""The best configs of the buckets measured before start in the next one."""
+OTHER_GEMM = 0.5
+OTHER_LAYER = 0.6
+BUCKET_STEP = 0.35
+"""How near a task is whose GEMM, layer, or bucket (by a factor of two in tokens) is another."""
+OWN_ROUNDS = 4.0
+"""What the task itself has shown counts this many times a neighbour's."""
+
+
+class Ranker(Protocol):
+    """Says beforehand how long configs take: the cost model, or nothing."""
+
+    def rank(self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig]) -> Mapping[TileConfig, float]:
+        """Return the expected µs of the configs that it has an opinion of."""
+        ...
+
+
+class NoRanker:
+    """Knows nothing."""
+
+    def rank(self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig]) -> Mapping[TileConfig, float]:
+        """Return no opinion."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,26 +95,33 @@ def measure_plan(
     progress: ProgressCallback | None = None,
     peers: Peers | None = None,
     fresh: bool = False,
-    rounds: int = ROUNDS,
+    strategy: Strategy | str = EFFORT,
+    ranker: Ranker | None = None,
+    watch: Watch | None = None,
+    seed: int = 0,
 ) -> TuningRun:
     """Measure every task of `plan` and keep every measurement in `store` the moment it is made.
 
     Called again, it goes on: what the latest run holds is not measured twice; `fresh` starts a new run, and so
     does another number of ranks. `budget_s` bounds the time in seconds, the class check of `decide` included;
-    the default config of every task is measured whatever the budget. `measurer` is by default the device of
-    this process; with `peers`, all ranks call this with the same plan and keep the same survivors.
+    the default config of every task is measured whatever the budget. `strategy` is an effort (`quick`, `standard`,
+    `exhaustive`), a strategy's name, or one; `ranker` tells it what to expect; what it draws at random follows from
+    `seed`. `measurer` is by default the device of this process; `watch` has disturbed times measured again. With
+    `peers`, all ranks call this with the same arguments and take the same steps.
 
-    Raises DeviceError when nothing runs here, UsageError for a budget that is not above 0 or fewer than one
-    round; failures of single configs are measurements with a status.
+    Raises DeviceError when nothing runs here, UsageError for a budget that is not above 0 or an unknown strategy;
+    failures of single configs are measurements with a status.
     """
     if budget_s is not None and not (math.isfinite(budget_s) and budget_s > 0):
         raise UsageError(f"the budget is {budget_s} seconds, expected a finite number above 0")
-    if rounds < 1:
-        raise UsageError(f"rounds is {rounds}, expected at least 1")
+    search = strategy_for(strategy) if isinstance(strategy, str) else strategy
     measurer = measurer or DeviceMeasurer(plan.environment, registry, routing=plan.routing)
     store.add_environment(plan.environment)
     session = _open_session(plan, store, measurer, peers or Alone(), fresh=fresh)
-    loop = _Loop(session, registry, budget_s=budget_s, rounds=rounds, progress=progress)
+    session.watch, session.sandboxed = watch, bool(getattr(measurer, "sandboxed", False))
+    loop = _Loop(
+        session, registry, budget_s=budget_s, strategy=search, ranker=ranker or NoRanker(), seed=seed, progress=progress
+    )
     return loop.run()
 
 
@@ -101,7 +134,10 @@ def tune(
     budget_s: float | None = None,
     progress: ProgressCallback | None = None,
     fresh: bool = False,
-    rounds: int = ROUNDS,
+    strategy: Strategy | str = EFFORT,
+    ranker: Ranker | None = None,
+    watch: Watch | None = None,
+    seed: int = 0,
     verify: bool = True,
     verifier: Verifier | None = None,
 ) -> TuningTable:
@@ -113,8 +149,9 @@ def tune(
     while True:
         left = None if budget_s is None else max(MIN_BUDGET_S, budget_s - (time.monotonic() - start))
         measure_plan(
-            plan, store, registry, measurer=measurer, budget_s=left, progress=progress, fresh=fresh, rounds=rounds
-        )
+            plan, store, registry, measurer=measurer, budget_s=left, progress=progress, fresh=fresh,
+            strategy=strategy, ranker=ranker, watch=watch, seed=seed,
+        )  # fmt: skip
         before = _broken(plan, store)
         table = decide(plan, store, registry, verify=verify, verifier=verifier)
         if _broken(plan, store) == before:
@@ -171,12 +208,16 @@ class _Loop:
         registry: Registry,
         *,
         budget_s: float | None,
-        rounds: int,
+        strategy: Strategy,
+        ranker: Ranker,
+        seed: int,
         progress: ProgressCallback | None,
     ) -> None:
         plan = session.plan
         self._session = session
-        self._rounds = rounds
+        self._strategy = strategy
+        self._ranker = ranker
+        self._seed = seed
         self._progress = progress
         self._tasks: tuple[Task, ...] = plan.tasks
         self._screened = tuple(_screen(plan, registry))
@@ -189,7 +230,7 @@ class _Loop:
             for (gemm, bucket), eligible in zip(self._tasks, self._eligible, strict=True)
         )
         self._budget = Budget(budget_s, tuple(costs))
-        self._best: dict[ExpertGemm, list[TileConfig]] = {}
+        self._seen: list[Shown] = []
 
     def run(self) -> TuningRun:
         """Run every task."""
@@ -218,23 +259,38 @@ class _Loop:
 
     def _race(self, number: int) -> int:
         gemm, bucket = self._tasks[number]
-        candidates, must = _ordered(self._screened[number], self._eligible[number], self._best.get(gemm, []))
-        deadline = self._budget.deadline(number)
+        eligible = self._eligible[number]
+        configs = [c.config for c in eligible]
+        predicted = self._ranker.rank(gemm, bucket.tokens, configs)
+        neighbours = [
+            Neighbour(times=seen.times, predicted=seen.predicted, weight=_nearness(seen, gemm, bucket.tokens))
+            for seen in self._seen
+        ]
+
+        def expectation(timings: Mapping[TileConfig, Timing]) -> Expectation:
+            own = Neighbour(times=_medians(timings), predicted=predicted, weight=OWN_ROUNDS)
+            return expect(configs, predicted, [*neighbours, own])
+
+        entry = Entry(
+            candidates=eligible,
+            must=tuple(c.config for c in eligible if c.is_default or c.is_anchor),
+            hints=_hints(self._seen, gemm, bucket.tokens, set(configs)),
+            drawn=_drawn(configs, self._seed),
+        )
         race = Race(
             self._session,
             gemm,
             bucket,
-            candidates,
-            required=must + (FEW if deadline > time.monotonic() else 0),
-            deadline=deadline,
-            rounds=self._rounds,
-            report=lambda state: self._report(number, len(candidates), state),
+            entry,
+            strategy=self._strategy,
+            deadline=self._budget.deadline(number),
+            expect=expectation,
+            report=lambda state: self._report(number, len(eligible), state),
         )
         cut = race.run()
         timings = race.timings()
         if timings:
-            best = [fastest(timings.values()).config, *self._best.get(gemm, [])]
-            self._best[gemm] = list(dict.fromkeys(best))[:HINTS]
+            self._seen.append(Shown(gemm=gemm, tokens=bucket.tokens, times=_medians(timings), predicted=predicted))
         return cut
 
     def _report(self, number: int, candidates: int, state: RaceState) -> None:
@@ -247,7 +303,7 @@ class _Loop:
                 tasks=len(self._tasks),
                 label=f"{gemm.layer.label} {gemm.name} {tokens_text(bucket.tokens)}",
                 round=state.round,
-                rounds=self._rounds,
+                rounds=self._strategy.rounds,
                 alive=state.alive,
                 candidates=candidates,
                 best_us=state.best_us,
@@ -275,16 +331,42 @@ def _eligible(screened: Prescreened, policy: str, broken: set[TileConfig]) -> tu
     return tuple(c for c in screened.candidates if c.is_default or (c.batch_invariant and c.config not in broken))
 
 
-def _ordered(
-    screened: Prescreened, eligible: tuple[Candidate, ...], hints: list[TileConfig]
-) -> tuple[list[Candidate], int]:
-    """Return the order of round 0, and how many at its head must be measured: what selection cannot do without.
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What a finished task has shown: the medians in µs of the configs that ran, and what was expected of them."""
 
-    After those come the best of the buckets before, then the rest by digest: an order that favours no corner
-    of the space, so that a budget that ends it early leaves a sample of all of it.
-    """
-    must = [c for c in eligible if c.is_default or c.is_anchor]
-    hinted = [screened.by_config[config] for config in hints if config in screened.by_config]
-    rest = sorted(eligible, key=lambda c: c.config.digest)
-    ordered = dict.fromkeys([*must, *(c for c in hinted if c in eligible), *rest])
-    return list(ordered), len(must)
+    gemm: ExpertGemm
+    tokens: int
+    times: Mapping[TileConfig, float]
+    predicted: Mapping[TileConfig, float]
+
+
+def _medians(timings: Mapping[TileConfig, Timing]) -> dict[TileConfig, float]:
+    return {config: timing.p50_us for config, timing in timings.items()}
+
+
+def _nearness(seen: Shown, gemm: ExpertGemm, tokens: int) -> float:
+    """Return how much a task says about another one (0 to 1)."""
+    near = math.exp(-BUCKET_STEP * abs(math.log2(seen.tokens / tokens)))
+    if seen.gemm.name != gemm.name:
+        near *= OTHER_GEMM
+    if seen.gemm.layer != gemm.layer:
+        near *= OTHER_LAYER
+    return near
+
+
+def _hints(
+    shown: Sequence[Shown], gemm: ExpertGemm, tokens: int, configs: Collection[TileConfig]
+) -> tuple[TileConfig, ...]:
+    """Return the best configs of the nearest tasks that are candidates here."""
+    found: dict[TileConfig, None] = {}
+    for seen in sorted(shown, key=lambda seen: -_nearness(seen, gemm, tokens)):
+        best = min(seen.times, key=lambda config: (seen.times[config], config.sort_key))
+        if best in configs:
+            found[best] = None
+    return tuple(found)[:HINTS]
+
+
+def _drawn(configs: Sequence[TileConfig], seed: int) -> tuple[TileConfig, ...]:
+    """Return the configs in an order that favours no corner of the space."""
+    return tuple(sorted(configs, key=lambda config: digest({"seed": seed, "config": config.digest})))

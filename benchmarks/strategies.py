@@ -1,0 +1,165 @@
+"""Compare search strategies over recorded sweeps: regret, measurements, simulated time; over many seeds.
+
+`python -m benchmarks.strategies FOLDER [--strategies a,b] [--seeds 20] [--out FILE.json] [--plot FILE.png]`. FOLDER
+holds sweeps as `python -m benchmarks.sweep` writes them. Every strategy tunes every layer from nothing, all buckets in
+one go, with times drawn from the sweeps. Regret is the chosen config's recorded median over the smallest one of all
+configs that could have been chosen with the same weight layout and numerics class, minus one; measurements are samples,
+as a share of 20 of every config, which is what an exhaustive tuning takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from tilecast.autotune.decide import decide
+from tilecast.autotune.plan import make_plan
+from tilecast.autotune.replay import ReplayMeasurer, Sweep, load_sweeps
+from tilecast.autotune.search import STRATEGIES
+from tilecast.autotune.tuner import NoRanker, Ranker, measure_plan
+from tilecast.cache_store.memory import MemoryStore
+from tilecast.engine.runtime import default_registry
+from tilecast.environment import Environment
+from tilecast.evidence import percentile
+from tilecast.kernels.spec import Kernel, Registry
+from tilecast.problem import TileConfig
+
+EXHAUSTIVE_SAMPLES = 20
+"""Samples of every config in an exhaustive tuning; vLLM's takes the mean of as many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One decision of one strategy with one seed; times in µs are the recorded medians."""
+
+    file: str
+    gemm: str
+    tokens: int
+    strategy: str
+    seed: int
+    chosen_us: float
+    best_us: float
+    default_us: float
+    share: float
+
+    @property
+    def regret(self) -> float:
+        """How much slower the chosen config is than the best, as a fraction."""
+        return self.chosen_us / self.best_us - 1
+
+
+def replay(
+    sweeps: Sequence[Sweep], name: str, seed: int, registry: Registry, ranker: Ranker, *, file: str, policy: str
+) -> tuple[list[Outcome], float]:
+    """Tune one layer over its sweeps; return the outcomes, and the seconds that its samples took when recorded."""
+    by_task = {(sweep.gemm, sweep.tokens): sweep for sweep in sweeps}
+    tokens = sorted({sweep.tokens for sweep in sweeps})
+    environment = sweeps[0].environment
+    layer = sweeps[0].gemm.layer
+    plan = make_plan([layer], tokens, environment, policy=policy)
+    store, measurer = MemoryStore(), ReplayMeasurer(sweeps, seed=seed)
+    measure_plan(plan, store, registry, measurer=measurer, strategy=name, ranker=ranker, seed=seed)
+    used: dict[tuple[object, int], int] = {}
+    for m in store.measurements():
+        used[m.gemm, m.tokens] = used.get((m.gemm, m.tokens), 0) + len(m.samples_us)
+    found = []
+    for decision in decide(plan, store, registry, verify=False).decisions:
+        for gemm, choice in ((layer.up, decision.up), (layer.down, decision.down)):
+            sweep = by_task[gemm, decision.bucket.tokens]
+            kernel = registry[choice.config.kernel]
+            rivals = same_group(sweep, registry, environment, choice.config, kernel)
+            found.append(
+                Outcome(
+                    file=file, gemm=gemm.name, tokens=sweep.tokens, strategy=name, seed=seed,
+                    chosen_us=sweep.ok[choice.config].p50_us, best_us=min(rivals),
+                    default_us=sweep.recorded[0].p50_us,
+                    share=used[gemm, sweep.tokens] / (EXHAUSTIVE_SAMPLES * len(sweep.recorded)),
+                )
+            )  # fmt: skip
+    return found, measurer.elapsed_us / 1e6
+
+
+def same_group(
+    sweep: Sweep, registry: Registry, environment: Environment, chosen: TileConfig, kernel: Kernel
+) -> list[float]:
+    """Return the medians of all configs with the chosen one's weight layout and numerics."""
+    gemm = sweep.gemm
+    layout, numerics = kernel.layout(gemm, chosen), kernel.numerics(gemm, chosen, environment)
+    return [
+        recorded.p50_us
+        for config, recorded in sweep.ok.items()
+        if registry[config.kernel].layout(gemm, config) == layout
+        and registry[config.kernel].numerics(gemm, config, environment) == numerics
+    ]
+
+
+def summary(outcomes: Sequence[Outcome], seconds: Sequence[float]) -> dict[str, float]:
+    """Return the figures that strategies are compared by."""
+    regrets = [o.regret for o in outcomes]
+    share = sum(o.share for o in outcomes) / len(outcomes)
+    return {
+        "median_regret": median(regrets),
+        "p95_regret": percentile(regrets, 95),
+        "worst_regret": max(regrets),
+        "share_of_exhaustive": share,
+        "slower_than_default": sum(o.chosen_us > 1.02 * o.default_us for o in outcomes) / len(outcomes),
+        "found_within_1_percent": sum(r <= 0.01 for r in regrets) / len(regrets),
+        "gain_over_default": median(o.default_us / o.chosen_us for o in outcomes),
+        "sampling_seconds": sum(seconds) / len(seconds),
+    }
+
+
+def compare(
+    folder: Path,
+    names: Sequence[str],
+    seeds: int,
+    *,
+    ranker_for: Callable[[Environment, Registry], Ranker] | None = None,
+    policy: str = "reproducible",
+) -> tuple[dict[str, dict[str, float]], list[Outcome]]:
+    """Replay every file of `folder` with every strategy and seed; return the summaries and all outcomes."""
+    registry = default_registry()
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for path in sorted(folder.glob("*.json")):
+        sweeps = load_sweeps(path)
+        ranker = ranker_for(sweeps[0].environment, registry) if ranker_for else NoRanker()
+        for name in names:
+            for seed in range(seeds):
+                found, took = replay(sweeps, name, seed, registry, ranker, file=path.stem, policy=policy)
+                outcomes[name] += found
+                seconds[name].append(took)
+    return {name: summary(outcomes[name], seconds[name]) for name in names}, [
+        o for name in names for o in outcomes[name]
+    ]
+
+
+def main() -> None:
+    """Print the table; write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--policy", default="reproducible")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    names = options.strategies.split(",")
+    table, outcomes = compare(options.folder, names, options.seeds, policy=options.policy)
+    print(f"{'strategy':14} median    p95  worst  share  <=1%  slower  gain  seconds")
+    for name, row in table.items():
+        print(
+            f"{name:14} {row['median_regret']:6.2%} {row['p95_regret']:6.2%} {row['worst_regret']:6.1%} "
+            f"{row['share_of_exhaustive']:6.2%} {row['found_within_1_percent']:5.0%} {row['slower_than_default']:6.1%} "
+            f"{row['gain_over_default']:6.3f} {row['sampling_seconds']:7.1f}"
+        )
+    if options.out:
+        document = {"seeds": options.seeds, "summary": table, "outcomes": [asdict(o) for o in outcomes]}
+        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
