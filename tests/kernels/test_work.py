@@ -69,6 +69,14 @@ def test_active_experts_are_read_once_and_only_present_rows_are_computed() -> No
     assert 0 < work.efficiency <= 1
 
 
+def test_a_last_block_of_columns_is_as_narrow_as_it_is() -> None:
+    layer = dataclasses.replace(LAYER, intermediate=192)
+    narrow, wide = (llvm_work(layer.up, [16] * 4, block_n=block_n) for block_n in (64, 256))
+    assert (narrow.programs, wide.programs) == (4 * 6, 4 * 2)
+    assert wide.efficiency == pytest.approx(narrow.efficiency)
+    assert wide.largest == pytest.approx(256 / 384 / 4)
+
+
 def test_no_rows_are_no_work() -> None:
     for work in (llvm_work(FP32.up, [0, 0]), gpu_work(LAYER.up, [0]), ONEDNN.work(
         FP32.up, TileConfig("onednn.linear", {"prepack": "no", "row_block": 0}), CPU, [])

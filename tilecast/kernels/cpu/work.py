@@ -107,39 +107,38 @@ def moe_gemm_work(
     path = "dot_bf16" if dot else "fma"
     if not rows_present:
         return nothing(path)
-    size, columns = DTYPES[gemm.layer.dtype], padded_columns(gemm, isa.lanes)
+    layer, size, columns = gemm.layer, DTYPES[gemm.layer.dtype], padded_columns(gemm, isa.lanes)
     block_n = min(config.integer("block_n"), columns)
     variant = variant_of(isa, gemm, config, block_n)
-    depth = padded_k(gemm, pairs=variant.panel > 0 and gemm.layer.dtype == "bf16")
-    row_bytes = 2 if dot else 4
-    cycles = memory_cost = covered_cycles = passes = cache_bytes = 0.0
-    longest, jobs = 0.0, 0
-    column_blocks = -(-columns // block_n)
-    for rows, experts in Counter(rows_present).items():
-        for part, times in Counter([block_m] * (rows // block_m) + [rows % block_m] * bool(rows % block_m)).items():
-            tile = next((tile for tile in variant.tiles if part <= tile.most), variant.tiles[-1])
-            each, covered = _product_cycles(variant, tile, part, depth, isa, dot)
-            tiles = column_blocks * -(-block_n // tile.nr)
-            cycles += experts * times * tiles * each
-            covered_cycles += experts * times * tiles * each * covered / max(1, tile.nr // (variant.panel or tile.nr))
-            memory_cost += experts * times / _memory_efficiency(variant, tile)
-            passes += experts * times
-            jobs += experts * times * column_blocks
-            longest = max(longest, tiles * each / column_blocks)
-            held = part * min(depth, config.integer("block_k") or depth) * row_bytes
-            cache_bytes += experts * times * tiles * part * depth * row_bytes * (held > 3 * L2_BYTES // 4)
-    rows = sum(rows_present)
+    depth = padded_k(gemm, pairs=variant.panel > 0 and layer.dtype == "bf16")
+    parts: Counter[int] = Counter()
+    for rows in rows_present:
+        parts.update({block_m: rows // block_m, rows % block_m: 1} if rows % block_m else {block_m: rows // block_m})
+    tiles = variant.tiles
+    cycles = covered_cycles = memory_cost = cache_bytes = longest = 0.0
+    for rows, times in (+parts).items():
+        tile = next((tile for tile in tiles if rows <= tile.most), tiles[-1])
+        each, covered = _product_cycles(variant, tile, rows, depth, isa, dot)
+        column_tiles = columns // block_n * -(-block_n // tile.nr) + -(-(columns % block_n) // tile.nr)
+        cycles += times * column_tiles * each
+        covered_cycles += times * column_tiles * each * covered / max(1, tile.nr // (variant.panel or tile.nr))
+        memory_cost += times / _memory_efficiency(variant, tile)
+        longest = max(longest, -(-block_n // tile.nr) * each)
+        held = rows * min(depth, config.integer("block_k") or depth) * (2 if dot else 4)
+        if held > 3 * L2_BYTES // 4:
+            # Each column tile reads the rows again, and not from the second-level cache.
+            cache_bytes += times * column_tiles * rows * depth * (2 if dot else 4)
+    rows, passes = sum(rows_present), parts.total()
     flops = 2.0 * rows * columns * depth
     ideal = flops / (2 * isa.lanes * FMA_UNITS * (2 if dot else 1))
-    cached = columns * depth * size * block_m <= environment.llc_bytes // 2
-    reads = len(rows_present) if cached else passes
-    widened = 0 if not variant.widens else 2 * 4 * rows * depth
-    partial = 0 if gemm.name == "up" else 2 * 4 * rows * gemm.n
+    cached = columns * depth * size <= environment.llc_bytes // 2
+    cache_bytes += (8 * rows * depth if variant.widens else 0) + (0 if gemm.name == "up" else 8 * rows * gemm.n)
+    width = layer.intermediate if gemm.name == "up" else layer.hidden / layer.top_k
     return Work(
-        weight_bytes=float(reads * columns * depth * size), row_bytes=float(rows * gemm.k * size),
-        out_bytes=float(rows * gemm.n * size), cache_bytes=cache_bytes + widened + partial, flops=flops,
-        useful_flops=float(gemm.flops(rows)), programs=jobs, path=path, efficiency=min(1.0, ideal / cycles),
-        largest=longest / cycles, memory_efficiency=passes / memory_cost,
+        weight_bytes=float((len(rows_present) if cached else passes) * columns * depth * size),
+        row_bytes=float(rows * gemm.k * size), out_bytes=float(rows * width * size), cache_bytes=cache_bytes,
+        flops=flops, useful_flops=float(gemm.flops(rows)), programs=passes * -(-columns // block_n), path=path,
+        efficiency=min(1.0, ideal / cycles), largest=longest / cycles, memory_efficiency=passes / memory_cost,
         overlap=OVERLAP + (PREFETCHED_OVERLAP - OVERLAP) * covered_cycles / cycles,
     )  # fmt: skip
 
@@ -199,10 +198,11 @@ def onednn_work(gemm: ExpertGemm, config: TileConfig, environment: Environment, 
     again = (sum(blocks) - len(blocks)) * weights
     fits = weights <= environment.llc_bytes // 2
     rows = sum(rows_present)
+    width = gemm.layer.intermediate if gemm.name == "up" else gemm.layer.hidden / gemm.layer.top_k
     return Work(
         weight_bytes=float(len(rows_present) * weights + (0 if fits else again)),
         cache_bytes=float((again if fits else 0) + 4 * padded * gemm.n * 4), row_bytes=float(padded * gemm.k * size),
-        out_bytes=float(rows * gemm.n * size), flops=float(gemm.flops(padded)), useful_flops=float(gemm.flops(rows)),
+        out_bytes=float(rows * width * size), flops=float(gemm.flops(padded)), useful_flops=float(gemm.flops(rows)),
         programs=sum(blocks), launches=LIBRARY_CALLS * sum(blocks), path=path, overlap=OVERLAP,
         memory_efficiency=STREAM_EFFICIENCY[1],
     )  # fmt: skip
