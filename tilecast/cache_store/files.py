@@ -102,6 +102,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         _sync_folder(target.parent)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write a file at that takes the place of `path` at the end, whole or not at all.
+
+    After an exception the old file stays and the new one is gone. Raises CacheError as `write_atomically` does.
+    """
+    target = Path(os.path.realpath(path))
+    with _writing_beside(path, target) as temporary:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync_folder(target.parent)
+
+
 def check_writable(path: Path) -> None:
     """Raise the CacheError that `write_atomically` would raise for the path or its folder; leaves nothing behind."""
     regular_size(path)
