@@ -2,7 +2,7 @@
 
 `python -m benchmarks.strategies FOLDER [--strategies a,b] [--seeds 20] [--out FILE.json] [--plot FILE.png]`. FOLDER
 holds sweeps as `python -m benchmarks.sweep` writes them. Every strategy tunes every layer from nothing, all buckets in
-one go, with times drawn from the sweeps. Regret is the chosen config's recorded median over the smallest one of all
+one go, with times drawn from the sweeps. Regret is the chosen config's true time (the median of all recorded samples, levels of rounds taken out) over the best of all
 configs that could have been chosen with the same weight layout and numerics class, minus one; measurements are samples,
 as a share of 20 of every config, which is what an exhaustive tuning takes.
 """
@@ -16,8 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from tilecast.autotune.calibrate import Calibration, nominal
 from tilecast.autotune.decide import decide
+from tilecast.autotune.levels import levelled
 from tilecast.autotune.plan import make_plan
+from tilecast.autotune.rank import CostModel, ModelRanker
 from tilecast.autotune.replay import ReplayMeasurer, Sweep, load_sweeps
 from tilecast.autotune.search import STRATEGIES
 from tilecast.autotune.tuner import NoRanker, Ranker, measure_plan
@@ -26,10 +29,14 @@ from tilecast.engine.runtime import default_registry
 from tilecast.environment import Environment
 from tilecast.evidence import percentile
 from tilecast.kernels.spec import Kernel, Registry
-from tilecast.problem import TileConfig
+from tilecast.problem import ExpertGemm, TileConfig
 
+CALIBRATION = "calibration.json"
 EXHAUSTIVE_SAMPLES = 20
 """Samples of every config in an exhaustive tuning; vLLM's takes the mean of as many."""
+
+
+Truth = dict[tuple[ExpertGemm, int], dict[TileConfig, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,15 @@ class Outcome:
 
 
 def replay(
-    sweeps: Sequence[Sweep], name: str, seed: int, registry: Registry, ranker: Ranker, *, file: str, policy: str
+    sweeps: Sequence[Sweep],
+    truth: Truth,
+    name: str,
+    seed: int,
+    registry: Registry,
+    ranker: Ranker,
+    *,
+    file: str,
+    policy: str,
 ) -> tuple[list[Outcome], float]:
     """Tune one layer over its sweeps; return the outcomes, and the seconds that its samples took when recorded."""
     by_task = {(sweep.gemm, sweep.tokens): sweep for sweep in sweeps}
@@ -71,27 +86,39 @@ def replay(
         for gemm, choice in ((layer.up, decision.up), (layer.down, decision.down)):
             sweep = by_task[gemm, decision.bucket.tokens]
             kernel = registry[choice.config.kernel]
-            rivals = same_group(sweep, registry, environment, choice.config, kernel)
+            true_us = truth[gemm, sweep.tokens]
+            rivals = same_group(sweep, true_us, registry, environment, choice.config, kernel)
             found.append(
                 Outcome(
                     file=file, gemm=gemm.name, tokens=sweep.tokens, strategy=name, seed=seed,
-                    chosen_us=sweep.ok[choice.config].p50_us, best_us=min(rivals),
-                    default_us=sweep.recorded[0].p50_us,
+                    chosen_us=true_us[choice.config], best_us=min(rivals),
+                    default_us=true_us[sweep.recorded[0].config],
                     share=used[gemm, sweep.tokens] / (EXHAUSTIVE_SAMPLES * len(sweep.recorded)),
                 )
             )  # fmt: skip
     return found, measurer.elapsed_us / 1e6
 
 
+def true_times(sweep: Sweep) -> dict[TileConfig, float]:
+    """Return each config's median of all recorded samples, without the levels of the recorded rounds."""
+    moments = {r.config: {(i,): us for i, us in enumerate(r.samples_us)} for r in sweep.recorded if r.status == "ok"}
+    return {config: percentile(values, 50) for config, values in levelled(moments).items()}
+
+
 def same_group(
-    sweep: Sweep, registry: Registry, environment: Environment, chosen: TileConfig, kernel: Kernel
+    sweep: Sweep,
+    true_us: dict[TileConfig, float],
+    registry: Registry,
+    environment: Environment,
+    chosen: TileConfig,
+    kernel: Kernel,
 ) -> list[float]:
-    """Return the medians of all configs with the chosen one's weight layout and numerics."""
+    """Return the times of all configs with the chosen one's weight layout and numerics."""
     gemm = sweep.gemm
     layout, numerics = kernel.layout(gemm, chosen), kernel.numerics(gemm, chosen, environment)
     return [
-        recorded.p50_us
-        for config, recorded in sweep.ok.items()
+        us
+        for config, us in true_us.items()
         if registry[config.kernel].layout(gemm, config) == layout
         and registry[config.kernel].numerics(gemm, config, environment) == numerics
     ]
@@ -125,17 +152,29 @@ def compare(
     registry = default_registry()
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(path for path in folder.glob("*.json") if path.name != CALIBRATION):
         sweeps = load_sweeps(path)
+        truth = {(sweep.gemm, sweep.tokens): true_times(sweep) for sweep in sweeps}
         ranker = ranker_for(sweeps[0].environment, registry) if ranker_for else NoRanker()
         for name in names:
             for seed in range(seeds):
-                found, took = replay(sweeps, name, seed, registry, ranker, file=path.stem, policy=policy)
+                found, took = replay(sweeps, truth, name, seed, registry, ranker, file=path.stem, policy=policy)
                 outcomes[name] += found
                 seconds[name].append(took)
     return {name: summary(outcomes[name], seconds[name]) for name in names}, [
         o for name in names for o in outcomes[name]
     ]
+
+
+def model_of(folder: Path) -> Callable[[Environment, Registry], Ranker]:
+    """Return what makes a ranker: the cost model with the calibration kept beside the sweeps, else nominal rates."""
+    path = folder / CALIBRATION
+
+    def make(environment: Environment, registry: Registry) -> Ranker:
+        known = Calibration.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return ModelRanker(CostModel(environment, known or nominal(environment)), registry)
+
+    return make
 
 
 def main() -> None:
@@ -145,10 +184,12 @@ def main() -> None:
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--policy", default="reproducible")
+    parser.add_argument("--no-model", action="store_true", help="rank by what neighbours show alone")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     names = options.strategies.split(",")
-    table, outcomes = compare(options.folder, names, options.seeds, policy=options.policy)
+    ranker_for = None if options.no_model else model_of(options.folder)
+    table, outcomes = compare(options.folder, names, options.seeds, ranker_for=ranker_for, policy=options.policy)
     print(f"{'strategy':14} median    p95  worst  share  <=1%  slower  gain  seconds")
     for name, row in table.items():
         print(

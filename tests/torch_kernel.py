@@ -6,6 +6,9 @@ It sums products one by one with elementwise operations, so that a row's bits de
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from itertools import product
 
@@ -30,6 +33,8 @@ VARIANTS = {
     "raises": "raises RuntimeError",
     "no_memory": "raises MemoryError",
     "no_compiler": "raises as a compiler would",
+    "hangs": "never returns",
+    "crashes": "takes its process along",
 }
 
 
@@ -140,6 +145,10 @@ class TorchKernel:
             raise MemoryError("no room")
         if variant == "no_compiler":
             raise RuntimeError("LLVM IR parsing error")
+        if variant == "hangs":
+            time.sleep(600)
+        if variant == "crashes":
+            os.kill(os.getpid(), signal.SIGSEGV)
         if variant == "overwrites":
             out[:] = 0
         offsets = route.offsets.tolist()

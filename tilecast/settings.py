@@ -65,6 +65,7 @@ class Settings:
 
     `import_from` (a path or SQLAlchemy URL), `export_to` and `record_to` (paths) are None where unset, and so is
     `routing`: a routing profile's name, or a file of recorded counts.
+    `sandbox` has candidates measured in a process of their own.
     `cache_dir` holds compiled kernels and the default store; nothing here creates it.
     """
 
@@ -77,6 +78,7 @@ class Settings:
     warn_cache_miss: bool = False
     policy: str = "reproducible"
     routing: str | None = None
+    sandbox: bool = True
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -94,6 +96,7 @@ class Settings:
             warn_cache_miss=values.flag("TM_GEMM_WARN_CACHE_MISS"),
             policy=values.choice("TM_GEMM_POLICY", POLICIES),
             routing=values.get("TM_GEMM_ROUTING"),
+            sandbox=values.flag("TM_GEMM_SANDBOX", True),
             cache_dir=_cache_dir(values),
         )
 
@@ -299,8 +302,8 @@ class _Variables:
             raise UsageError(f"{name} is {text!r:.40}, expected one of {', '.join(known)}")
         return text.lower()
 
-    def flag(self, name: str) -> bool:
-        text = (self.get(name) or "0").lower()
+    def flag(self, name: str, default: bool = False) -> bool:
+        text = (self.get(name) or str(int(default))).lower()
         if text not in TRUE + FALSE:
             raise UsageError(f"{name} is {text!r:.40}, expected one of {', '.join(TRUE + FALSE)}")
         return text in TRUE

@@ -18,7 +18,7 @@ from tilecast.autotune.plan import make_plan
 from tilecast.autotune.prescreen import describe
 from tilecast.autotune.search import Halving
 from tilecast.autotune.search.elimination import survivors
-from tilecast.autotune.select import Timing
+from tilecast.autotune.timing import Timing
 from tilecast.autotune.tuner import measure_plan, tune
 from tilecast.autotune.workload import MAX_SORTED_BYTES, Workload, in_order, in_slot_order, present_slots
 from tilecast.cache_store.memory import MemoryStore

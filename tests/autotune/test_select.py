@@ -7,17 +7,8 @@ import pytest
 from tests.autotune.shared import HERE, LAYER, measured
 from tests.torch_kernel import SortedTorchKernel, TorchKernel
 from tilecast.autotune.prescreen import describe
-from tilecast.autotune.select import (
-    Evidence,
-    choose,
-    choose_pair,
-    fastest,
-    noise,
-    pair_timing,
-    pick,
-    pool,
-    within_noise,
-)
+from tilecast.autotune.select import Evidence, choose, choose_pair, pair_timing, pick
+from tilecast.autotune.timing import fastest, noise, pool, within_noise
 from tilecast.errors import CoverageError, DeviceError
 from tilecast.evidence import Measurement
 from tilecast.kernels.spec import Registry

@@ -15,7 +15,8 @@ from typing import Any, Protocol, cast
 import torch
 
 from tilecast.autotune.clock import Clock, clock_for
-from tilecast.autotune.contention import CpuWatch, contended
+from tilecast.autotune.contention import MIN_STRETCH_S, CpuWatch, contended
+from tilecast.autotune.measure import MAX_REPEATS, SAMPLE_US
 from tilecast.autotune.workload import device_of
 from tilecast.canonical import Json, fields_of
 from tilecast.environment import Environment, cpu_environment
@@ -26,6 +27,8 @@ from tilecast.problem import DTYPES, ExpertGemm
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+MIXED = "mixed"
+"""The source of a probe that others disturbed."""
 MAX_FILE_BYTES = 1 << 16
 REPEATS = 5
 PROBE_ROWS, PROBE_SIZE = 64, 1024
@@ -291,7 +294,7 @@ def load_calibration(folder: Path, environment: Environment) -> Calibration | No
         found = Calibration.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, InputError):
         return None
-    return found if found.device == device_key(environment) and found.source == "probe" else None
+    return found if found.device == device_key(environment) and found.source in ("probe", MIXED) else None
 
 
 def save_calibration(folder: Path, environment: Environment, calibration: Calibration) -> None:
@@ -317,23 +320,30 @@ def calibration_for(
     """Return the kept calibration of an environment; else probe it; the nominal one of a device that is not here.
 
     `folder` is the user's cache folder, where a probe is kept; None keeps none. Where others used the CPUs
-    meanwhile nothing is kept, and nominal figures stand in for lower ones.
+    meanwhile, nominal figures stand in for lower ones, until a later call finds the CPUs quiet and probes again.
     """
+    watch = watch or CpuWatch()
     kept = None if folder is None else load_calibration(folder, environment)
-    if kept is not None:
+    if kept is not None and (kept.source != MIXED or contended(_others(watch))):
         return kept
     if probe is None and not is_here(environment):
         return nominal(environment)
-    watch = watch or CpuWatch()
     start = watch.read()
     found = calibrate(environment, registry, probe)
     stolen = watch.stolen(start, watch.read())
     if environment.device_kind == "cpu" and contended(stolen):
-        logger.warning("others used %.0f%% of the CPUs while limits were probed: not kept", 100 * (stolen or 0))
+        logger.info("others used %.0f%% of the CPUs while this device's limits were probed", 100 * (stolen or 0))
         found = at_least(found, nominal(environment))
-    elif folder is not None:
+    if folder is not None:
         save_calibration(folder, environment, found)
     return found
+
+
+def _others(watch: CpuWatch) -> float | None:
+    """Return the part of the CPUs that others use at this moment."""
+    start = watch.read()
+    time.sleep(MIN_STRETCH_S)
+    return watch.stolen(start, watch.read())
 
 
 def at_least(found: Calibration, floor: Calibration) -> Calibration:
@@ -344,7 +354,7 @@ def at_least(found: Calibration, floor: Calibration) -> Calibration:
         cache_bytes_s=max(found.cache_bytes_s, floor.cache_bytes_s),
         flops_s={path: max(rate, floor.flops_s.get(path, 0.0)) for path, rate in found.flops_s.items()},
         launch_us=min(found.launch_us, floor.launch_us),
-        source="mixed",
+        source=MIXED,
     )
 
 
@@ -357,9 +367,6 @@ def is_here(environment: Environment) -> bool:
 
 # What tuning itself costs -----------------------------------------------------------------
 
-SAMPLE_US = {"cpu": 300.0, "cuda": 100.0}
-MAX_REPEATS = 64
-"""Bounds of a sample's repeats, those of `measure.DeviceMeasurer`."""
 ROUTING_US = 150.0
 """Drawing, sorting and looking up the operands of one launch."""
 ORACLE_SLOTS = 64

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from tilecast.autotune.classes import ClassVerifier, Verifier
 from tilecast.autotune.plan import Plan
 from tilecast.autotune.prescreen import anchors, prescreen
-from tilecast.autotune.select import Evidence, breaks_class, bucket_weights, choose_pair, pool
+from tilecast.autotune.select import Evidence, bucket_weights, choose_pair
+from tilecast.autotune.timing import breaks_class, pool
 from tilecast.errors import CoverageError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable
 from tilecast.kernels.spec import Registry

@@ -12,15 +12,8 @@ from dataclasses import dataclass
 from tilecast.autotune.fates import Entrant, Standing, entrants
 from tilecast.autotune.prescreen import Candidate, describe
 from tilecast.autotune.reproducibility import ReproducibilityCost, reproducibility_cost
-from tilecast.autotune.select import (
-    Evidence,
-    Group,
-    breaks_class,
-    bucket_weights,
-    choose_pair,
-    group_call_us,
-    pool,
-)
+from tilecast.autotune.select import Evidence, Group, bucket_weights, choose_pair, group_call_us
+from tilecast.autotune.timing import breaks_class, pool
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, CoverageError, DeviceError, InputError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable

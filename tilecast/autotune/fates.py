@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tilecast.autotune.prescreen import Candidate
-from tilecast.autotune.select import Group, Timing, fastest, group_of, noise, pool, pooled_samples, within_noise
+from tilecast.autotune.select import Group, group_of
+from tilecast.autotune.timing import Timing, fastest, noise, pool, pooled_samples, within_noise
 from tilecast.evidence import Choice, Measurement, percentile
 from tilecast.problem import TileConfig
 

@@ -14,16 +14,19 @@ from statistics import median
 from typing import TypeVar
 
 Config = TypeVar("Config", bound=Hashable)
-Moment = tuple[int, int]
-"""A round, and the number of a sample within it."""
-MIN_TOGETHER = 3
-"""A moment in which fewer configs were timed has no level of its own: it would take over theirs."""
+Moment = tuple[int, ...]
+"""A round, and the number of a sample within it; perhaps, before these, the rank."""
+MIN_TOGETHER = 2
+"""A moment in which one config was timed has no level of its own: it would take over the config's."""
 SWEEPS = 8
 TOLERANCE = 1e-4
 
 
 def levelled(samples: Mapping[Config, Mapping[Moment, float]]) -> dict[Config, list[float]]:
-    """Return each config's samples (µs, above 0) in the order of moments, without the levels of the moments."""
+    """Return each config's samples (µs, above 0) in the order of moments, without the levels of the moments.
+
+    Their spread is that of the config's own noise.
+    """
     logs = {config: {moment: math.log(us) for moment, us in of_config.items()} for config, of_config in samples.items()}
     by_moment: dict[Moment, list[Config]] = {}
     for config, of_config in logs.items():
@@ -31,6 +34,7 @@ def levelled(samples: Mapping[Config, Mapping[Moment, float]]) -> dict[Config, l
             by_moment.setdefault(moment, []).append(config)
     shared = [moment for moment in sorted(by_moment) if len(by_moment[moment]) >= MIN_TOGETHER]
     level = dict.fromkeys(by_moment, 0.0)
+    own: dict[Config, float] = {}
     for _ in range(SWEEPS):
         own = {config: median(log - level[m] for m, log in values.items()) for config, values in logs.items()}
         moved = 0.0
@@ -42,8 +46,15 @@ def levelled(samples: Mapping[Config, Mapping[Moment, float]]) -> dict[Config, l
             break
     # The level to compare at: that of the median moment, so that times stay those of this device.
     usual = median(level[moment] for moment in shared) if shared else 0.0
-    shift = {moment: (level[moment] - usual if len(by_moment[moment]) >= MIN_TOGETHER else 0.0) for moment in by_moment}
-    return {
-        config: [math.exp(values[moment] - shift[moment]) for moment in sorted(values)]
-        for config, values in logs.items()
-    }
+    found: dict[Config, list[float]] = {}
+    for config, values in logs.items():
+        found[config] = []
+        for moment in sorted(values):
+            together = len(by_moment[moment])
+            if together < MIN_TOGETHER:
+                found[config].append(samples[config][moment])
+                continue
+            # The level took over a part of each config's own noise: of n configs, all but (n - 1) / n is left.
+            rest = (values[moment] - level[moment] - own[config]) * together / (together - 1)
+            found[config].append(math.exp(own[config] + usual + rest))
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -16,7 +16,8 @@ from tilecast.autotune.plan import Plan
 from tilecast.autotune.prescreen import Candidate
 from tilecast.autotune.prior import Expectation
 from tilecast.autotune.search.base import Strategy, Turn, View
-from tilecast.autotune.select import Timing, breaks_class, pool
+from tilecast.autotune.timing import Timing, breaks_class, pool
+from tilecast.autotune.watches import Watch
 from tilecast.errors import DeviceError
 from tilecast.evidence import Measurement
 from tilecast.problem import Bucket, ExpertGemm, TileConfig
@@ -28,6 +29,10 @@ FEW = 4
 SCREENING_SHARE = 0.6
 """Part of a task's time that round 0 may take: many configs sampled once and none twice tell nothing from noise."""
 
+SPLIT_ROUNDS = 2
+"""Rounds whose configs are shared out among ranks that divide the work."""
+COMMON_ROUNDS = 2
+"""Rounds in which the best few run on all ranks at the same time whatever the strategy thinks is known."""
 STRETCH_S = 0.4
 """Time between two looks at what else uses the device."""
 TRIES = 5
@@ -42,8 +47,8 @@ class Session:
     """What all tasks of one tuning share.
 
     `known` holds this run's measurements of all ranks, by key; `broken` the configs that failed a class check.
-    `watch` sees what else uses the device, `disturbed` counts the stretches measured again for that; a `sandboxed`
-    measurer survives what makes a device unusable to a process.
+    `watch` sees what else uses the device, `disturbed` counts the stretches measured again for that; `ahead` compiles
+    what is measured next. With `split`, ranks share the configs of the first rounds out among themselves.
     """
 
     plan: Plan
@@ -55,7 +60,8 @@ class Session:
     broken: dict[ExpertGemm, set[TileConfig]] = field(default_factory=dict)
     made: int = 0
     watch: Watch | None = None
-    sandboxed: bool = False
+    ahead: Ahead | None = None
+    split: bool = False
     disturbed: int = 0
 
     def learn(self, measurements: Sequence[Measurement]) -> list[Measurement]:
@@ -118,15 +124,15 @@ class RaceState:
     cut: int = 0
 
 
-class Watch(Protocol):
-    """Sees whether something else disturbed what was measured between two readings."""
+class Ahead(Protocol):
+    """Compiles configs while others are measured."""
 
-    def read(self) -> object:
-        """Return the counters at this moment."""
+    def submit(self, gemm: ExpertGemm, configs: Iterable[TileConfig]) -> None:
+        """Have configs compiled, in this order."""
         ...
 
-    def disturbed(self, start: object, end: object) -> str | None:
-        """Return what disturbed the time between two readings, in one line; None if nothing did."""
+    def wait(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
+        """Wait until a config is; return why it cannot be, None if it can or nothing is known."""
         ...
 
 
@@ -178,8 +184,11 @@ class Race:
 
     def run(self) -> int:
         """Run all rounds and return how many (config, round) pairs the deadline cut."""
-        for number in range(self._strategy.rounds):
-            turn = self._strategy.turn(self._view(number))
+        for number in range(self._strategy.rounds + (COMMON_ROUNDS if self._session.split else 0)):
+            view = self._view(number)
+            turn = self._strategy.turn(view)
+            if (turn is None or not turn.configs) and self._session.split:
+                turn = self._common(view)
             if turn is None or not turn.configs:
                 break
             made, stop = self._round(turn, number)
@@ -190,9 +199,16 @@ class Race:
                 break
         return self._cut
 
+    def _common(self, view: View) -> Turn | None:
+        """Return a round for the best few on all ranks, as long as those did not run there often enough."""
+        if view.round >= SPLIT_ROUNDS + COMMON_ROUNDS or not view.timings:
+            return None
+        best = sorted(view.timings.values(), key=lambda t: (t.p50_us, t.config.sort_key))[:FEW]
+        return Turn(configs=tuple(dict.fromkeys([*self._entry.must, *(t.config for t in best)])), samples=2)
+
     def _view(self, number: int) -> View:
         before = [m for m in self._measurements() if m.round < number and not breaks_class(m)]
-        timings, failures = pool(before)
+        timings, failures = pool(before, anywhere=self._session.split)
         expectation = self._expect(timings)
         entry = self._entry
         return View(
@@ -213,7 +229,9 @@ class Race:
         rank = self._session.peers.rank
         present = {m.config for m in self._measurements() if m.rank == rank and m.round == number}
         first = number % len(turn.configs)
-        order = [*turn.configs[first:], *turn.configs[:first]]
+        order = self._share([*turn.configs[first:], *turn.configs[:first]], number)
+        if self._session.ahead is not None:
+            self._session.ahead.submit(self._gemm, [config for config in order if config not in present])
         made: list[Measurement] = []
         stretch = _Stretch(self._session)
         stop = False
@@ -233,6 +251,13 @@ class Race:
         made += stretch.close()
         return made, stop
 
+    def _share(self, order: list[TileConfig], number: int) -> list[TileConfig]:
+        """Return what this rank measures of a round: all of it, or its share and what must run on all ranks."""
+        peers = self._session.peers
+        if not self._session.split or number >= SPLIT_ROUNDS:
+            return order
+        return [c for i, c in enumerate(order) if i % peers.world_size == peers.rank or c in self._entry.must]
+
     def _expected_cost_s(self, config: TileConfig, number: int, samples: int) -> float:
         if config not in self._cost_s:
             # The median: the first config of each weight layout packs for all that follow it.
@@ -245,8 +270,15 @@ class Race:
         if any(m.config == config and m.rank == rank and m.status == "ok" for m in self._measurements()):
             return None
         start = time.monotonic()
+        ahead = self._session.ahead
+        refused = None if ahead is None else ahead.wait(self._gemm, config)
+        if refused is not None:
+            return Verdict(status="compile_error", detail=refused)
         try:
             return self._session.measurer.check(self._gemm, self._tokens, config)
+        except DeviceError:
+            # Nothing is known of the config: measuring itself does not work.
+            raise
         except Exception as error:  # Whatever a kernel raises is evidence about it, not the end of tuning.
             status, detail = failure(error)
             return Verdict(status=status, detail=detail)
@@ -262,6 +294,8 @@ class Race:
             try:
                 samples = session.measurer.sample(self._gemm, self._tokens, config, round=number, count=count)
                 self._cost_s[config] = max(samples) / 1e6
+            except DeviceError:
+                raise
             except Exception as error:  # As above.
                 status, detail = failure(error)
         return Measurement(
@@ -307,6 +341,8 @@ class _Stretch:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._watch = session.watch
+        # A measurer in a process of its own gets another one when the device is lost to it.
+        self._restarts = bool(getattr(session.measurer, "restarts", False))
         self._start: object = None
         self._began = 0.0
         self._held: list[tuple[Callable[[], Measurement], Measurement]] = []
@@ -339,7 +375,7 @@ class _Stretch:
 
     def _keep(self, measurement: Measurement) -> Measurement:
         self._session.keep(measurement)
-        if measurement.status == "runtime_error" and device_lost(measurement.detail) and not self._session.sandboxed:
+        if measurement.status == "runtime_error" and device_lost(measurement.detail) and not self._restarts:
             raise DeviceError(
                 f"{measurement.config.label} left the device unusable to this process ({measurement.detail}); "
                 "that is recorded: run tune again, it goes on without this config"

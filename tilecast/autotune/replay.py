@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import cast
 
 from tilecast.autotune.contention import MIN_STRETCH_S, CpuWatch, contended
@@ -33,6 +34,9 @@ TRIES = 60
 """How often a contended stretch is measured again before its samples are kept as they are."""
 PAUSE_S = 1.0
 """Wait before that."""
+HOPELESS = 4.0
+FEW_ROUNDS = 3
+"""Configs that are slower than the best by this factor after so many rounds run no longer: their times are known."""
 SLICE_S = 0.4
 """Stretches of measuring between two looks at the CPUs' counters."""
 
@@ -93,7 +97,7 @@ def record_sweep(
     watch: CpuWatch | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Sweep:
-    """Measure every valid candidate `samples` times, in rounds that go through all of them.
+    """Measure every valid candidate `samples` times, in rounds that go through all of them; hopeless ones less often.
 
     A stretch of a round in which others used the CPUs is measured again. `all_tokens` are the buckets of the whole
     recording, whose defaults' groups are measured in every one of them.
@@ -122,6 +126,9 @@ def record_sweep(
             for config, value in stretch:
                 found[config].append(value)
             queue = queue[len(stretch) :]
+        if running and number + 1 == FEW_ROUNDS:
+            best = min(median(found[config]) for config in running)
+            running = [config for config in running if median(found[config]) <= HOPELESS * best]
         if progress is not None:
             progress(f"{gemm.layer.label} {gemm.name} {tokens}: {number + 1}/{samples}, {retried} stretches again")
     return Sweep(
@@ -281,7 +288,8 @@ class ReplayMeasurer:
         found = self._find(gemm, tokens, config)
         parts = (self._seed, tokens, round, int(gemm.layer.digest[:8], 16), len(gemm.name))
         generator = random.Random(hash_seed(*parts))
-        drawn = tuple(found.samples_us[int(generator.random() * len(found.samples_us))] for _ in range(count))
+        rounds = max(len(r.samples_us) for r in self._sweeps[gemm, tokens].recorded)
+        drawn = tuple(found.samples_us[generator.randrange(rounds) % len(found.samples_us)] for _ in range(count))
         self.samples += count
         self.elapsed_us += sum(drawn)
         return drawn

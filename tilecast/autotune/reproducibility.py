@@ -11,18 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from tilecast.autotune.prescreen import Candidate
-from tilecast.autotune.select import (
-    Evidence,
-    Group,
-    Timing,
-    call_noise,
-    call_us,
-    fastest,
-    group_of,
-    noise,
-    pair_timing,
-    well_sampled,
-)
+from tilecast.autotune.select import Evidence, Group, call_noise, call_us, group_of, pair_timing, well_sampled
+from tilecast.autotune.timing import Timing, fastest, noise
 from tilecast.errors import InputError
 from tilecast.problem import TileConfig
 

@@ -1,44 +1,26 @@
 """From measurements to choices: pure functions, no device, no store, no clock.
 
-Times are medians over all rounds; over ranks the slowest counts, as every rank waits for it. A config replaces
-the default only if it wins by more than the noise of that very comparison. What must be the same in all buckets
-is chosen by the time of a call: the mean over the workload's calls where it is known, else the geometric mean.
+Times are medians over all rounds, of samples without what a round did to all of its configs (levels.py); over ranks
+the slowest counts, as every rank waits for it. A config replaces the default only if it wins by more than the noise of
+that very comparison. What must be the same in all buckets is chosen by the time of a call: the mean over the
+workload's calls where it is known, else the geometric mean.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from tilecast.autotune.prescreen import Candidate
+from tilecast.autotune.timing import NOISE_FLOOR, Timing, fastest, noise, within_noise
 from tilecast.errors import CoverageError, DeviceError, InputError
-from tilecast.evidence import Choice, Measurement, percentile
+from tilecast.evidence import Choice
 from tilecast.problem import Bucket, ExpertGemm, TileConfig, tokens_text
-
-NOISE_FLOOR = 0.01
-"""No win below 1% is believed."""
-MEDIAN_FACTOR = 1.2533
-"""Standard error of a median over that of a mean, √(π/2), for normal samples."""
-P80_P20_SIGMAS = 1.6832
-"""Distance of the 80th from the 20th percentile of a normal distribution, in standard deviations."""
-FEW_SAMPLES = 5
-FEW_SAMPLES_SPREAD = 0.05
-"""Fewer samples than this say little about their own spread: it is taken as at least 5% then."""
 
 Group = tuple[str, ...]
 """What must be the same in all buckets: (layout,), or (layout, numerics class) under `reproducible`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """One config's pooled samples in one bucket: the slowest rank's median in µs and its relative standard error."""
-
-    config: TileConfig
-    p50_us: float
-    error: float
-    samples: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,89 +39,16 @@ class Evidence:
     failures: Mapping[TileConfig, str]
 
 
-def breaks_class(measurement: Measurement) -> bool:
-    """Whether a measurement records that its config's bits are not those of its class; it has no samples."""
-    return measurement.status == "unstable" and not measurement.samples_us
-
-
-def pool(measurements: Iterable[Measurement]) -> tuple[dict[TileConfig, Timing], dict[TileConfig, str]]:
-    """Return the timings of the configs that are `ok` on every rank seen, and the failures of the others.
-
-    The measurements are of one GEMM, token count and run; what records a broken class is not a failure to run.
-    """
-    samples, failures, ranks = _by_rank(measurements)
-    timings = {
-        config: _timing(config, by_rank)
-        for config, by_rank in samples.items()
-        if config not in failures and set(by_rank) == ranks
-    }
-    return timings, failures
-
-
-def pooled_samples(measurements: Iterable[Measurement]) -> dict[TileConfig, tuple[int, tuple[float, ...]]]:
-    """Return for each config with samples the rank whose median counts, and that rank's samples in µs."""
-    samples, _, _ = _by_rank(measurements)
-    slowest = {config: _slowest(by_rank) for config, by_rank in samples.items()}
-    return {config: (rank, tuple(samples[config][rank])) for config, rank in slowest.items()}
-
-
-def _by_rank(
-    measurements: Iterable[Measurement],
-) -> tuple[dict[TileConfig, dict[int, list[float]]], dict[TileConfig, str], set[int]]:
-    samples: dict[TileConfig, dict[int, list[float]]] = {}
-    failures: dict[TileConfig, str] = {}
-    ranks: set[int] = set()
-    for m in measurements:
-        if breaks_class(m):
-            continue
-        ranks.add(m.rank)
-        if m.status != "ok":
-            failures.setdefault(m.config, f"{m.status} on rank {m.rank}: {m.detail}")
-            continue
-        samples.setdefault(m.config, {}).setdefault(m.rank, []).extend(m.samples_us)
-    return samples, failures, ranks
-
-
-def _slowest(by_rank: Mapping[int, Sequence[float]]) -> int:
-    return max(by_rank, key=lambda rank: (percentile(list(by_rank[rank]), 50), rank))
-
-
-def _timing(config: TileConfig, by_rank: Mapping[int, list[float]]) -> Timing:
-    samples = by_rank[_slowest(by_rank)]
-    p50_us = percentile(samples, 50)
-    spread = (percentile(samples, 80) - percentile(samples, 20)) / P80_P20_SIGMAS / p50_us
-    if len(samples) < FEW_SAMPLES:
-        spread = max(spread, FEW_SAMPLES_SPREAD)
-    error = MEDIAN_FACTOR * spread / math.sqrt(len(samples))
-    return Timing(config=config, p50_us=p50_us, error=error, samples=len(samples))
-
-
-def noise(a: Timing, b: Timing) -> float:
-    """Return the relative difference that a comparison of two timings cannot tell from none: two standard errors."""
-    return max(NOISE_FLOOR, 2 * math.hypot(a.error, b.error))
-
-
-def within_noise(a: Timing, best: Timing) -> bool:
-    """Whether `a` is not measurably slower than `best`."""
-    return a.p50_us <= best.p50_us * (1 + noise(a, best))
-
-
-def fastest(timings: Iterable[Timing]) -> Timing:
-    """Return the timing with the smallest median, equal ones by the order on configs."""
-    return min(timings, key=lambda t: (t.p50_us, t.config.sort_key))
-
-
 def pick(timings: Sequence[Timing], default: TileConfig) -> Timing:
     """Return the timing to choose: the default unless it is measurably slower than the best.
 
-    Otherwise, of all that are within noise of the best, the first in the order on configs, so that noise does
-    not decide which of them it is.
+    Otherwise, of all that are as fast as the best but for less than any win counts, the first in the order on configs.
     """
     best = fastest(timings)
-    equals = [t for t in timings if within_noise(t, best)]
-    for timing in equals:
-        if timing.config == default:
+    for timing in timings:
+        if timing.config == default and within_noise(timing, best):
             return timing
+    equals = [t for t in timings if t.p50_us <= best.p50_us * (1 + NOISE_FLOOR)]
     return min(equals, key=lambda t: t.config.sort_key)
 
 

@@ -16,9 +16,10 @@ from tilecast.autotune.peers import Alone, Peers
 from tilecast.autotune.plan import Plan, Task
 from tilecast.autotune.prescreen import Candidate, Prescreened, anchors, prescreen
 from tilecast.autotune.prior import Expectation, Neighbour, expect
-from tilecast.autotune.race import Entry, Progress, Race, RaceState, Session, Watch
+from tilecast.autotune.race import Ahead, Entry, Progress, Race, RaceState, Session
 from tilecast.autotune.search import Strategy, strategy_for
-from tilecast.autotune.select import Timing, breaks_class
+from tilecast.autotune.timing import Timing, breaks_class
+from tilecast.autotune.watches import Watch
 from tilecast.canonical import digest
 from tilecast.errors import UsageError
 from tilecast.evidence import Measurement, TuningTable
@@ -58,22 +59,29 @@ class NoRanker:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskReport:
-    """What was done for one (GEMM, bucket); `cut` counts the (config, round) pairs that the budget left out."""
+    """What was done for one (GEMM, bucket), in this run: `started` configs were checked, and timed `samples` times.
+
+    `cut` counts the (config, round) pairs that the budget left out.
+    """
 
     gemm: ExpertGemm
     tokens: int
     candidates: int
     rejected: int
     cut: int
+    started: int = 0
+    samples: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningRun:
-    """What a call of `measure_plan` did: `measured` counts the measurements made by this rank in this call."""
+    """What a call of `measure_plan` did: `measured` counts the measurements made by this rank in this call,
+    `disturbed` the stretches of them that were measured again since something else used the device."""
 
     run: int
     measured: int
     elapsed_s: float
+    disturbed: int
     tasks: tuple[TaskReport, ...]
 
     @property
@@ -98,6 +106,8 @@ def measure_plan(
     strategy: Strategy | str = EFFORT,
     ranker: Ranker | None = None,
     watch: Watch | None = None,
+    ahead: Ahead | None = None,
+    split: bool = False,
     seed: int = 0,
 ) -> TuningRun:
     """Measure every task of `plan` and keep every measurement in `store` the moment it is made.
@@ -106,8 +116,9 @@ def measure_plan(
     does another number of ranks. `budget_s` bounds the time in seconds, the class check of `decide` included;
     the default config of every task is measured whatever the budget. `strategy` is an effort (`quick`, `standard`,
     `exhaustive`), a strategy's name, or one; `ranker` tells it what to expect; what it draws at random follows from
-    `seed`. `measurer` is by default the device of this process; `watch` has disturbed times measured again. With
-    `peers`, all ranks call this with the same arguments and take the same steps.
+    `seed`. `measurer` is by default the device of this process; `watch` has disturbed times measured again, `ahead`
+    compiles what comes next. With `peers`, all ranks call this with the same arguments and take the same steps; with
+    `split` they share the configs of the first rounds out and measure the finalists all at the same time.
 
     Raises DeviceError when nothing runs here, UsageError for a budget that is not above 0 or an unknown strategy;
     failures of single configs are measurements with a status.
@@ -115,10 +126,11 @@ def measure_plan(
     if budget_s is not None and not (math.isfinite(budget_s) and budget_s > 0):
         raise UsageError(f"the budget is {budget_s} seconds, expected a finite number above 0")
     search = strategy_for(strategy) if isinstance(strategy, str) else strategy
-    measurer = measurer or DeviceMeasurer(plan.environment, registry, routing=plan.routing)
+    measurer = measurer or DeviceMeasurer(plan.environment, registry, routing=plan.routing_profile)
     store.add_environment(plan.environment)
     session = _open_session(plan, store, measurer, peers or Alone(), fresh=fresh)
-    session.watch, session.sandboxed = watch, bool(getattr(measurer, "sandboxed", False))
+    session.watch, session.ahead = watch, ahead
+    session.split = split and session.peers.world_size > 1
     loop = _Loop(
         session, registry, budget_s=budget_s, strategy=search, ranker=ranker or NoRanker(), seed=seed, progress=progress
     )
@@ -137,7 +149,9 @@ def tune(
     strategy: Strategy | str = EFFORT,
     ranker: Ranker | None = None,
     watch: Watch | None = None,
+    ahead: Ahead | None = None,
     seed: int = 0,
+    weights: Mapping[int, float] | None = None,
     verify: bool = True,
     verifier: Verifier | None = None,
 ) -> TuningTable:
@@ -150,10 +164,10 @@ def tune(
         left = None if budget_s is None else max(MIN_BUDGET_S, budget_s - (time.monotonic() - start))
         measure_plan(
             plan, store, registry, measurer=measurer, budget_s=left, progress=progress, fresh=fresh,
-            strategy=strategy, ranker=ranker, watch=watch, seed=seed,
+            strategy=strategy, ranker=ranker, watch=watch, ahead=ahead, seed=seed,
         )  # fmt: skip
         before = _broken(plan, store)
-        table = decide(plan, store, registry, verify=verify, verifier=verifier)
+        table = decide(plan, store, registry, verify=verify, verifier=verifier, weights=weights)
         if _broken(plan, store) == before:
             break
         # What failed its class check may have driven others out of the race; without it they run on.
@@ -252,10 +266,21 @@ class _Loop:
                     candidates=len(self._eligible[number]),
                     rejected=len(screened.rejections),
                     cut=cut,
+                    **self._done(gemm, bucket.tokens),
                 )
             )
         session = self._session
-        return TuningRun(run=session.run, measured=session.made, elapsed_s=self._budget.elapsed_s, tasks=tuple(reports))
+        return TuningRun(
+            run=session.run,
+            measured=session.made,
+            elapsed_s=self._budget.elapsed_s,
+            disturbed=session.disturbed,
+            tasks=tuple(reports),
+        )
+
+    def _done(self, gemm: ExpertGemm, tokens: int) -> dict[str, int]:
+        own = [m for m in self._session.known.get((gemm, tokens), {}).values() if m.rank == self._session.peers.rank]
+        return {"started": len({m.config for m in own}), "samples": sum(len(m.samples_us) for m in own)}
 
     def _race(self, number: int) -> int:
         gemm, bucket = self._tasks[number]

@@ -254,10 +254,7 @@ class Workload:
 
     def copies(self, gemm: ExpertGemm) -> int:
         """Return how many copies of the weights it takes to rotate through `ROTATION` times the cache."""
-        stack = gemm.weight_bytes()
-        wanted = math.ceil(ROTATION * self.environment.llc_bytes / stack)
-        affordable = MAX_ROTATION_BYTES // stack
-        return max(1, min(wanted, affordable, MAX_COPIES))
+        return weight_copies(gemm, self.environment.llc_bytes)
 
     def weights(self, gemm: ExpertGemm, kernel: Kernel, layout: str, copy: int = 0) -> GemmWeights:
         """Return one copy of the weights in a layout, packed on first use."""
@@ -346,6 +343,13 @@ class Workload:
         room = max(1, self._memory_bytes // 2 // gemm.weight_bytes() - 1)
         while len(self._stacks) >= room:
             self._stacks.popitem(last=False)
+
+
+def weight_copies(gemm: ExpertGemm, llc_bytes: int) -> int:
+    """Return how many copies of a GEMM's weights rotate past a last-level cache of `llc_bytes`."""
+    stack = gemm.weight_bytes()
+    wanted = math.ceil(ROTATION * llc_bytes / stack)
+    return max(1, min(wanted, MAX_ROTATION_BYTES // stack, MAX_COPIES))
 
 
 def hash_seed(*parts: int) -> int:

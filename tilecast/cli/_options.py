@@ -68,6 +68,32 @@ BudgetOption = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
+EffortOption = Annotated[
+    str,
+    typer.Option(
+        "--effort",
+        metavar="EFFORT",
+        help="How thoroughly to search: quick, standard, or exhaustive, which measures every config.",
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="T=SHARE,…",
+        help="How often layers are called with T tokens, as in 1=0.9,2048=0.1. Default: no bucket counts more.",
+        show_default=False,
+    ),
+]
+ShareOption = Annotated[
+    str,
+    typer.Option(
+        "--share",
+        metavar="HOW",
+        help="Several ranks: replicate (all measure everything) or split (they share the first rounds out).",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of what the search draws at random.")]
 RoutingOption = Annotated[
     str | None,
     typer.Option(
@@ -170,3 +196,20 @@ def check_writable(option: str, path: Path) -> None:
         check_exportable(path)
     except CacheError as error:
         raise CacheError(f"{option} {error}") from None
+
+
+def parse_weights(text: str | None) -> dict[int, float] | None:
+    """Return token counts with their shares from `1=0.9,64=0.1`; None for None. Raises UsageError."""
+    if text is None:
+        return None
+    found: dict[int, float] = {}
+    for part in text.split(","):
+        tokens, equals, share = part.partition("=")
+        try:
+            count, value = int(tokens), float(share)
+        except ValueError:
+            count, value = 0, 0.0
+        if not equals or count < 1 or not 0 <= value < float("inf") or count in found:
+            raise UsageError(f"--weights holds {part!r:.40}, expected each token count once, as in 1=0.9,64=0.1")
+        found[count] = value
+    return found

@@ -16,6 +16,7 @@ from tilecast.settings import DEFAULT_TOKENS
 if TYPE_CHECKING:
     from tilecast.autotune.routing_profiles import RoutingProfile
     from tilecast.engine.group import Group
+    from tilecast.engine.tuning import Search
     from tilecast.evidence import TuningTable
 
 Missed = dict[ExpertLayer, dict[int, int]]
@@ -50,6 +51,7 @@ def tune_missed(
     where: str,
     group: Group,
     output: Output,
+    search: Search | None,
     budget_s: float | None,
     fresh: bool,
 ) -> TuningTable:
@@ -78,7 +80,7 @@ def tune_missed(
         store = open_store(where) if group.rank == 0 else None
         try:
             return tune_missing(
-                runtime, missing, store, group, profile=profile, budget_s=budget_s, fresh=fresh,
+                runtime, missing, store, group, profile=profile, search=search, budget_s=budget_s, fresh=fresh,
                 progress=report_tuning(reporter),
             )  # fmt: skip
         finally:

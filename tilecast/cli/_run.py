@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tilecast.autotune.routing_profiles import RoutingProfile
     from tilecast.autotune.tuner import Progress
     from tilecast.engine.group import Group
+    from tilecast.engine.tuning import Search
 
 
 def use_threads(threads: int | None) -> int:
@@ -51,6 +52,7 @@ def tune_layers(
     group: Group,
     output: Output,
     routing: RoutingProfile | None = None,
+    search: Search | None = None,
     budget_s: float | None = None,
     fresh: bool = False,
 ) -> TuningTable:
@@ -67,7 +69,9 @@ def tune_layers(
     with resumable("measurements made"), group.guard(), output.progress("tuning") as reporter:
         store = open_store(where) if group.rank == 0 else None
         try:
-            return tune_together(plan, store, group, budget_s=budget_s, fresh=fresh, progress=report_tuning(reporter))
+            return tune_together(
+                plan, store, group, search=search, budget_s=budget_s, fresh=fresh, progress=report_tuning(reporter)
+            )
         finally:
             if store is not None:
                 store.close()

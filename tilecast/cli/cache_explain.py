@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tilecast.cli._layers import sharded
-from tilecast.cli._options import EpOption, JsonOption, TpOption
+from tilecast.cli._options import EpOption, JsonOption, TpOption, parse_weights
 from tilecast.cli._output import Output
 from tilecast.cli._stores import read_file, store_location
 from tilecast.environment import Environment
@@ -109,23 +109,6 @@ def explain(
     )  # fmt: skip
     output.emit({"command": "cache explain", "source": where, "tokens": tokens, **explanation_json(explanation)})
     show_explanation(output, explanation)
-
-
-def parse_weights(text: str | None) -> dict[int, float] | None:
-    """Return token counts with their shares from `1=0.9,64=0.1`; None for None. Raises UsageError."""
-    if text is None:
-        return None
-    found: dict[int, float] = {}
-    for part in text.split(","):
-        tokens, equals, share = part.partition("=")
-        try:
-            count, value = int(tokens), float(share)
-        except ValueError:
-            count, value = 0, 0.0
-        if not equals or count < 1 or not 0 <= value < float("inf") or count in found:
-            raise UsageError(f"--weights holds {part!r:.40}, expected each token count once, as in 1=0.9,64=0.1")
-        found[count] = value
-    return found
 
 
 def _of_layer(table: TuningTable, text: str, source: str, *, tp: int, ep: int) -> list[Decision]:

@@ -8,24 +8,30 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tilecast.canonical import Json
+from tilecast.cli._forecast import report_forecast
 from tilecast.cli._layers import ShardedModel, sharded
 from tilecast.cli._options import (
     BudgetOption,
     DtypeOption,
+    EffortOption,
     EpOption,
     FromRecordOption,
     JsonOption,
     OptionalModelArgument,
     PolicyOption,
     RoutingOption,
+    SeedOption,
+    ShareOption,
     StoreOption,
     ThreadsOption,
     TokensOption,
     TpOption,
+    WeightsOption,
     check_writable,
     parse_budget,
     parse_policy,
     parse_token_option,
+    parse_weights,
 )
 from tilecast.cli._output import Output, duration, plural
 from tilecast.cli._recorded import read_missed, tune_missed
@@ -48,13 +54,20 @@ def tune(
     policy: PolicyOption = None,
     routing: RoutingOption = None,
     from_record: FromRecordOption = None,
+    effort: EffortOption = "standard",
     budget: BudgetOption = None,
+    weights: WeightsOption = None,
+    share: ShareOption = "replicate",
+    seed: SeedOption = 0,
     store: StoreOption = None,
     export: Annotated[
         Path | None,
         typer.Option("--export", metavar="FILE", help="Write the table into this file.", show_default=False),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew instead of going on from the store.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be measured and how long it takes, and measure nothing.")
+    ] = False,
     threads: ThreadsOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -72,11 +85,14 @@ def tune(
 
         torchrun --nproc-per-node 4 -m tilecast tune qwen3-30b-a3b --tp 4
 
+        tilecast tune mixtral-8x7b --tp 8 --effort quick --dry-run
+
         tilecast tune --from-record seen.json --routing seen.json --export more.db
     """
     from tilecast.autotune.routing_profiles import load_profile
     from tilecast.cache_store.bundle import export_table
     from tilecast.engine.agreement import process_group
+    from tilecast.engine.tuning import Search
 
     rank = launched_rank()
     output = Output(json_wanted=json_, rank=rank)
@@ -84,6 +100,8 @@ def tune(
     chosen = parse_policy(policy, settings.policy)
     counts = parse_token_option(tokens, DEFAULT_TOKENS)
     budget_s = parse_budget(budget)
+    shares = None if weights is None else parse_weights(weights)
+    search = Search(effort=effort, seed=seed, weights=shares, share=share)
     if model is None and from_record is None:
         raise UsageError("neither MODEL nor --from-record is given; name a preset, a config.json, a folder or a spec")
     split = None if model is None else sharded(model, tp=tp, ep=ep, dtype=dtype)
@@ -99,18 +117,24 @@ def tune(
         missed = None if from_record is None else read_missed(from_record, layers, output)
     if split is not None:
         split.explain(output)
+    if dry_run:
+        wanted = dict.fromkeys(split.layers, counts) if missed is None and split is not None else {}
+        for layer, seen in (missed or {}).items():
+            wanted[layer] = tuple(sorted(seen)) if tokens is None else counts
+        report_forecast(output, wanted, policy=chosen, profile=profile, search=search, folder=settings.cache_dir)
+        return
     if missed is not None:
         output.note(f"measurements go to {where}")
         table = tune_missed(
             missed, None if tokens is None else counts, policy=chosen, profile=profile, base=settings.import_from,
-            where=where, group=group, output=output, budget_s=budget_s, fresh=fresh,
+            where=where, group=group, output=output, search=search, budget_s=budget_s, fresh=fresh,
         )  # fmt: skip
     else:
         assert split is not None, "checked above"
         _announce(output, split, counts, chosen, budget_s, where)
         table = tune_layers(
             split.layers, counts, policy=chosen, routing=profile, where=where, group=group, output=output,
-            budget_s=budget_s, fresh=fresh,
+            search=search, budget_s=budget_s, fresh=fresh,
         )  # fmt: skip
     evidence: list[Measurement] = []
     with group.guard():
@@ -119,7 +143,7 @@ def tune(
         if rank == 0 and export is not None:
             export_table(table, export, evidence)
         group.gather("exported", b"")
-    _report(output, split, table, evidence, where=where, export=export, ranks=group.world_size)
+    _report(output, split, table, evidence, where=where, export=export, ranks=group.world_size, weights=shares)
 
 
 def _announce(
@@ -150,12 +174,13 @@ def _report(
     where: str,
     export: Path | None,
     ranks: int,
+    weights: dict[int, float] | None,
 ) -> None:
     from tilecast.autotune.explain import table_costs
     from tilecast.cli._explained import cost_lines, costs_json
     from tilecast.kernels import registry
 
-    costs = table_costs(table, evidence, registry)
+    costs = table_costs(table, evidence, registry, weights=weights)
     document: dict[str, Json] = {
         "command": "tune",
         "model": None if split is None else split.to_json(),

@@ -7,34 +7,66 @@ is merged, so all go through the same steps.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 
+from tilecast.autotune.calibrate import Calibration, calibration_for
 from tilecast.autotune.classes import ClassVerifier
 from tilecast.autotune.plan import Plan
+from tilecast.autotune.ranks import slow_ranks
 from tilecast.autotune.routing_profiles import RoutingProfile, as_profile
-from tilecast.autotune.select import breaks_class
-from tilecast.autotune.tuner import MIN_BUDGET_S, decide, measure_plan
+from tilecast.autotune.search import strategy_for
+from tilecast.autotune.timing import breaks_class
+from tilecast.autotune.tools import Tools, device_tools
+from tilecast.autotune.tuner import EFFORT, MIN_BUDGET_S, decide, measure_plan
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.canonical import Json, canonical_json
 from tilecast.engine.agreement import agree_on_environment, agree_on_table, gather_layers
 from tilecast.engine.group import Group
 from tilecast.engine.runtime import Runtime, default_registry
 from tilecast.environment import Environment
-from tilecast.errors import AgreementError
+from tilecast.errors import AgreementError, UsageError
 from tilecast.evidence import Measurement, TuningTable
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel, Registry, numerics_class
 from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, GemmName, ParamValue, TileConfig
+from tilecast.settings import Settings
 from tilecast.store import Store
 
 if TYPE_CHECKING:
     from tilecast.autotune.measure import Measurer
     from tilecast.autotune.race import Progress
+
+logger = logging.getLogger(__name__)
+
+SHARES = ("replicate", "split")
+"""Whether every rank measures every config, or ranks share out those of the first rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How thoroughly, and for what workload, ranks tune; equal on all of them.
+
+    effort: `quick`, `standard`, `exhaustive`, or a strategy's name. seed: of what is drawn at random. weights: how
+    often layers are called with how many tokens, None if nothing is known. share: one of `SHARES`.
+    """
+
+    effort: str = EFFORT
+    seed: int = 0
+    weights: Mapping[int, float] | None = None
+    share: str = "replicate"
+
+    def __post_init__(self) -> None:
+        """Validate; raises UsageError."""
+        strategy_for(self.effort)
+        if self.share not in SHARES:
+            raise UsageError(f"share is {self.share!r}, expected one of {', '.join(SHARES)}")
 
 
 def tune_together(
@@ -44,6 +76,7 @@ def tune_together(
     *,
     registry: Registry | None = None,
     measurer: Measurer | None = None,
+    search: Search | None = None,
     budget_s: float | None = None,
     progress: Callable[[Progress], None] | None = None,
     fresh: bool = False,
@@ -52,12 +85,15 @@ def tune_together(
 
     Ranks may come with different layers (uneven shards): all measure all of them. Buckets, policy and routing
     must be equal. `store` is rank 0's and keeps every rank's measurements and the decisions; None keeps them
-    for this call only. `progress` is called on every rank. Errors of any rank, its death included, are raised
-    on all ranks with one message.
+    for this call only. `measurer` is by default this process's device, held for the time of the tuning, and then the
+    cost model ranks what it measures. `progress` is called on every rank. Errors of any rank, its death included,
+    are raised on all ranks with one message.
     """
     kernels = registry or default_registry()
-    with group.guard():
+    search = search or Search()
+    with group.guard(), ExitStack() as stack:
         agreed = _agree_on_plan(plan, group)
+        tools = _Given(measurer) if measurer is not None else stack.enter_context(_tools(agreed, kernels, group))
         own = store if store is not None and group.rank == 0 else MemoryStore()
         deadline = None if budget_s is None else time.monotonic() + budget_s
         while True:
@@ -66,7 +102,13 @@ def tune_together(
                 agreed,
                 own,
                 kernels,
-                measurer=measurer,
+                measurer=tools.measurer,
+                strategy=search.effort,
+                ranker=tools.ranker,
+                watch=tools.watch,
+                ahead=tools.ahead,
+                split=search.share == "split",
+                seed=search.seed,
                 budget_s=left,
                 progress=_Watch(group, progress),
                 peers=GroupPeers(group),
@@ -75,7 +117,8 @@ def tune_together(
             decided, settled = None, True
             if group.rank == 0:
                 before = _broken(agreed, own)
-                decided = decide(agreed, own, kernels, verifier=_WatchingVerifier(group, agreed.environment, kernels))
+                verifier = _WatchingVerifier(group, agreed.environment, kernels)
+                decided = decide(agreed, own, kernels, verifier=verifier, weights=search.weights)
                 settled = _broken(agreed, own) == before
             # Configs that failed the class check may have driven others out of the race: those run on without.
             if group.broadcast("settled", b"yes" if settled else b"no") == b"yes":
@@ -84,7 +127,38 @@ def tune_together(
         table = agree_on_table(group, decided)
         if group.rank == 0:
             own.put_decisions(list(table.decisions))
+            for slow in slow_ranks(_of_plan(agreed, own)):
+                logger.warning("%s", slow)
     return table
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A measurer that came with the call, and nothing else."""
+
+    measurer: Measurer
+    ranker: None = None
+    watch: None = None
+    ahead: None = None
+
+
+def _tools(plan: Plan, registry: Registry, group: Group) -> AbstractContextManager[Tools]:
+    """Return this rank's tools. All rank by rank 0's calibration, as they must take the same steps."""
+    settings = Settings.from_environment()
+    found = calibration_for(plan.environment, registry, folder=settings.cache_dir) if group.rank == 0 else None
+    payload = None if found is None else canonical_json(found.to_json()).encode("ascii")
+    calibration = Calibration.from_json(json.loads(group.broadcast("calibration", payload)))
+    return device_tools(
+        plan, registry, calibration=calibration, ranks=group.world_size, sandbox=settings.sandbox
+    )  # fmt: skip
+
+
+def _of_plan(plan: Plan, store: Store) -> list[Measurement]:
+    found: list[Measurement] = []
+    for gemm in plan.gemms:
+        found += store.measurements(environment=plan.environment.digest, gemm=gemm, routing=plan.routing)
+    latest = max((m.run for m in found), default=0)
+    return [m for m in found if m.run == latest]
 
 
 def _broken(plan: Plan, store: Store) -> set[str]:
@@ -100,6 +174,7 @@ def tune_missing(
     *,
     profile: RoutingProfile | None = None,
     measurer: Measurer | None = None,
+    search: Search | None = None,
     budget_s: float | None = None,
     progress: Callable[[Progress], None] | None = None,
     fresh: bool = False,
@@ -117,8 +192,9 @@ def tune_missing(
     for plan, registry in plans:
         share = None if budget_s is None else budget_s * len(plan.tasks) / tasks
         added = tune_together(
-            plan, store, group, registry=registry, measurer=measurer, budget_s=share, progress=progress, fresh=fresh
-        )
+            plan, store, group, registry=registry, measurer=measurer, search=search, budget_s=share, progress=progress,
+            fresh=fresh,
+        )  # fmt: skip
         table = table.merged(added)
     return table
 

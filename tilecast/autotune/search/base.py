@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tilecast.autotune.prescreen import Candidate
-from tilecast.autotune.select import Timing
+from tilecast.autotune.timing import Timing
 from tilecast.problem import ExpertGemm, TileConfig
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from tilecast.autotune.prescreen import Candidate
-from tilecast.autotune.select import Group, Timing, group_of
+from tilecast.autotune.select import Group, group_of
+from tilecast.autotune.timing import Timing
 from tilecast.problem import TileConfig
 
 GROUP_WITHIN = 1.5
@@ -22,12 +23,13 @@ def survivors(
     policy: str,
     within: float | None = None,
     at_most: int | None = None,
+    group_within: float = GROUP_WITHIN,
 ) -> list[Candidate]:
     """Return who goes on, in the order given: who may be the best, at most `at_most` of them.
 
     Who may be is told by the comparison's standard error, or by the factor `within`. That holds for each order of the
     intermediate by itself, if its best is not far behind: the layer's other GEMM may be much faster in that order.
-    The default goes on as long as it runs at all; so does each group's best in each order if it is not far behind.
+    The default goes on as long as it runs at all; so does each group's best in each order within `group_within`.
     """
     timed = sorted((c for c in alive if c.config in timings), key=lambda c: timings[c.config].p50_us)
     if not timed:
@@ -37,7 +39,7 @@ def survivors(
     for order in sorted({c.order for c in timed}):
         of_order = [c for c in timed if c.order == order]
         leader = timings[of_order[0].config]
-        if leader.p50_us > best * GROUP_WITHIN:
+        if leader.p50_us > best * group_within:
             continue
         near = [c for c in of_order if _may_be_best(timings[c.config], leader, within)]
         kept |= {c.config for c in near[:at_most]}
@@ -45,7 +47,7 @@ def survivors(
     for c in timed:
         if (group := group_of(c, policy)) is not None:
             leaders.setdefault((group, c.order), c)
-    kept |= {c.config for c in leaders.values() if timings[c.config].p50_us <= best * GROUP_WITHIN}
+    kept |= {c.config for c in leaders.values() if timings[c.config].p50_us <= best * group_within}
     kept |= {c.config for c in timed if c.is_default}
     return [c for c in alive if c.config in kept]
 

@@ -11,58 +11,66 @@ from dataclasses import dataclass
 from itertools import islice
 
 from tilecast.autotune.search.base import Turn, View
-from tilecast.autotune.search.elimination import survivors
-from tilecast.autotune.select import NOISE_FLOOR, fastest, noise
+from tilecast.autotune.search.elimination import GROUP_WITHIN, survivors
+from tilecast.autotune.timing import NOISE_FLOOR, fastest, noise
 from tilecast.problem import TileConfig
 
 LITTLE_DOUBT = 0.1
 """Below this standard deviation of the expectation, no config runs just to see."""
+LAST_GROUP_WITHIN = 1.06
+"""In the last rounds, groups whose best is farther behind are known well enough."""
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """Model-ranked start, elimination, refinement.
+    """Model-ranked start, elimination, refinement, and a duel of the last few with the default.
 
-    start: configs of the first round besides those that must run, more while little is known (`share` of the
-    candidates at most). joining: how many may join in each of the next rounds. finalists: how many go on at most.
-    samples: of each config in the first, second and every later round. rounds: the most rounds.
+    samples_each: samples to spend, for each candidate there is, and their bounds. start: the part of them that goes
+    into the first round, one each. joining: how many may join in each of the next rounds. finalists: how many go on
+    at most, round by round. rounds: the most rounds.
     """
 
-    start: int = 6
-    share: float = 0.25
-    joining: tuple[int, ...] = (3, 2)
-    finalists: tuple[int, ...] = (5, 4, 3)
-    samples: tuple[int, ...] = (1, 1, 2, 2)
-    rounds: int = 7
+    samples_each: float = 1.0
+    least: int = 24
+    most: int = 120
+    start: float = 0.3
+    joining: tuple[int, ...] = (2, 1)
+    finalists: tuple[int, ...] = (5, 3, 2)
+    rounds: int = 16
     explore: int = 1
 
     def turn(self, view: View) -> Turn | None:
         """Return the next round."""
+        budget = max(self.least, min(self.most, math.ceil(self.samples_each * len(view.candidates))))
         if view.round == 0:
-            return Turn(configs=self._first(view), samples=self.samples[0])
-        if view.round >= self.rounds:
+            return Turn(configs=self._first(view, budget), samples=1)
+        spent = sum(timing.samples for timing in view.timings.values())
+        if view.round >= self.rounds or spent >= budget:
             return None
         alive = [c for c in view.candidates if c.config in view.measured]
-        most = self.finalists[min(view.round, len(self.finalists)) - 1]
-        kept = [c.config for c in survivors(alive, view.timings, policy=view.policy, at_most=most)]
-        joining = self._joining(view, kept)
+        last = view.round >= len(self.finalists)
+        few = self.finalists[min(view.round, len(self.finalists)) - 1]
+        within = LAST_GROUP_WITHIN if last else GROUP_WITHIN
+        timings, policy = view.timings, view.policy
+        kept = [c.config for c in survivors(alive, timings, policy=policy, at_most=few, group_within=within)]
+        joining = self._joining(view)
         if not kept or (not joining and _settled(view, kept)):
             return None
-        return Turn(
-            configs=tuple(dict.fromkeys([*kept, *joining])),
-            samples=self.samples[min(view.round, len(self.samples) - 1)],
-        )
+        configs = tuple(dict.fromkeys([*kept, *joining]))
+        return Turn(configs=configs, samples=1 if not last else max(1, min(3, (budget - spent) // len(configs))))
 
-    def _first(self, view: View) -> tuple[TileConfig, ...]:
+    def _first(self, view: View, budget: int) -> tuple[TileConfig, ...]:
         ranked = sorted(view.drawn, key=lambda config: view.expected[config])
-        most = max(1, math.ceil(self.share * len(view.candidates)))
-        wanted = min(most, math.ceil(self.start * (0.5 + view.doubt / 0.25)))
-        chosen = dict.fromkeys([*view.must, *view.hints, *ranked[:wanted]])
+        chosen = dict.fromkeys([*view.must, *view.hints])
+        wanted = max(len(chosen) + 3, round(self.start * budget))
+        # Where much is in doubt more of the budget goes into seeing more configs once.
+        wanted = round(wanted * (1 + min(1.0, view.doubt / 0.25)) / 1.5)
+        chosen |= dict.fromkeys(islice((c for c in ranked if c not in chosen), max(0, wanted - len(chosen))))
         if view.doubt > LITTLE_DOUBT:
             chosen |= dict.fromkeys(islice((c for c in view.drawn if c not in chosen), self.explore))
         return tuple(chosen)
 
-    def _joining(self, view: View, kept: list[TileConfig]) -> list[TileConfig]:
+    def _joining(self, view: View) -> list[TileConfig]:
         if view.round > len(self.joining) or not view.timings:
             return []
         leader = fastest(view.timings.values())

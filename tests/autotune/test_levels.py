@@ -1,0 +1,68 @@
+"""Taking out of times what a round did to all of its configs."""
+
+from __future__ import annotations
+
+import math
+import random
+from statistics import median
+
+import pytest
+
+from tilecast.autotune.levels import levelled
+
+
+def drawn(
+    configs: int, rounds: int, *, drift: float, noise: float, seed: int = 0
+) -> dict[int, dict[tuple[int, int], float]]:
+    """Times of config c around 100 + 10·c µs, under a drift that all configs of a round share."""
+    rng = random.Random(seed)
+    levels = [math.exp(drift * rng.gauss(0, 1)) for _ in range(rounds)]
+    return {
+        c: {(r, 0): (100 + 10 * c) * levels[r] * math.exp(noise * rng.gauss(0, 1)) for r in range(rounds)}
+        for c in range(configs)
+    }
+
+
+def spread(values: list[float]) -> float:
+    middle = median(values)
+    return median(abs(value / middle - 1) for value in values)
+
+
+def test_a_common_drift_vanishes() -> None:
+    found = levelled(drawn(6, 9, drift=0.3, noise=0.0))
+    for config, values in found.items():
+        assert spread(values) < 1e-3
+        assert median(values) / median(found[0]) == pytest.approx((100 + 10 * config) / 100, rel=1e-3)
+
+
+def test_noise_that_is_not_common_stays_as_large_as_it_is() -> None:
+    raw, rest = [], []
+    for seed in range(30):
+        samples = drawn(6, 12, drift=0.0, noise=0.05, seed=seed)
+        raw += [spread(list(of_config.values())) for of_config in samples.values()]
+        rest += [spread(values) for values in levelled(samples).values()]
+    assert sum(rest) / sum(raw) == pytest.approx(1, abs=0.15)
+
+
+def test_configs_of_different_rounds_become_comparable() -> None:
+    """A slow round in which only some ran must not make them look slow."""
+    samples = drawn(8, 2, drift=0.0, noise=0.001)
+    for config in range(4):
+        samples[config] |= {(2, 0): 3.0 * (100 + 10 * config), (3, 0): 3.0 * (100 + 10 * config)}
+    found = levelled(samples)
+    for config in range(8):
+        assert median(found[config]) == pytest.approx(median(found[7]) * (100 + 10 * config) / 170, rel=0.02)
+
+
+def test_few_configs_keep_their_times_exactly() -> None:
+    samples = {c: {(0, 0): 10.0 + c, (0, 1): 12.7 + c} for c in range(3)}
+    assert levelled(samples) == {c: [10.0 + c, 12.7 + c] for c in range(3)}
+    assert levelled({}) == {}
+
+
+def test_one_outlier_moves_nobody_else() -> None:
+    samples = drawn(6, 8, drift=0.1, noise=0.0)
+    samples[2][3, 0] *= 50
+    found = levelled(samples)
+    assert all(spread(found[c]) < 1e-3 for c in range(6))
+    assert median(found[2]) / median(found[0]) == pytest.approx(1.2, rel=1e-3)
