@@ -2,7 +2,8 @@
 
 `python -m benchmarks.strategies FOLDER [--strategies a,b] [--seeds 20] [--out FILE.json] [--plot FILE.png]`. FOLDER
 holds sweeps as `python -m benchmarks.sweep` writes them. Every strategy tunes every layer from nothing, all buckets in
-one go, with times drawn from the sweeps. Regret is the chosen config's true time (the median of all recorded samples, levels of rounds taken out) over the best of all
+one go, with times drawn from the sweeps. Regret is the chosen config's true time (the median of all recorded samples,
+the rounds' levels taken out) over the best of all
 configs that could have been chosen with the same weight layout and numerics class, minus one; measurements are samples,
 as a share of 20 of every config, which is what an exhaustive tuning takes.
 """

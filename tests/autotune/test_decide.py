@@ -6,10 +6,10 @@ import pytest
 
 from tests.autotune.fake_times import FakeTimes
 from tests.autotune.shared import HERE, LAYER
+from tests.autotune.test_tuner import measure_plan, tune
 from tests.torch_kernel import TorchKernel
 from tilecast.autotune.decide import decide
 from tilecast.autotune.plan import make_plan
-from tilecast.autotune.tuner import measure_plan, tune
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.errors import CoverageError, DeviceError
 from tilecast.kernels.spec import Registry

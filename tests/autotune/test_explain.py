@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -11,8 +10,10 @@ from tests.torch_kernel import SortedTorchKernel, TorchKernel
 from tilecast.autotune.decide import decide
 from tilecast.autotune.explain import Explanation, deciding_measurements, deciding_run, explain, series_of, table_costs
 from tilecast.autotune.fates import Entrant
+from tilecast.autotune.levels import levelled
 from tilecast.autotune.plan import make_plan
 from tilecast.autotune.prescreen import describe
+from tilecast.autotune.timing import centre
 from tilecast.cache_store.bundle import export_table, read_bundle
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.errors import InputError
@@ -179,17 +180,18 @@ def test_every_number_is_that_of_the_exported_measurements(tmp_path: Path) -> No
         assert found.repeated is True and found.notes == ()
         for race in found.races:
             choice = decision.choice(race.gemm.name)
-            pooled: dict[TileConfig, list[float]] = {}
+            timed: dict[TileConfig, dict[tuple[int, int], float]] = {}
             for m in bundle.measurements:
                 if (m.gemm, m.tokens) == (race.gemm, decision.bucket.tokens):
-                    pooled.setdefault(m.config, []).extend(m.samples_us)
-            assert {e.config for e in race.entrants} == set(pooled) and race.as_stored
+                    of_config = timed.setdefault(m.config, {})
+                    of_config.update({(m.round, i): us for i, us in enumerate(m.samples_us)})
+            assert {e.config for e in race.entrants} == set(timed) and race.as_stored
             for entrant in race.entrants:
-                samples = pooled[entrant.config]
-                assert entrant.p50_us == pytest.approx(median(samples), rel=1e-12)
+                samples = levelled(timed)[entrant.config]
+                assert entrant.p50_us == pytest.approx(centre(samples), rel=1e-12)
                 assert (entrant.p20_us, entrant.p80_us) == (percentile(samples, 20), percentile(samples, 80))
                 assert entrant.samples == len(samples)
-                assert entrant.ratio == pytest.approx(median(samples) / choice.p50_us, rel=1e-12)
+                assert entrant.ratio == pytest.approx(centre(samples) / choice.p50_us, rel=1e-12)
 
 
 def test_a_later_run_does_not_pass_for_the_one_that_decided() -> None:

@@ -54,10 +54,18 @@ def test_configs_of_different_rounds_become_comparable() -> None:
         assert median(found[config]) == pytest.approx(median(found[7]) * (100 + 10 * config) / 170, rel=0.02)
 
 
-def test_few_configs_keep_their_times_exactly() -> None:
-    samples = {c: {(0, 0): 10.0 + c, (0, 1): 12.7 + c} for c in range(3)}
-    assert levelled(samples) == {c: [10.0 + c, 12.7 + c] for c in range(3)}
+def test_a_config_alone_keeps_its_times_exactly() -> None:
+    assert levelled({0: {(0, 0): 10.0, (0, 1): 12.7}}) == {0: [10.0, 12.7]}
+    assert levelled({c: {(c, 0): 10.0 + c, (c, 1): 12.7 + c} for c in range(3)}) == {
+        c: [10.0 + c, 12.7 + c] for c in range(3)
+    }
     assert levelled({}) == {}
+
+
+def test_two_configs_side_by_side_are_told_apart_by_their_pairs() -> None:
+    found = levelled({0: {(r, 0): 10.0 * (1 + r) for r in range(5)}, 1: {(r, 0): 11.0 * (1 + r) for r in range(5)}})
+    assert median(found[1]) / median(found[0]) == pytest.approx(1.1)
+    assert max(spread(values) for values in found.values()) < 1e-6
 
 
 def test_one_outlier_moves_nobody_else() -> None:

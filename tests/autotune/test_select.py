@@ -100,10 +100,10 @@ def test_noise_falls_with_samples_and_never_below_the_floor() -> None:
         return pool([measured(DEFAULT, *[100 * (1 + sigma * rng.gauss(0, 1)) for _ in range(n)])])[0][DEFAULT]
 
     assert noise(timing(2000, 0.05), timing(2000, 0.05)) == 0.01
-    # 2 · √2 · 1.2533 · 5% / √18
+    # 1.645 · √2 · 1.05 · 5% / √18
     assert noise(timing(18, 0.05), timing(18, 0.05)) == pytest.approx(0.042, rel=0.6)
     few = pool([measured(DEFAULT, 100)])[0][DEFAULT]
-    assert noise(few, few) > 0.15
+    assert noise(few, few) > 0.1
 
 
 def test_a_single_sample_wins_nothing() -> None:
@@ -125,7 +125,13 @@ def test_a_clear_win_is_chosen_with_its_evidence() -> None:
 
 def test_the_default_stays_when_it_is_as_fast() -> None:
     assert chosen(evidence(steady(DEFAULT, 100.5), steady(BLOCK16, 100))) == [DEFAULT]
-    assert chosen(evidence(steady(DEFAULT, 110, spread=0.6), steady(BLOCK16, 100, spread=0.6))) == [DEFAULT]
+    assert chosen(evidence(steady(DEFAULT, 110, spread=0.6), steady(BLOCK16, 100, spread=-0.6))) == [DEFAULT]
+
+
+def test_what_slowed_a_round_down_slowed_all_of_it_down() -> None:
+    """The same drift in both: 10% in every round is a win, however far apart the rounds are."""
+    pairs = evidence(steady(DEFAULT, 110, spread=0.6), steady(BLOCK16, 100, spread=0.6))
+    assert chosen(pairs) == [BLOCK16]
 
 
 def test_ties_go_to_the_order_on_configs_and_never_to_one_measurably_slower() -> None:
@@ -221,7 +227,8 @@ def test_equal_configs_under_noise_keep_the_default_nearly_always() -> None:
             measured(c, *[100 * (1 + 0.03 * rng.gauss(0, 1)) for _ in range(18)]) for c in (DEFAULT, BLOCK16, BLOCK64)
         ]
         kept += chosen(evidence(*records)) == [DEFAULT]
-    assert kept >= 180
+    # Each of the two others wins by chance in 5 of 100.
+    assert kept >= 170
 
 
 def test_pick_never_returns_what_is_measurably_slower_than_the_best() -> None:

@@ -16,7 +16,7 @@ __all__ = ["EFFORTS", "STRATEGIES", "Strategy", "Turn", "View", "strategy_for"]
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "ranked": Ranked,
     "ranked-wide": lambda: Ranked(
-        samples_each=3.0, least=60, most=400, joining=(4, 3, 2), finalists=(10, 6, 4, 3), rounds=24, explore=3
+        samples_each=3.0, least=60, most=400, joining=(5, 4, 3, 2), finalists=(10, 8, 6, 4, 3), rounds=24, explore=3
     ),
     "halving": Halving,
     "random": RandomStart,

@@ -30,12 +30,12 @@ class Ranked:
     at most, round by round. rounds: the most rounds.
     """
 
-    samples_each: float = 1.0
+    samples_each: float = 1.25
     least: int = 24
-    most: int = 120
-    start: float = 0.3
-    joining: tuple[int, ...] = (2, 1)
-    finalists: tuple[int, ...] = (5, 3, 2)
+    most: int = 150
+    start: float = 0.2
+    joining: tuple[int, ...] = (3, 3, 2)
+    finalists: tuple[int, ...] = (6, 5, 4, 3)
     rounds: int = 16
     explore: int = 1
 
