@@ -16,6 +16,7 @@ from tilecast.cli import (
     cache_explain,
     cache_export,
     cache_import,
+    cache_lint,
     cache_show,
     certify,
     check,
@@ -127,6 +128,7 @@ _COMMANDS: tuple[tuple[typer.Typer, str, Callable[..., None]], ...] = (
     (_cache, "explain", cache_explain.explain),
     (_cache, "export", cache_export.export),
     (_cache, "import", cache_import.import_),
+    (_cache, "lint", cache_lint.lint),
 )
 for _group, _name, _command in _COMMANDS:
     _group.command(_name, help=_help_of(_command))(_command)

@@ -1,4 +1,4 @@
-"""`tilecast cache export`: a store's decisions as one self-contained file."""
+"""`tilecast cache export`: a store's decisions as one self-contained file, or as another engine's files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tilecast.cli._interop import OWN_FORMAT, FormatOption, check_format, export_for_engine
 from tilecast.cli._options import JsonOption, check_writable
 from tilecast.cli._output import Output, plural
 from tilecast.cli._stores import origins, read_file
@@ -19,7 +20,10 @@ def export(
     source: Annotated[
         str, typer.Argument(metavar="STORE_OR_FILE", help="A store, an exported file, or a SQLAlchemy URL.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; replaced whole or not at all.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file to write, whole or not at all; a folder for other formats.")
+    ],
+    format_: FormatOption = OWN_FORMAT,
     policy: Annotated[
         str | None,
         typer.Option("--policy", metavar="POLICY", help="Only decisions of this policy.", show_default=False),
@@ -30,24 +34,32 @@ def export(
     here: Annotated[bool, typer.Option("--here", help="Only decisions that fit this machine.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Write decisions into one self-contained SQLite file.
+    """Write decisions into one self-contained SQLite file, or into a folder of vLLM's or SGLang's files.
 
     Examples:
 
         tilecast cache export ~/.cache/tilecast/store.db mixtral.db --here
 
         tilecast cache export postgresql+psycopg://host/fleet fleet.db
+
+        tilecast cache export mixtral.db --format vllm tuned/
     """
     from tilecast.cache_store.bundle import export_table
 
     if policy is not None and policy not in POLICIES:
         raise UsageError(f"--policy is {policy!r:.40}, expected one of {', '.join(POLICIES)}")
-    check_writable("OUT", out)
+    check_format(format_)
     output = Output(json_wanted=json_)
-    bundle = read_file(source, measurements=measurements)
+    if format_ == OWN_FORMAT:
+        check_writable("OUT", out)
+    # Which config serves both GEMMs of another engine best, only the measurements tell.
+    bundle = read_file(source, measurements=measurements or format_ != OWN_FORMAT)
     table = _selected(bundle.table, policy=policy, here=here)
     if not table.decisions:
         raise CoverageError(f"{source} has no decision to export with these options; nothing was written")
+    if format_ != OWN_FORMAT:
+        export_for_engine(output, format_, source, table, bundle.measurements, out.expanduser())
+        return
     kept = {environment.digest for environment in table.environments}
     evidence = [m for m in bundle.measurements if m.environment in kept]
     export_table(table, out, evidence)

@@ -1,4 +1,4 @@
-"""`tilecast cache import`: an exported file's decisions into a store, checked first."""
+"""`tilecast cache import`: an exported file's decisions into a store, or other engines' files, checked first."""
 
 from __future__ import annotations
 
@@ -7,32 +7,50 @@ from typing import Annotated
 import typer
 
 from tilecast.canonical import Json
+from tilecast.cli._interop import OWN_FORMAT, FormatOption, check_format, import_from_engine
 from tilecast.cli._options import JsonOption, StoreOption
 from tilecast.cli._output import Output, plural
 from tilecast.cli._stores import Origin, check_configs, origins, read_file, store_location
+from tilecast.errors import UsageError
 from tilecast.settings import Settings
 
 
 def import_(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="An exported file.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE…", help="An exported file; for other formats several, or folders.")
+    ],
+    format_: FormatOption = OWN_FORMAT,
     store: StoreOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Check an exported file wholly, then put its decisions into a store.
 
     Decisions made on another device are kept too and reported; they are never used on this one. A decision
-    that the store has already for the same layer, bucket and policy is replaced.
+    that the store has already for the same layer, bucket and policy is replaced. The files of vLLM and SGLang
+    become hints and a baseline for tuning, never decisions.
 
-    Example:
+    Examples:
 
         tilecast cache import mixtral.db
+
+        tilecast cache import --format vllm tuned/E=8,N=3584,device_name=NVIDIA_H200.json
     """
     from tilecast import environment
     from tilecast.cache_store.bundle import adopt
     from tilecast.cache_store.store import open_store
 
+    check_format(format_)
     output = Output(json_wanted=json_)
-    where = store_location(store, Settings.from_environment())
+    settings = Settings.from_environment()
+    if format_ != OWN_FORMAT:
+        if store is not None:
+            raise UsageError(f"--store is given with --format {format_}, whose files are kept in the cache folder")
+        import_from_engine(output, format_, files, settings.cache_dir / "peers")
+        return
+    if len(files) != 1:
+        raise UsageError(f"{len(files)} files are given, expected one; import them one after the other")
+    file = files[0]
+    where = store_location(store, settings)
     here = environment.here()
     bundle = read_file(file)
     table = bundle.table
