@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 
 from tilecast.environment import Environment, Mismatch
+from tilecast.errors import UsageError
 from tilecast.evidence import Decision, TuningTable
 from tilecast.problem import ExpertLayer, tokens_text
+
+RELAXABLE = tuple(name for name in (*Environment.HARD, *Environment.HARD_TO_MINOR) if name != "device_kind")
+"""Fields whose difference may be allowed by name; a config of another kind of device means nothing here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
     """The answer of `match`.
 
-    With a decision: `environment` is where it was made and `differences` the soft fields in which that differs
-    from here. Without: `environment` is the nearest one in the table (None if there is none), `differences` all
-    fields in which the nearest entry differs from what was asked for, and `reasons` says it in lines.
+    With a decision: `environment` is where it was made and `differences` the soft and the relaxed fields in which
+    that differs from here. Without: `environment` is the nearest one in the table (None if there is none),
+    `differences` all fields in which the nearest entry differs from what was asked for, and `reasons` says it in
+    lines.
     """
 
     decision: Decision | None = None
@@ -29,6 +34,22 @@ class Match:
         """Whether a decision holds."""
         return self.decision is not None
 
+    @property
+    def relaxed(self) -> tuple[Mismatch, ...]:
+        """The hard fields in which the decision's environment differs, allowed because the caller named them."""
+        return tuple(d for d in self.differences if d.hard) if self.hit else ()
+
+
+def check_relax(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the fields to relax, each once. Raises UsageError for one that cannot be, or need not be."""
+    found = tuple(dict.fromkeys(names))
+    for name in found:
+        if name not in RELAXABLE:
+            raise UsageError(
+                f"--relax is {name!r:.40}, expected a hard field of the environment: {', '.join(RELAXABLE)}"
+            )
+    return found
+
 
 def match(
     table: TuningTable,
@@ -37,22 +58,38 @@ def match(
     tokens: int,
     policy: str,
     routing: str = "uniform",
+    *,
+    relax: Collection[str] = (),
+    reach: float | None = None,
 ) -> Match:
     """Find the decision for `tokens` rows of `layer` on this device under a policy and routing profile.
 
-    Of several environments that fit, the one that differs least is asked first.
+    The bucket that covers `tokens` holds, whether it was tuned for just that count or for more; past the buckets
+    nothing does, and with `reach` neither does one that was tuned for more than `reach` times the tokens. Of several
+    environments that fit, the one that differs least is asked first; hard fields named in `relax` may differ.
     """
     if not table.decisions:
         return Match(reasons=("the table is empty",))
     places = sorted(table.environments, key=lambda there: _distance(environment, there))
-    fitting = [there for there in places if environment.accepts(there)]
+    fitting = [there for there in places if not blocking(environment, there, relax)]
+    far: Match | None = None
     for there in fitting:
         for decision in table.decisions:
-            if decision.environment == there.digest and _covers(decision, layer, tokens, policy, routing):
+            if decision.environment != there.digest or not _covers(decision, layer, tokens, policy, routing):
+                continue
+            if reach is None or decision.bucket.tokens <= reach * tokens:
                 return Match(decision=decision, environment=there, differences=environment.compare(there))
+            far = far or _too_far(decision, there, tokens, reach)
+    if far is not None:
+        return far
     if not fitting:
         return _other_device(environment, places)
     return _near_miss(table, fitting, layer, tokens, policy, routing)
+
+
+def blocking(here: Environment, there: Environment, relax: Collection[str] = ()) -> tuple[Mismatch, ...]:
+    """Return the hard fields, but for relaxed ones, in which `there` differs: why its decisions do not hold here."""
+    return tuple(found for found in here.compare(there) if found.hard and found.field not in relax)
 
 
 def covered(decisions: Iterable[Decision]) -> str:
@@ -73,6 +110,15 @@ def _covers(decision: Decision, layer: ExpertLayer, tokens: int, policy: str, ro
         and decision.routing == routing
         and decision.layer == layer
     )
+
+
+def _too_far(decision: Decision, there: Environment, tokens: int, reach: float) -> Match:
+    tuned = decision.bucket.tokens
+    return Match(
+        environment=there,
+        reasons=(f"covered only by what was tuned for {tuned}, {tuned / tokens:g} times {tokens_text(tokens)}; "
+                 f"reach is {reach:g}",),
+    )  # fmt: skip
 
 
 def _distance(here: Environment, there: Environment) -> tuple[int, int, str]:

@@ -65,6 +65,11 @@ class Output:
                 thing.title = None
             self._out.print(escape(thing) if isinstance(thing, str) else thing, highlight=False)
 
+    def line(self, text: str) -> None:
+        """Print one line of a list, never folded, so that other programs can read it by lines."""
+        if not (self.json_wanted or self.quiet):
+            self._out.print(escape(text), highlight=False, soft_wrap=True)
+
     def heading(self, text: str) -> None:
         """Print a line that starts a part of the result."""
         if not (self.json_wanted or self.quiet):

@@ -13,11 +13,16 @@ from typer.core import TyperGroup
 from tilecast._version import VERSION
 from tilecast.cli import (
     bench,
+    cache_coverage,
+    cache_diff,
     cache_explain,
     cache_export,
+    cache_gc,
     cache_import,
     cache_lint,
+    cache_merge,
     cache_show,
+    cache_verify,
     certify,
     check,
     demo,
@@ -128,6 +133,11 @@ _COMMANDS: tuple[tuple[typer.Typer, str, Callable[..., None]], ...] = (
     (_cache, "explain", cache_explain.explain),
     (_cache, "export", cache_export.export),
     (_cache, "import", cache_import.import_),
+    (_cache, "merge", cache_merge.merge),
+    (_cache, "diff", cache_diff.diff),
+    (_cache, "coverage", cache_coverage.coverage),
+    (_cache, "verify", cache_verify.verify),
+    (_cache, "gc", cache_gc.gc),
     (_cache, "lint", cache_lint.lint),
 )
 for _group, _name, _command in _COMMANDS:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from tilecast.canonical import Json
+from tilecast.cli._cache_options import RelaxOption
 from tilecast.cli._interop import OWN_FORMAT, FormatOption, check_format, import_from_engine
 from tilecast.cli._options import JsonOption, StoreOption
 from tilecast.cli._output import Output, plural
@@ -21,13 +23,23 @@ def import_(
     ],
     format_: FormatOption = OWN_FORMAT,
     store: StoreOption = None,
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy",
+            metavar="POLICY",
+            help="What to keep where the store decides the same: theirs (the file's), ours, best, newest, error.",
+        ),
+    ] = "theirs",
+    relax: RelaxOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Check an exported file wholly, then put its decisions into a store.
 
     Decisions made on another device are kept too and reported; they are never used on this one. A decision
-    that the store has already for the same layer, bucket and policy is replaced. The files of vLLM and SGLang
-    become hints and a baseline for tuning, never decisions.
+    that the store has already for the same layer, bucket and policy is replaced, unless --policy says otherwise.
+    With --relax those that only named fields keep from this machine are adopted, and say so for good. The files of
+    vLLM and SGLang become hints and a baseline for tuning, never decisions.
 
     Examples:
 
@@ -36,10 +48,14 @@ def import_(
         tilecast cache import --format vllm tuned/E=8,N=3584,device_name=NVIDIA_H200.json
     """
     from tilecast import environment
-    from tilecast.cache_store.bundle import adopt
-    from tilecast.cache_store.store import open_store
+    from tilecast.cache_store.adopt import adopt_under
+    from tilecast.cache_store.match import check_relax
+    from tilecast.cache_store.relax import relax_table
+    from tilecast.cache_store.resolve import check_merge_policy
 
     check_format(format_)
+    check_merge_policy(policy)
+    fields = check_relax(relax or ())
     output = Output(json_wanted=json_)
     settings = Settings.from_environment()
     if format_ != OWN_FORMAT:
@@ -53,10 +69,10 @@ def import_(
     where = store_location(store, settings)
     here = environment.here()
     bundle = read_file(file)
-    table = bundle.table
+    relaxed = relax_table(bundle.table, here, fields)
+    table = relaxed.table
     checked = check_configs(table, here, file)
-    with open_store(where) as opened:
-        measurements = adopt(bundle, opened)
+    adopted = adopt_under(replace(bundle, table=table), where, policy)
     found = origins(table, here)
     output.emit(
         {
@@ -65,12 +81,25 @@ def import_(
             "store": where,
             "digest": table.digest,
             "decisions": len(table),
-            "new_measurements": measurements,
+            "new_measurements": adopted.measurements,
+            "policy": policy,
+            "put": adopted.put,
+            "removed": adopted.removed,
+            "conflicts": [
+                {"kept": conflict.kept, "reason": conflict.reason, "text": str(conflict)}
+                for conflict in adopted.conflicts
+            ],
+            "relaxed": [
+                {"from": there.digest, "as": made_up.digest, "record": made_up.system}
+                for there, made_up in relaxed.adopted
+            ],
             "configs_checked": checked,
             "environments": [_origin_json(origin) for origin in found],
         }
     )
     output.show(f"{where}: {plural(len(table), 'decision')} imported from {file}, {plural(checked, 'config')} checked")
+    for conflict in adopted.conflicts:
+        output.line(f"  {conflict}")
     for origin in found:
         output.show(f"  {plural(origin.decisions, 'decision')} from {origin}")
 

@@ -1,0 +1,202 @@
+"""The commands for many tables: merge, diff, gc, verify, coverage."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import LAYER, SPEC, Command, choice_of, table_of
+from tilecast.cache_store.bundle import adopt, export_table, import_table, read_bundle
+from tilecast.cache_store.store import open_store
+from tilecast.environment import cpu_environment
+from tilecast.evidence import Measurement, TuningTable
+
+
+@pytest.fixture
+def faster(tmp_path: Path) -> Path:
+    """A table like `table` whose configs differ, and win by more."""
+    base = table_of()
+    decisions = []
+    for d in base.decisions:
+        up = replace(d.up, config=d.up.config.with_params(block_n=128), p50_us=50.0)
+        decisions.append(replace(d, up=up, down=replace(d.down, p50_us=50.0)))
+    path = tmp_path / "faster.db"
+    export_table(TuningTable(base.environments, tuple(decisions)), path)
+    return path
+
+
+def test_merge_settles_conflicts_and_says_how(cli: Command, table: Path, faster: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.db"
+    done = cli("cache", "merge", table, faster, "--out", out)
+    assert done.code == 0, done.err
+    assert done.out.count("theirs kept: faster by 60.0%") == 2
+    assert "2 conflicts" in done.out.splitlines()[-1]
+    assert import_table(out) == import_table(faster)
+    document = json.loads(cli("cache", "merge", table, faster, "--out", out, "--policy", "ours", "--json").out)
+    assert [c["kept"] for c in document["conflicts"]] == ["ours", "ours"]
+    assert import_table(out) == import_table(table)
+
+
+def test_merge_refuses_in_one_line(cli: Command, table: Path, faster: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.db"
+    cli("cache", "merge", table, faster, "--out", out, "--policy", "error").failed(3, "both tables decide", "1 more")
+    cli("cache", "merge", table, "--out", table).failed(3, "one of the inputs")
+    cli("cache", "merge", table, "--out", out, "--policy", "luck").failed(2, "'luck'", "newest")
+    cli("cache", "merge", table, tmp_path / "none.db", "--out", out).failed(3, "none.db")
+    assert not out.exists()
+
+
+def test_diff_shows_layers_and_buckets(cli: Command, table: Path, faster: Path) -> None:
+    assert cli("cache", "diff", table, table, "--exit-code").code == 0
+    done = cli("cache", "diff", table, faster)
+    assert done.code == 0
+    assert "-37.5%" in done.out
+    assert "0 buckets the same, 2 differ" in done.out
+    done = cli("cache", "diff", table, faster, "--exit-code", "--json")
+    assert done.code == 1
+    assert done.err == ""
+    found = json.loads(done.out)["differences"]
+    assert [(d["kind"], d["tokens"], d["beyond_noise"]) for d in found] == [("config", 1, True), ("config", 4, True)]
+
+
+def test_diff_names_what_changed_on_the_machine(cli: Command, table: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older.db"
+    export_table(table_of(torch="1.0.0"), older)
+    done = cli("cache", "diff", older, table)
+    assert "torch: '1.0.0' in A" in done.out
+    assert "2 buckets the same, 0 differ" in done.out
+
+
+def test_gc_says_what_goes(cli: Command, tmp_path: Path) -> None:
+    store = tmp_path / "store.db"
+    here = cpu_environment()
+    base = table_of()
+    config = base.decisions[0].up.config
+    made = [
+        Measurement(environment=here.digest, gemm=LAYER.up, tokens=1, config=config, samples_us=(1.0,), measured_at=1.0)
+    ]
+    export_table(base, tmp_path / "table.db", made)
+    with open_store(store) as opened:
+        adopt(read_bundle(tmp_path / "table.db", measurements=True), opened)
+    done = cli("cache", "gc", store, "--older-than", "90d", "--dry-run")
+    assert done.code == 0, done.err
+    assert "would go: E4 H64 I96 top2 bf16, 1 tokens" in done.out
+    assert "1 decision of unknown age kept" in done.err
+    document = json.loads(cli("cache", "gc", store, "--older-than", "90d", "--json").out)
+    assert (len(document["decisions"]), document["measurements"]) == (1, 1)
+    assert len(import_table(store)) == 1
+    cli("cache", "gc", store).failed(2, "--older-than, --environment or --superseded")
+    cli("cache", "gc", store, "--older-than", "soon").failed(2, "'soon'", "90d")
+    cli("cache", "gc", tmp_path / "none.db", "--superseded").failed(3, "there is no store")
+
+
+def test_coverage_lists_gaps_and_exits_with_4(cli: Command, table: Path) -> None:
+    assert cli("cache", "coverage", SPEC, table, "--tokens", "1,3").code == 0
+    done = cli("cache", "coverage", SPEC, table, "--tokens", "1,3,9", "--json")
+    assert done.code == 4
+    line = done.err.splitlines()[-1]
+    assert "lacks 1 of 3 points" in line
+    assert f"tilecast tune {SPEC} --tp 1" in line
+    points = json.loads(done.out)["points"]
+    assert [(p["tokens"], p["by"], p["bucket"]) for p in points] == [
+        (1, "exact", [1, 1]), (3, "bucket", [2, 4]), (9, "default", None),
+    ]  # fmt: skip
+    assert points[-1]["reasons"] == ["no decision covers 9 tokens; covered: 1…4"]
+    assert cli("cache", "coverage", SPEC, table, "--tokens", "2", "--reach", "1.5").code == 4
+
+
+def test_coverage_says_why_field_by_field(cli: Command, table: Path, foreign: Path) -> None:
+    done = cli("cache", "coverage", SPEC, table, "--dtype", "fp32", "--tokens", "1", "--json")
+    assert "dtype: here 'fp32', there 'bf16'" in json.loads(done.out)["points"][0]["reasons"]
+    done = cli("cache", "coverage", SPEC, foreign, "--tokens", "1", "--json")
+    assert done.code == 4
+    assert "there 'another CPU'" in json.loads(done.out)["points"][0]["reasons"][0]
+
+
+def test_coverage_asks_for_another_machine(cli: Command, foreign: Path) -> None:
+    digest = import_table(foreign).environments[0].digest
+    assert cli("cache", "coverage", SPEC, foreign, "--tokens", "1", "--environment", digest[:8]).code == 0
+    cli("cache", "coverage", SPEC, foreign, "--environment", "f00").failed(3, "'f00'", "another CPU")
+
+
+def test_coverage_relaxes_what_is_named(cli: Command, foreign: Path) -> None:
+    done = cli("cache", "coverage", SPEC, foreign, "--tokens", "1", "--relax", "device", "--json")
+    assert done.code == 0
+    document = json.loads(done.out)
+    assert document["relax"] == ["device"]
+    assert [(d["field"], d["hard"]) for d in document["points"][0]["differences"]] == [("device", True)]
+    cli("cache", "coverage", SPEC, foreign, "--relax", "driver").failed(2, "'driver'", "kernel_source")
+
+
+def test_coverage_of_every_rank(cli: Command, table: Path) -> None:
+    done = cli("cache", "coverage", "E=4,H=64,I=97,k=2", table, "--tp", "2", "--tokens", "1", "--json")
+    assert done.code == 4
+    assert len({p["layer"] for p in json.loads(done.out)["points"]}) == 2
+
+
+def measured_table(us: float, default_us: float) -> TuningTable:
+    """A table that keeps the default in one bucket and claims times for it."""
+    base = table_of(tokens=(1,))
+    (d,) = base.decisions
+    up, down = (
+        replace(choice_of(gemm, d.choice(gemm.name).config, base.environments[0]), p50_us=us, default_us=default_us)
+        for gemm in LAYER.gemms
+    )
+    return TuningTable(base.environments, (replace(d, up=up, down=down),))
+
+
+def test_verify_measures_again(cli: Command, tmp_path: Path) -> None:
+    path = tmp_path / "slow.db"
+    # Nothing takes that long, whatever else this machine does.
+    export_table(measured_table(1e8, 1e8), path)
+    done = cli("cache", "verify", path, "--rounds", "2", "--json")
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert [r["verdict"] for r in document["results"]] == ["holds", "holds"]
+    assert all(0 < r["p50_us"] < 1e8 for r in document["results"])
+
+
+def test_verify_says_what_drifted(cli: Command, tmp_path: Path) -> None:
+    path = tmp_path / "fast.db"
+    # Nothing is that fast.
+    export_table(measured_table(1e-3, 1e-3), path)
+    done = cli("cache", "verify", path, "--rounds", "2", "--sample", "1", "--json")
+    assert done.code == 4
+    assert "1 of 1 config of" in done.err.splitlines()[-1]
+    assert [r["verdict"] for r in json.loads(done.out)["results"]] == ["slower"]
+
+
+def test_verify_refuses_other_environments(cli: Command, foreign: Path, impossible: Path) -> None:
+    cli("cache", "verify", foreign).failed(4, "device: here", "there 'another CPU'")
+    cli("cache", "verify", impossible).failed(3, "impossible")
+
+
+def test_import_settles_conflicts_by_policy(cli: Command, table: Path, faster: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store.db"
+    assert cli("cache", "import", faster, "--store", store).code == 0
+    done = cli("cache", "import", table, "--store", store, "--policy", "best")
+    assert done.code == 0, done.err
+    assert done.out.count("ours kept: theirs are slower") == 2
+    assert import_table(store) == import_table(faster)
+    cli("cache", "import", table, "--store", store, "--policy", "error").failed(3, "both tables decide")
+    document = json.loads(cli("cache", "import", table, "--store", store, "--json").out)
+    assert [c["kept"] for c in document["conflicts"]] == ["theirs", "theirs"]
+    assert import_table(store) == import_table(table)
+
+
+def test_import_relaxes_what_is_named(cli: Command, tmp_path: Path) -> None:
+    store, older = tmp_path / "store.db", tmp_path / "older.db"
+    export_table(table_of(torch="1.0.0"), older)
+    assert cli("cache", "import", older, "--store", store).code == 0
+    assert cli("cache", "coverage", SPEC, store, "--tokens", "1").code == 4
+    done = cli("cache", "import", older, "--store", store, "--relax", "torch")
+    assert done.code == 0, done.err
+    assert "relaxed" in done.out
+    assert cli("cache", "coverage", SPEC, store, "--tokens", "1").code == 0
+    kept = import_table(store)
+    (made_up,) = [e for e in kept.environments if e.torch != "1.0.0"]
+    assert "torch was '1.0.0'" in made_up.system
+    assert {d.certificate for d in kept.for_environment(made_up.digest).decisions} == {"none"}

@@ -1,0 +1,199 @@
+"""`tilecast cache coverage`: what a deployment will ask for, and what a table lacks of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tilecast.canonical import Json
+from tilecast.cli._cache_options import RelaxOption
+from tilecast.cli._layers import sharded
+from tilecast.cli._options import (
+    DtypeOption,
+    EpOption,
+    JsonOption,
+    ModelArgument,
+    PolicyOption,
+    ThreadsOption,
+    TokensOption,
+    TpOption,
+    parse_policy,
+    parse_token_option,
+)
+from tilecast.cli._output import Output, add_row, plural, table
+from tilecast.cli._run import use_threads
+from tilecast.cli._stores import read_table, store_location
+from tilecast.environment import Environment
+from tilecast.errors import CoverageError, InputError
+from tilecast.evidence import TuningTable
+from tilecast.problem import ExpertLayer
+from tilecast.settings import DEFAULT_TOKENS, Settings
+
+if TYPE_CHECKING:
+    from tilecast.cache_store.match import Match
+
+Point = tuple[ExpertLayer, int, "Match"]
+
+
+def coverage(
+    model: ModelArgument,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TABLE",
+            help="An exported file, a store, or a SQLAlchemy URL. Default: TM_GEMM_IMPORT, else the default store.",
+            show_default=False,
+        ),
+    ] = None,
+    tp: TpOption = 1,
+    ep: EpOption = 1,
+    tokens: TokensOption = None,
+    dtype: DtypeOption = None,
+    policy: PolicyOption = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            "--routing",
+            metavar="NAME",
+            help="Decisions of this routing profile. Default: TM_GEMM_ROUTING, else the table's own.",
+            show_default=False,
+        ),
+    ] = None,
+    environment: Annotated[
+        str | None,
+        typer.Option(
+            "--environment",
+            metavar="DIGEST",
+            help="Ask for this environment of the table, by the start of its digest. Default: this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    relax: RelaxOption = None,
+    reach: Annotated[
+        float | None,
+        typer.Option(
+            "--reach",
+            min=1.0,
+            metavar="X",
+            help="A bucket tuned for more than X times the tokens is a gap. Default: a bucket holds for all it covers.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """List what a deployment of MODEL will ask for and which of it the table lacks, with the reason field by field.
+
+    Exits with 4 if anything is lacking, for a deploy pipeline; --environment asks on behalf of another machine.
+
+    Examples:
+
+        tilecast cache coverage mixtral-8x7b mixtral.db --tp 8
+
+        tilecast cache coverage qwen3-30b-a3b fleet.db --tp 4 --tokens 1,16,256 --environment 3f9a12c4 --json
+    """  # fmt: skip
+    from tilecast.cache_store.match import check_relax, match
+
+    relaxed = check_relax(relax or ())
+    output = Output(json_wanted=json_)
+    settings = Settings.from_environment()
+    chosen = parse_policy(policy, settings.policy)
+    counts = parse_token_option(tokens, DEFAULT_TOKENS)
+    split = sharded(model, tp=tp, ep=ep, dtype=dtype)
+    use_threads(threads)
+    where = source or settings.import_from or store_location(None, settings)
+    found = read_table(where)
+    place = _place(found, environment, where)
+    profile = _profile(found, chosen, place, relaxed, routing or settings.routing)
+    points = [
+        (layer, count, match(found, place, layer, count, chosen, profile, relax=relaxed, reach=reach))
+        for layer in split.layers
+        for count in counts
+    ]
+    gaps = [point for point in points if not point[2].hit]
+    split.explain(output)
+    output.emit(
+        {
+            "command": "cache coverage",
+            "source": where,
+            "digest": found.digest,
+            "model": split.to_json(),
+            "environment": {"digest": place.digest, **place.to_json()},
+            "policy": chosen,
+            "routing": profile,
+            "relax": list(relaxed),
+            "points": [_point_json(point) for point in points],
+            "gaps": len(gaps),
+        }
+    )
+    _show(output, points)
+    if gaps:
+        asked = "" if tokens is None else f" --tokens {tokens}"
+        raise CoverageError(
+            f"{where} lacks {len(gaps)} of {plural(len(points), 'point')} of {model}; tune them on {place.device}: "
+            f"tilecast tune {model} --tp {tp} --ep {ep}{asked} --policy {chosen} --export FILE"
+        )
+
+
+def _place(found: TuningTable, digits: str | None, where: str) -> Environment:
+    if digits is None:
+        from tilecast import environment
+
+        return environment.here()
+    named = [e for e in found.environments if e.digest.startswith(digits.lower())]
+    if len(named) != 1 or not digits:
+        has = "; ".join(f"{e.digest[:12]} ({e.device})" for e in found.environments) or "none"
+        raise InputError(f"--environment {digits!r:.70} names {len(named)} environments of {where}; it has: {has}")
+    return named[0]
+
+
+def _profile(found: TuningTable, policy: str, place: Environment, relaxed: tuple[str, ...], given: str | None) -> str:
+    """Return the routing profile's name that serving would ask for."""
+    from tilecast.cache_store.match import blocking
+    from tilecast.engine.runtime import routing_named, routing_of
+
+    named = routing_named(given)
+    fits = frozenset(e.digest for e in found.environments if not blocking(place, e, relaxed))
+    return routing_of(found, policy, fits) if named is None else named
+
+
+def _show(output: Output, points: list[Point]) -> None:
+    shown = table("What will be asked for", ("layer", "tokens", "by", "why"), left=("layer", "by", "why"))
+    for layer, tokens, found in points:
+        style = None if found.hit else "bold"
+        add_row(shown, layer.label, str(tokens), _by(found, tokens), _why(found), style=style)
+    output.show(shown)
+
+
+def _by(found: Match, tokens: int) -> str:
+    """Return which way a point is served: exactly, by a covering bucket, or by the default config."""
+    if found.decision is None:
+        return "default"
+    bucket = found.decision.bucket
+    return "exact" if bucket.tokens == tokens else f"bucket {bucket.above + 1}–{bucket.tokens}"
+
+
+def _why(found: Match) -> str:
+    if not found.hit:
+        return "; ".join(found.reasons)
+    parts = [f"{'relaxed ' if difference.hard else ''}{difference}" for difference in found.differences]
+    return "; ".join(parts)
+
+
+def _point_json(point: Point) -> dict[str, Json]:
+    layer, tokens, found = point
+    decision = found.decision
+    return {
+        "layer": layer.label,
+        "layer_digest": layer.digest,
+        "tokens": tokens,
+        "hit": found.hit,
+        "by": "default" if decision is None else "exact" if decision.bucket.tokens == tokens else "bucket",
+        "bucket": None if decision is None else [decision.bucket.above + 1, decision.bucket.tokens],
+        "certificate": None if decision is None else decision.certificate,
+        "reasons": list(found.reasons),
+        "differences": [
+            {"field": d.field, "here": d.here, "there": d.there, "hard": d.hard} for d in found.differences
+        ],
+    }
