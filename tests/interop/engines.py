@@ -15,8 +15,8 @@ H200 = replace(HERE, device_kind="cuda", device="NVIDIA H200 NVL", arch="sm_90",
 LAYER = ExpertLayer(hidden=4096, intermediate=3584, experts=8, top_k=2)
 TILE = {"block_m": 16, "block_n": 128, "block_k": 64, "group_m": 1, "num_warps": 4, "num_stages": 3}
 PEERS = Path(__file__).parents[3] / "shared" / "data" / "peers"
-DEFAULT_FEW = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
-DEFAULT_MANY = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8}
+SGLANG_FEW = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
+SGLANG_MANY = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8}
 
 
 def grouped(**changes: int) -> TileConfig:
@@ -44,6 +44,22 @@ def table_of(
 def timed(gemm: str, config: TileConfig, us: float, tokens: int) -> Measurement:
     chosen = LAYER.up if gemm == "up" else LAYER.down
     return Measurement(environment=H200.digest, gemm=chosen, tokens=tokens, config=config, samples_us=(us,))
+
+
+def vllm_default(tokens: int, experts: int, *, hip: bool = False) -> dict[str, int]:
+    """Return what vLLM 0.33 runs for 16-bit weights where it finds no file."""
+    if tokens <= 32:
+        height, stages = 16, 4
+    else:
+        height, stages = 32 if tokens <= 96 else 64 if tokens <= 512 else 128, 3
+    return {
+        "BLOCK_SIZE_M": height,
+        "BLOCK_SIZE_N": 64 if tokens <= 64 else 128,
+        "BLOCK_SIZE_K": 128 if tokens <= 64 else 64,
+        "GROUP_SIZE_M": 16 if tokens // experts > 128 else 1,
+        "num_warps": 4 if tokens <= 128 else 8,
+        "num_stages": 2 if hip else stages,
+    }
 
 
 def vllm_runs(folder: Path, device: str, experts: int, intermediate: int, tokens: int) -> dict[str, int]:

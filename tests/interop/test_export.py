@@ -9,21 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.interop.engines import (
-    DEFAULT_FEW,
-    DEFAULT_MANY,
     H200,
     LAYER,
+    SGLANG_FEW,
+    SGLANG_MANY,
     choice,
     grouped,
     sglang_runs,
     table_of,
     timed,
+    vllm_default,
     vllm_runs,
 )
 from tests.store_contract import HERE
 from tilecast.cache_store.interop.export import EngineExport, engine_files, write_engine_files
-from tilecast.cache_store.interop.pinned import pinned, spans
-from tilecast.cache_store.interop.tiles import FEW, MANY
+from tilecast.cache_store.interop.pinned import Span, pinned, spans
 from tilecast.errors import CacheError, UsageError
 from tilecast.evidence import TuningTable
 from tilecast.kernels.gpu.grouped import Grouped
@@ -61,7 +61,7 @@ def test_every_token_count_gets_what_was_meant(steps: list[tuple[int, int, int]]
     for gap, width, value in steps:
         chosen.append((Bucket(above=position + gap, tokens=position + gap + width), value))
         position += gap + width
-    rows = pinned(spans(chosen, few=-1, many=-2, experts=experts))
+    rows = pinned(spans(chosen, [Span(1, experts, -1), Span(experts + 1, None, -2)]))
     keys = [tokens for tokens, _ in rows]
     assert keys == sorted(set(keys))
     assert keys[0] >= 1
@@ -81,17 +81,30 @@ def test_vllm_picks_what_was_decided_for_every_count(tmp_path: Path) -> None:
     assert document.pop("triton_version") == "3.5.1"
     assert {"4", "64", "256"} <= set(document)
     for tokens in range(1, 1000):
-        meant = row(SMALL) if tokens <= 64 else row(LARGE) if tokens <= 256 else DEFAULT_MANY
+        meant = row(SMALL) if tokens <= 64 else row(LARGE) if tokens <= 256 else vllm_default(tokens, 8)
         assert vllm_runs(tmp_path, H200.device, 8, 3584, tokens) == meant
 
 
 def test_defaults_outside_the_tuned_range_are_the_engines(tmp_path: Path) -> None:
     layer = replace(LAYER, experts=64, global_experts=64)
-    written(table_of({16: (choice(SMALL),) * 2}, layer=layer), "vllm", tmp_path)
-    for tokens in (16, 17, 40, 64, 65, 66, 10_000):
-        meant = row(SMALL) if tokens <= 16 else DEFAULT_FEW if tokens <= 64 else DEFAULT_MANY
+    table = table_of({16: (choice(SMALL),) * 2}, layer=layer)
+    for engine in ("vllm", "sglang"):
+        written(table, engine, tmp_path)
+    for tokens in (*range(1, 700), *range(8200, 8300), 10_000, 1 << 20):
+        meant = row(SMALL) if tokens <= 16 else vllm_default(tokens, 64)
         assert vllm_runs(tmp_path, H200.device, 64, 3584, tokens) == meant
-    assert (FEW.row(), MANY.row()) == (DEFAULT_FEW, DEFAULT_MANY)
+        meant = row(SMALL) if tokens <= 16 else SGLANG_FEW if tokens <= 64 else SGLANG_MANY
+        assert sglang_runs(tmp_path, H200.device, "3.5.1", 64, 3584, tokens, down=False) == meant
+
+
+@pytest.mark.parametrize("experts", [1, 3, 8])
+def test_defaults_on_amd(experts: int, tmp_path: Path) -> None:
+    layer = replace(LAYER, experts=experts, top_k=1, global_experts=experts)
+    there = replace(H200, device="AMD Instinct MI300X VF", arch="gfx942")
+    written(table_of({2: (choice(SMALL),) * 2}, layer=layer, environment=there), "vllm", tmp_path)
+    for tokens in range(3, 1500):
+        meant = vllm_default(tokens, experts, hip=True)
+        assert vllm_runs(tmp_path, "AMD Instinct MI300X", experts, 3584, tokens) == meant
 
 
 def test_one_config_serves_both_gemms_by_the_smallest_sum() -> None:
@@ -121,8 +134,8 @@ def test_what_means_something_else_is_left_out_with_its_reason(tmp_path: Path) -
         (f"{LAYER.label} at 1 to 4 tokens", "up: swapped operands (swap=1) have no setting there"),
         (f"{LAYER.label} at 65 to 256 tokens", "up: tensor descriptors (triton.moe_tma) have no setting there"),
     ]
-    assert vllm_runs(tmp_path, H200.device, 8, 3584, 3) == DEFAULT_FEW
-    assert vllm_runs(tmp_path, H200.device, 8, 3584, 65) == DEFAULT_MANY
+    assert vllm_runs(tmp_path, H200.device, 8, 3584, 3) == vllm_default(3, 8)
+    assert vllm_runs(tmp_path, H200.device, 8, 3584, 65) == vllm_default(65, 8)
 
 
 @pytest.mark.parametrize("kernel", ["triton.moe_decode", "triton.moe_persistent", "triton.moe_split_k", "other"])
@@ -154,7 +167,7 @@ def test_sglang_gets_a_file_for_each_gemm(tmp_path: Path) -> None:
         elif tokens <= 256:
             assert runs == [row(up), {**row(TMA), "USE_TMA": True}]
         else:
-            assert runs == [DEFAULT_MANY, {**DEFAULT_MANY, "USE_TMA": False}]
+            assert runs == [SGLANG_MANY, {**SGLANG_MANY, "USE_TMA": False}]
     # SGLang turns every key of a file into a number.
     assert all(key.isdigit() for file in export.files for key in json.loads(file.data))
 

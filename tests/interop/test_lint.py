@@ -43,6 +43,7 @@ def test_good_folders_have_nothing_wrong(tmp_path: Path) -> None:
         ("vllm", ".", "E=8,N=64,device_name=NVIDIA_H200_NVL.json", "looks for 'E=8,N=64,device_name=NVIDIA_H200.json'"),
         ("vllm", ".", "E=8,N=64,device_name=NVIDIA_B200,dtype=bf16.json", "no weights have the tag dtype=bf16"),
         ("vllm", ".", "E=8,N=64,device_name=NVIDIA_B200,block_shape=[128,128].json", "block_shape without a dtype"),
+        ("vllm", ".", "E=8,N=64,device_name=NVIDIA_B200,dtype=int8_w8a8.json", "no weights have the tag"),
         (
             "vllm",
             ".",

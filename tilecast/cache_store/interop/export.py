@@ -11,7 +11,7 @@ from tilecast.cache_store.files import check_writable, write_atomically
 from tilecast.cache_store.interop.names import ENGINE_TITLES, ENGINES, name_for, triton_folder
 from tilecast.cache_store.interop.pinned import pinned, spans
 from tilecast.cache_store.interop.rows import TRITON_KEY, parse_rows, read_peer
-from tilecast.cache_store.interop.tiles import FEW, MANY, Evidence, Picked, gather, shared_tile, tile_pair
+from tilecast.cache_store.interop.tiles import Evidence, Picked, default_tiles, gather, shared_tile, tile_pair
 from tilecast.environment import Environment
 from tilecast.errors import CacheError, UsageError
 from tilecast.evidence import Decision, Measurement, TuningTable
@@ -186,11 +186,12 @@ def _files(engine: str, path: str, series: _Series, evidence: Evidence) -> tuple
         picked.append((decision.bucket, found))
     if not picked:
         return [], left_out
+    defaults = default_tiles(engine, layer.experts, hip=series.environment.arch.startswith("gfx"))
     parts = {path: False} if engine == "vllm" else {path: False, path.removesuffix(".json") + "_down.json": True}
     files = []
     for part, down in parts.items():
         chosen = [(bucket, each.down if down else each.up) for bucket, each in picked]
-        rows = pinned(spans(chosen, few=FEW, many=MANY, experts=layer.experts))
+        rows = pinned(spans(chosen, defaults))
         document: dict[str, object] = {str(tokens): tile.row(down=down) for tokens, tile in rows}
         if engine == "vllm":
             document = {TRITON_KEY: series.environment.compiler, **document}

@@ -123,7 +123,7 @@ def _unreachable(path: Path, configs: PeerConfigs, folder: Path | None) -> Itera
     elif (alias := device_in_name(engine, name.device)) != name.device:
         wanted = replace(name, device=alias).text(engine)
         yield f"{title} calls this device {alias} and looks for {wanted!r}"
-    if name.dtype not in BUILT_TAGS:
+    if name.dtype not in BUILT_TAGS[engine]:
         yield f"no weights have the tag dtype={name.dtype} there; 16-bit weights have none"
     if name.block_shape is not None and not name.dtype:
         yield "block_shape without a dtype: only quantised weights have blocks, and those have a dtype"

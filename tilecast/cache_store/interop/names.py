@@ -17,11 +17,11 @@ ENGINES = ("vllm", "sglang")
 ENGINE_TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
 DTYPE_TAGS = {"bf16": "", "fp16": "", "fp32": "float32"}
 """The tag in the name of a layer's files, by its dtype; 16-bit layers have none."""
-BUILT_TAGS = frozenset(
-    {"", "float32", "fp8_w8a8", "fp8_w8a16", "int8_w8a8", "int8_w8a16", "int4_w4a8", "int4_w4a16"}
-    | {"mxfp4_w4a4", "mxfp4_w4a16", "nvfp4_w4a4"}
-)
-"""The tags that a loader builds; files with `dtype=bf16` or `dtype=float8` exist, and nothing reads them."""
+BUILT_TAGS = {
+    "vllm": frozenset({"", "float32", "fp8_w8a8", "fp8_w8a16", "int8_w8a16", "int4_w4a16"}),
+    "sglang": frozenset({"", "float32", "fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16"}),
+}
+"""The tags that each loader builds (vLLM 0.33, SGLang 0.5.23); files with others exist, and nothing reads them."""
 
 _NAME = re.compile(
     r"E=(?P<experts>\d{1,8}),N=(?P<intermediate>\d{1,8}),device_name=(?P<device>[^,/\s]{0,128}?)"

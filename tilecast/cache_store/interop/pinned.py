@@ -25,28 +25,29 @@ class Span(Generic[T]):
     value: T
 
 
-def spans(chosen: Sequence[tuple[Bucket, T]], *, few: T, many: T, experts: int) -> list[Span[T]]:
-    """Return spans that cover every count from 1: the chosen buckets', which ascend, and defaults everywhere else.
+def spans(chosen: Sequence[tuple[Bucket, T]], defaults: Sequence[Span[T]]) -> list[Span[T]]:
+    """Return spans that cover every count from 1: the chosen buckets', which ascend, and the defaults' elsewhere.
 
-    `few` is the default up to `experts` tokens, `many` the one above.
+    `defaults` cover every count themselves.
     """
     found: list[Span[T]] = []
     position = 1
     for bucket, value in chosen:
-        found += _defaults(position, bucket.above, few, many, experts)
+        found += _between(position, bucket.above, defaults)
         found.append(Span(bucket.above + 1, bucket.tokens, value))
         position = bucket.tokens + 1
-    return [*found, *_defaults(position, None, few, many, experts)]
+    return [*found, *_between(position, None, defaults)]
 
 
-def _defaults(low: int, high: int | None, few: T, many: T, experts: int) -> list[Span[T]]:
-    if high is not None and low > high:
-        return []
-    if low > experts:
-        return [Span(low, high, many)]
-    if high is not None and high <= experts:
-        return [Span(low, high, few)]
-    return [Span(low, experts, few), Span(experts + 1, high, many)]
+def _between(low: int, high: int | None, defaults: Sequence[Span[T]]) -> list[Span[T]]:
+    """Return the parts of the defaults from `low` to `high`."""
+    found = []
+    for span in defaults:
+        first = max(low, span.low)
+        last = min((end for end in (high, span.high) if end is not None), default=None)
+        if last is None or first <= last:
+            found.append(Span(first, last, span.value))
+    return found
 
 
 def pinned(covering: Sequence[Span[T]]) -> list[tuple[int, T]]:

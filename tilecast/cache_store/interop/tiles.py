@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
+from tilecast.cache_store.interop.pinned import Span
 from tilecast.evidence import Choice, Decision, Measurement
 from tilecast.problem import TileConfig
 
@@ -50,10 +51,34 @@ class EngineTile:
         return f"{shape} warps {self.num_warps} stages {self.num_stages}{' TMA' if self.tma else ''}"
 
 
-FEW = EngineTile(block_m=16, block_n=32, block_k=64, group_m=1)
-"""What both engines run without a file up to E tokens, for 16-bit weights (`get_default_config`)."""
-MANY = EngineTile(block_m=64, block_n=64, block_k=32, group_m=8)
-"""What both engines run without a file above E tokens, for 16-bit weights."""
+def default_tiles(engine: str, experts: int, *, hip: bool) -> list[Span[EngineTile]]:
+    """Return what an engine runs for 16-bit weights without a file, for every token count.
+
+    Source: `get_default_config` of vLLM 0.33 and of SGLang 0.5.23.
+    """
+    if engine == "sglang":
+        few = EngineTile(block_m=16, block_n=32, block_k=64, group_m=1)
+        many = EngineTile(block_m=64, block_n=64, block_k=32, group_m=8)
+        return [Span(1, experts, few), Span(experts + 1, None, many)]
+    # The last count of each step; groups come in where an expert has more than 128 tokens, rounded down.
+    ends = sorted({32, 64, 96, 128, 512, 129 * experts - 1})
+    found, low = [], 1
+    for end in ends:
+        found.append(Span(low, end, _vllm_default(end, experts, hip=hip)))
+        low = end + 1
+    return [*found, Span(low, None, _vllm_default(low, experts, hip=hip))]
+
+
+def _vllm_default(tokens: int, experts: int, *, hip: bool) -> EngineTile:
+    heights = {32: 16, 96: 32, 512: 64}
+    return EngineTile(
+        block_m=next((height for end, height in heights.items() if tokens <= end), 128),
+        block_n=64 if tokens <= 64 else 128,
+        block_k=128 if tokens <= 64 else 64,
+        group_m=16 if tokens // experts > 128 else 1,
+        num_warps=4 if tokens <= 128 else 8,
+        num_stages=2 if hip else 4 if tokens <= 32 else 3,
+    )
 
 
 def engine_tile(config: TileConfig, *, tma: bool = False) -> EngineTile | str:
