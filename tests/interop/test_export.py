@@ -64,6 +64,8 @@ def test_every_token_count_gets_what_was_meant(steps: list[tuple[int, int, int]]
     rows = pinned(spans(chosen, [Span(1, experts, -1), Span(experts + 1, None, -2)]))
     keys = [tokens for tokens, _ in rows]
     assert keys == sorted(set(keys))
+    values = [value for _, value in rows]
+    assert not any(a == b == c for a, b, c in zip(values, values[1:], values[2:], strict=False))
     assert keys[0] >= 1
     for tokens in [*range(1, position + experts + 50), 100_000]:
         meant = next((value for bucket, value in chosen if tokens in bucket), -1 if tokens <= experts else -2)

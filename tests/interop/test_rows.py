@@ -2,20 +2,23 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.interop.engines import H200, LAYER, PEERS, TILE, grouped
+from tests.interop.engines import H200, LAYER, PEERS, TILE, choice, grouped, table_of, timed
 from tilecast.cache_store.interop.names import PeerName, device_in_name, name_for, parse_name
-from tilecast.cache_store.interop.peers import PeerFolder, find_files
+from tilecast.cache_store.interop.peers import PeerFolder, find_files, peer_us
 from tilecast.cache_store.interop.rows import parse_rows, read_peer, tile_config
+from tilecast.cache_store.interop.tiles import gather
 from tilecast.errors import CacheError
 from tilecast.kernels import registry
 from tilecast.kernels.spec import outside_domain
 from tilecast.problem import TileConfig
 
 ROW = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}
+LARGE = grouped(block_m=128)
 NAME = "E=8,N=3584,device_name=NVIDIA_H200.json"
 real = pytest.mark.skipif(not PEERS.is_dir(), reason="the engines' own files are not beside this checkout")
 
@@ -193,6 +196,16 @@ def test_hints_come_from_the_nearest_row_of_the_layers_own_file(tmp_path: Path) 
     assert (first.engine, first.file, first.triton, first.tokens) == ("vllm", NAME, "3.4.0", 64)
     assert (second.engine, second.file, second.triton) == ("sglang", f"{name}_down.json", "3.5.1")
     assert name_for("vllm", LAYER, H200).text("vllm") == NAME
+
+
+def test_what_tuning_gained_over_a_peer_is_told_where_it_was_measured(tmp_path: Path) -> None:
+    folder = PeerFolder(tmp_path / "peers")
+    folder.keep(read_peer(peer(tmp_path / "in", NAME, {"1": ROW, "64": {**ROW, "BLOCK_SIZE_N": 256}}), "vllm"))
+    (decision,) = table_of({8: (choice(grouped(num_stages=4), 10, grouped(), 15), choice(LARGE, 20))}).decisions
+    up, down = (folder.baselines_for(gemm, 8, H200)[0] for gemm in LAYER.gemms)
+    assert (peer_us(up, decision, {}), peer_us(down, decision, {})) == (15, None)
+    assert peer_us(down, decision, gather([timed("down", grouped(), 30.0, 8)])) == 30
+    assert peer_us(replace(up, config=None), decision, {}) is None
 
 
 def test_a_damaged_kept_file_is_named(tmp_path: Path) -> None:

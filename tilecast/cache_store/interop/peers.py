@@ -10,9 +10,11 @@ from pathlib import Path
 from tilecast.cache_store.files import write_atomically
 from tilecast.cache_store.interop.names import ENGINES, name_for, triton_folder, triton_version, version_key
 from tilecast.cache_store.interop.rows import TRITON_KEY, PeerConfigs, Row, read_peer, tile_config
+from tilecast.cache_store.interop.tiles import Evidence, known_times
 from tilecast.environment import Environment
 from tilecast.errors import CacheError
-from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
+from tilecast.evidence import Decision
+from tilecast.problem import ExpertGemm, ExpertLayer, GemmName, TileConfig
 
 MAX_FILES = 20_000
 """More than all that both engines ship, many times over; a folder of more was named by mistake."""
@@ -22,6 +24,7 @@ MAX_FILES = 20_000
 class Baseline:
     """What another engine would run for one GEMM: its row's token count, and the config (None: not one of ours)."""
 
+    gemm: GemmName
     engine: str
     file: str
     triton: str
@@ -73,6 +76,7 @@ class PeerFolder:
             kind = "hip" if environment.arch.startswith("gfx") else "cuda"
             found.append(
                 Baseline(
+                    gemm=gemm.name,
                     engine=engine,
                     file=configs.name.text(engine),
                     triton=configs.triton,
@@ -114,6 +118,15 @@ class PeerFolder:
         if path not in self._read:
             self._read[path] = read_peer(path, engine) if path.exists() else None
         return self._read[path]
+
+
+def peer_us(baseline: Baseline, decision: Decision, evidence: Evidence) -> float | None:
+    """Return the time in µs that a baseline's config took in our kernel, None where it was not measured.
+
+    The decision is the one for the bucket that the baseline was asked for; `tiles.gather` makes the evidence.
+    """
+    known = known_times(decision, baseline.gemm, evidence)
+    return None if baseline.config is None else known.get(baseline.config)
 
 
 def find_files(paths: list[Path]) -> list[Path]:

@@ -51,11 +51,17 @@ def _between(low: int, high: int | None, defaults: Sequence[Span[T]]) -> list[Sp
 
 
 def pinned(covering: Sequence[Span[T]]) -> list[tuple[int, T]]:
-    """Return (token count, value) rows, ascending: each span's end, and its start where the value changes there."""
+    """Return (token count, value) rows, ascending: each span's end, and its start where the value changes there.
+
+    Of rows of one value in a row only the first and the last are left: those between change nothing.
+    """
     rows: list[tuple[int, T]] = []
     for span in covering:
         if rows and rows[-1][1] != span.value and span.low != span.high:
             rows.append((span.low, span.value))
         if span.high is not None:
             rows.append((span.high, span.value))
-    return rows
+    values = [value for _, value in rows]
+    inner = range(1, len(rows) - 1)
+    idle = {index for index in inner if values[index - 1] == values[index] == values[index + 1]}
+    return [row for index, row in enumerate(rows) if index not in idle]

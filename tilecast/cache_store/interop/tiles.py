@@ -158,15 +158,19 @@ def tile_pair(decision: Decision, evidence: Evidence) -> Picked | str:
     return Picked(up=first, down=second, sum_us=sum_us, remark=_loss(decision, sum_us))
 
 
-def _times(decision: Decision, gemm: str, evidence: Evidence, *, tma: bool = False) -> Times:
-    """Return the known times of one GEMM's configs: the decision's, and measured ones over them."""
+def known_times(decision: Decision, gemm: str, evidence: Evidence) -> dict[TileConfig, float]:
+    """Return the known times in µs of one GEMM's configs: the decision's, and measured ones over them."""
     choice: Choice = decision.up if gemm == "up" else decision.down
     known: dict[TileConfig, float] = {choice.default: choice.default_us}
     if choice.runner_up is not None and choice.runner_up_us is not None:
         known[choice.runner_up] = choice.runner_up_us
     known[choice.config] = choice.p50_us
     key = (decision.environment, decision.layer.digest, gemm, decision.bucket.tokens, decision.routing)
-    known |= evidence.get(key, {})
+    return known | dict(evidence.get(key, {}))
+
+
+def _times(decision: Decision, gemm: str, evidence: Evidence, *, tma: bool = False) -> Times:
+    known = known_times(decision, gemm, evidence)
     tiles = ((engine_tile(config, tma=tma), us) for config, us in known.items())
     return {tile: us for tile, us in tiles if isinstance(tile, EngineTile)}
 
