@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
+
+if TYPE_CHECKING:
+    from tilecast.evidence import TuningTable
 
 TOKENS = (1, 4, 16, 64, 256)
 LAYER = ExpertLayer(hidden=512, intermediate=1024, experts=8, top_k=2, dtype="bf16")
@@ -69,6 +74,54 @@ def write_table(path: Path) -> int:
     return len({("up", c) for c in ups[: len(spans)]} | {("down", c) for c in downs[: len(spans)]})
 
 
+def thousand() -> dict[str, float]:
+    """Return the milliseconds in which a table of 1,000 decisions is read and checked: the first time, and at best.
+
+    50 layers of 20 buckets, 250 distinct configs. Imports are done by then, as in a process that serves.
+    """
+    from tilecast.cache_store.bundle import export_table, import_table
+
+    with tempfile.TemporaryDirectory(prefix="tilecast-startup-") as folder:
+        path = Path(folder) / "table.db"
+        export_table(table_of_a_thousand(), path)
+        times = []
+        for _ in range(9):
+            begin = time.perf_counter()
+            assert len(import_table(path)) == 1000
+            times.append(1e3 * (time.perf_counter() - begin))
+    return {"first_ms": times[0], "median_ms": sorted(times)[len(times) // 2], "best_ms": min(times)}
+
+
+def table_of_a_thousand() -> TuningTable:
+    """A table as large as a large deployment's."""
+    from tilecast.environment import cpu_environment
+    from tilecast.evidence import Choice, Decision, TuningTable
+    from tilecast.problem import buckets
+
+    chance, environment = random.Random(1), cpu_environment()
+    configs = [
+        TileConfig("llvm.moe_gemm", {"mr": n % 12 + 1, "nr": 16, "block_n": 16 * n, "block_k": 64, "threads": 8})
+        for n in range(1, 251)
+    ]
+
+    def choice() -> Choice:
+        config, default, runner_up = chance.sample(configs, k=3)
+        times = {name: chance.uniform(5, 5000) for name in ("p50_us", "default_us", "runner_up_us")}
+        return Choice(
+            config=config, default=default, runner_up=runner_up, noise=chance.random(), numerics="a" * 64, **times
+        )
+
+    layers = [ExpertLayer(hidden=1024 + 16 * n, intermediate=512, experts=8, top_k=2) for n in range(50)]
+    decisions = [
+        Decision(
+            environment=environment.digest, layer=layer, bucket=bucket, policy="reproducible",
+            up=choice(), down=choice(),
+        )
+        for layer in layers for bucket in buckets([*(1 << n for n in range(14)), *(3 << n for n in range(1, 7))])
+    ]  # fmt: skip
+    return TuningTable((environment,), tuple(decisions))
+
+
 def measure() -> dict[str, object]:
     """Return seconds by phase of a first start (nothing compiled) and of the best of three later ones."""
     with tempfile.TemporaryDirectory(prefix="tilecast-startup-") as folder:
@@ -79,6 +132,7 @@ def measure() -> dict[str, object]:
         "distinct_configs": configs,
         "layer": LAYER.to_json(),
         "first_start_s": starts[0],
+        "table_of_1000_decisions": thousand(),
         "later_start_s": min(starts[1:], key=lambda start: start["process"]),
     }
 
@@ -122,5 +176,7 @@ def child() -> None:
 if __name__ == "__main__":
     if "--child" in sys.argv[1:]:
         child()
+    elif "--thousand" in sys.argv[1:]:
+        print(json.dumps(thousand()))
     else:
         print(json.dumps(measure(), indent=1))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import random
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from sqlalchemy import delete, make_url, text
 
+from tilecast.cache_store import models
+from tilecast.cache_store.queries import read_measurements
+from tilecast.cache_store.session import Database, open_server, open_sqlite
+from tilecast.cache_store.store import open_store, sqlite_path
 from tilecast.environment import Environment
-from tilecast.errors import CacheError
+from tilecast.errors import CacheError, SchemaError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable
 from tilecast.problem import Bucket, ExpertLayer, TileConfig
 from tilecast.store import Store
@@ -209,3 +218,119 @@ class StoreContract:
             thread.join()
         assert sum(counts) == 10
         assert sorted(m.round for m in ready.measurements()) == list(range(10))
+
+
+class SharedStoreContract:
+    """What holds between several users of one store. Define the fixture `where`: a path or URL of a fresh store."""
+
+    def test_what_one_writes_all_see(self, where: str) -> None:
+        with open_store(where) as first, open_store(where) as second:
+            first.add_environment(HERE)
+            second.add_measurements([measurement()])
+            first.put_decisions([decision()])
+            assert first.measurements() == [measurement()]
+            assert second.table().decisions == (decision(),)
+
+    def test_readers_wait_for_no_writer_and_see_one_instant(self, where: str) -> None:
+        with open_store(where) as store:
+            store.add_environment(HERE)
+            store.add_measurements([measurement()])
+        with database(where) as reader, database(where) as writer:
+            with reader.reading() as before:
+                assert len(read_measurements(before)) == 1
+                with open_store(where) as store:
+                    store.add_measurements([measurement(round=1)])
+                with writer.writing() as unfinished:
+                    unfinished.execute(delete(models.measurement))
+                    assert len(read_measurements(before)) == 1
+                    with reader.reading() as meanwhile:
+                        assert len(read_measurements(meanwhile)) == 2
+            with reader.reading() as after:
+                assert read_measurements(after) == []
+
+    def test_measurements_offered_by_many_in_any_order_are_kept_once(self, where: str) -> None:
+        """In another order by each: row locks taken so would wait for each other in a circle."""
+        offered = [measurement(round=number) for number in range(40)]
+        counts: list[int] = []
+
+        def add(number: int) -> None:
+            chance = random.Random(number)
+            with open_store(where) as store:
+                store.add_environment(HERE)
+                for _ in range(3):
+                    counts.append(store.add_measurements(chance.sample(offered, k=len(offered))))
+
+        in_threads(4, add)
+        with open_store(where) as store:
+            assert sorted(m.round for m in store.measurements()) == list(range(40))
+        assert sum(counts) == 40
+
+    def test_decisions_put_by_many_never_overlap(self, where: str) -> None:
+        def put(number: int) -> None:
+            chance = random.Random(number)
+            with open_store(where) as store:
+                store.add_environment(HERE)
+                for _ in range(10):
+                    above = chance.randrange(20)
+                    store.put_decisions([decision(above, above + chance.randrange(1, 20))])
+                    assert len(store.table()) > 0  # A table with overlaps would not be one.
+
+        in_threads(4, put)
+
+    def test_fresh_store_is_opened_by_many_at_once(self, where: str) -> None:
+        gate = threading.Barrier(6)
+
+        def start(number: int) -> None:
+            gate.wait()
+            with open_store(where) as store:
+                store.add_environment(HERE)
+                store.add_measurements([measurement(run=number)])
+
+        in_threads(6, start)
+        with open_store(where) as store:
+            assert len(store.measurements()) == 6
+
+    def test_what_another_cleaned_up_is_written_again(self, where: str) -> None:
+        with open_store(where) as store:
+            store.add_environment(HERE)
+            store.add_measurements([measurement()])
+            with database(where) as other, other.writing() as connection:
+                for table in (models.measurement, models.layer, models.config):
+                    connection.execute(delete(table))
+            store.add_measurements([measurement(round=1)])
+            store.put_decisions([decision()])
+            assert store.measurements() == [measurement(round=1)]
+            with database(where) as other, other.writing() as connection:
+                for table in (models.decision, models.measurement, models.environment):
+                    connection.execute(delete(table))
+            with pytest.raises(CacheError, match="no environment"):
+                store.add_measurements([measurement(round=2)])
+
+    def test_unknown_revision_is_refused_in_one_line(self, where: str) -> None:
+        open_store(where).close()
+        with database(where) as other, other.writing() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        with pytest.raises(SchemaError, match="has schema 9999, this Tilecast reads up to") as caught:
+            open_store(where)
+        assert "\n" not in str(caught.value)
+
+    def test_failed_transaction_leaves_nothing(self, where: str) -> None:
+        with open_store(where) as store:
+            store.add_environment(HERE)
+            with pytest.raises(ZeroDivisionError), database(where) as other, other.writing() as connection:
+                connection.execute(delete(models.environment))
+                raise ZeroDivisionError
+            assert store.environments() == [HERE]
+
+
+def database(where: str) -> contextlib.closing[Database]:
+    """The store's database itself, to hold transactions open and to delete behind a store's back."""
+    path = sqlite_path(where)
+    return contextlib.closing(open_server(make_url(where)) if path is None else open_sqlite(path))
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Run `work` in threads and raise what any of them raised."""
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        for done in [pool.submit(work, number) for number in range(count)]:
+            done.result()

@@ -57,7 +57,7 @@ def gemms() -> st.SearchStrategy[ExpertGemm]:
 
 def tile_configs() -> st.SearchStrategy[TileConfig]:
     """Draw a config of any kernel, unknown ones too, with integer and string parameters."""
-    values = st.one_of(st.integers(-(1 << 53), 1 << 53), TEXTS)
+    values = st.one_of(st.integers(-(1 << 53), 1 << 53), LINES)
     kernels = st.sampled_from(["llvm.moe_gemm", "onednn.linear", "triton.moe_gemm", "no.such_kernel"])
     return st.builds(TileConfig, kernels, st.dictionaries(NAMES, values, max_size=4))
 
@@ -68,7 +68,7 @@ def environments() -> st.SearchStrategy[Environment]:
     return st.builds(
         Environment,
         device_kind=st.sampled_from(["cpu", "cuda"]),
-        device=TEXTS,
+        device=LINES,
         arch=st.sampled_from(["x86_64", "aarch64", "sm90"]),
         features=st.sampled_from(["", "avx2,fma", "avx512f"]),
         units=st.integers(1, 1024),
@@ -77,8 +77,8 @@ def environments() -> st.SearchStrategy[Environment]:
         torch=versions,
         compiler=versions,
         threads=st.integers(0, 1024),
-        driver=TEXTS,
-        system=TEXTS,
+        driver=LINES,
+        system=LINES,
     )
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import TIMES, choices, decisions, measurements, tables
+from tilecast.canonical import canonical_json
 from tilecast.environment import Environment
 from tilecast.errors import InputError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable, percentile
@@ -55,6 +56,8 @@ def test_table_survives_its_bytes(table: TuningTable) -> None:
     assert again == table
     assert again.to_bytes() == data
     assert again.digest == table.digest
+    # Written piece by piece, since a table repeats its layers and configs thousandfold.
+    assert data == canonical_json(table.to_json()).encode("ascii")
 
 
 @given(tables(), st.randoms(use_true_random=False))

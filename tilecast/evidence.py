@@ -5,10 +5,12 @@ All types here are frozen, validated when they are built, and have one canonical
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 from tilecast.canonical import Json, canonical_json, digest, fields_of
@@ -26,6 +28,8 @@ TABLE_FORMAT = 1
 
 
 def _check_time(what: str, value: object) -> None:
+    if type(value) is float and 0.0 < value < math.inf:
+        return  # Nearly always, and a table has thousands.
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise InputError(f"{what} is {value!r}, expected a finite time in microseconds above 0")
 
@@ -265,17 +269,18 @@ class TuningTable:
         """Sort and validate; raises InputError on a duplicate, an overlap or a missing environment."""
         known = {environment.digest: environment for environment in self.environments}
         object.__setattr__(self, "environments", tuple(known[key] for key in sorted(known)))
-        object.__setattr__(self, "decisions", tuple(sorted(self.decisions, key=lambda d: d.sort_key)))
-        previous: Decision | None = None
-        for decision in self.decisions:
+        keyed = sorted(((d.sort_key, d) for d in self.decisions), key=lambda pair: pair[0])
+        object.__setattr__(self, "decisions", tuple(decision for _, decision in keyed))
+        previous, previous_key = None, None
+        for key, decision in keyed:
             if decision.environment not in known:
                 raise InputError(f"a decision refers to environment {decision.environment[:12]}, which the table lacks")
-            same_series = previous is not None and previous.sort_key[:4] == decision.sort_key[:4]
+            same_series = previous_key is not None and previous_key[:4] == key[:4]
             if same_series and previous is not None and decision.bucket.above < previous.bucket.tokens:
                 raise InputError(
                     f"buckets overlap: {previous.bucket} and {decision.bucket} of layer {decision.layer.label}"
                 )
-            previous = decision
+            previous, previous_key = decision, key
 
     def __len__(self) -> int:
         """Return the number of decisions."""
@@ -284,7 +289,7 @@ class TuningTable:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the table's bytes."""
-        return digest(self.to_json())
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def for_environment(self, environment: str) -> TuningTable:
         """Return the part of the table that holds for one environment digest."""
@@ -311,7 +316,7 @@ class TuningTable:
 
     def to_bytes(self) -> bytes:
         """Return the canonical bytes, the ones that `digest` is of."""
-        return canonical_json(self.to_json()).encode("ascii")
+        return _table_text(self).encode("ascii")
 
     @classmethod
     def from_json(cls, value: object) -> TuningTable:
@@ -334,6 +339,48 @@ class TuningTable:
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
             raise InputError(f"table is not JSON: {error}") from error
         return cls.from_json(value)
+
+
+def _table_text(table: TuningTable) -> str:
+    """Return `canonical_json(table.to_json())`, writing each layer, config and name once: a table repeats them.
+
+    Object keys stand in the order of their code points, as canonical JSON has them.
+    """
+    # By identity, since hashing a layer costs more than writing one decision.
+    texts: dict[int, str] = {}
+
+    def text(entry: ExpertLayer | TileConfig) -> str:
+        known = texts.get(id(entry))
+        if known is None:
+            known = texts[id(entry)] = canonical_json(entry.to_json())
+        return known
+
+    quoted = cache(canonical_json)
+    decisions = ",".join(_decision_text(decision, text, quoted) for decision in table.decisions)
+    environments = ",".join(canonical_json(environment.to_json()) for environment in table.environments)
+    return f'{{"decisions":[{decisions}],"environments":[{environments}],"format":{TABLE_FORMAT}}}'
+
+
+def _decision_text(
+    decision: Decision, text: Callable[[ExpertLayer | TileConfig], str], quoted: Callable[[str], str]
+) -> str:
+    return (
+        f'{{"above":{decision.bucket.above},"certificate":{quoted(decision.certificate)},'
+        f'"down":{_choice_text(decision.down, text, quoted)},"environment":{quoted(decision.environment)},'
+        f'"layer":{text(decision.layer)},"policy":{quoted(decision.policy)},'
+        f'"routing":{quoted(decision.routing)},"tokens":{decision.bucket.tokens},'
+        f'"up":{_choice_text(decision.up, text, quoted)}}}'
+    )
+
+
+def _choice_text(choice: Choice, text: Callable[[ExpertLayer | TileConfig], str], quoted: Callable[[str], str]) -> str:
+    runner_up = "null" if choice.runner_up is None else text(choice.runner_up)
+    runner_up_us = "null" if choice.runner_up_us is None else repr(float(choice.runner_up_us))
+    return (
+        f'{{"config":{text(choice.config)},"default":{text(choice.default)},"default_us":{float(choice.default_us)!r},'
+        f'"noise":{float(choice.noise)!r},"numerics":{quoted(choice.numerics)},'
+        f'"p50_us":{float(choice.p50_us)!r},"runner_up":{runner_up},"runner_up_us":{runner_up_us}}}'
+    )
 
 
 def _refuse_constant(name: str) -> object:

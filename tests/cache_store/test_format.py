@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from tilecast.cache_store import models
-from tilecast.cache_store.bundle import MAX_ROWS, export_table, import_table
+from tilecast.cache_store.bundle import MAX_ROWS, Bundle, export_table, read_bundle
+from tilecast.cache_store.rows import MEASUREMENT_KINDS
+from tilecast.canonical import canonical_json
 from tilecast.environment import Environment
-from tilecast.evidence import Choice, Decision, TuningTable
+from tilecast.evidence import Choice, Decision, Measurement, TuningTable
 from tilecast.problem import Bucket, ExpertLayer, TileConfig
 
 DOC = Path(__file__).parents[2] / "docs" / "cache-format.md"
@@ -60,6 +62,21 @@ def example() -> TuningTable:
     )
 
 
+def evidence() -> Measurement:
+    """One of the measurements that the example rests on."""
+    (found,) = example().decisions
+    return Measurement(
+        environment=found.environment,
+        gemm=found.layer.up,
+        tokens=16,
+        config=found.up.config,
+        samples_us=(811.0, 812.5, 815.75),
+        numerics=found.up.numerics,
+        error_ratio=1.0,
+        measured_at=1.7e9,
+    )
+
+
 def dumped(path: Path) -> str:
     with contextlib.closing(sqlite3.connect(path)) as connection:
         marks = [
@@ -75,21 +92,43 @@ def blocks(language: str) -> list[str]:
 
 
 def test_example_is_what_the_code_writes(tmp_path: Path) -> None:
-    export_table(example(), tmp_path / "table.db")
+    export_table(example(), tmp_path / "table.db", [evidence()])
     # The writer's version is for people only, and moves on.
     written = re.sub(r"'tilecast [^']*'", "'tilecast 0.1.0'", dumped(tmp_path / "table.db"))
     assert blocks("sql") == [written]
-    assert blocks("json") == [example().to_bytes().decode("ascii")]
+    with contextlib.closing(sqlite3.connect(tmp_path / "table.db")) as connection:
+        row = connection.execute(f"SELECT {', '.join(MEASUREMENT_KINDS)} FROM measurement").fetchone()
+    key = {
+        name: value
+        for name, value in zip(MEASUREMENT_KINDS, row, strict=True)
+        if name in ["config", "environment", "gemm", "layer", "rank", "round", "routing", "run", "tokens"]
+    }
+    assert blocks("json") == [example().to_bytes().decode("ascii"), canonical_json(key), canonical_json(list(row))]
 
 
 def test_example_is_read(tmp_path: Path) -> None:
     path = tmp_path / "table.db"
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript(blocks("sql")[0])
-    assert import_table(path) == example()
+    bundle = read_bundle(path, measurements=True)
+    assert (bundle.table, bundle.measurements) == (example(), (evidence(),))
+    table, key, row = (text.encode("ascii") for text in blocks("json"))
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        (digest,) = connection.execute("SELECT table_digest FROM export").fetchone()
-    assert hashlib.sha256(blocks("json")[0].encode("ascii")).hexdigest() == digest
+        digests = connection.execute("SELECT table_digest, measurements_digest FROM export").fetchone()
+        keys = connection.execute("SELECT key FROM measurement").fetchone()
+    assert digests == (hashlib.sha256(table).hexdigest(), hashlib.sha256(row + b"\n").hexdigest())
+    assert keys == (hashlib.sha256(key).hexdigest(),)
+
+
+def test_files_of_the_first_format_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "table.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript((Path(__file__).parent / "fixtures" / "export_1.sql").read_text(encoding="utf-8"))
+        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+    assert read_bundle(path, measurements=True) == Bundle(table=example(), producer="tilecast 0.1.0")
+    # And replaced by what this Tilecast writes.
+    export_table(example(), path)
+    assert read_bundle(path, measurements=True).table == example()
 
 
 @pytest.mark.parametrize("table", [*models.metadata.sorted_tables, models.export], ids=lambda table: table.name)

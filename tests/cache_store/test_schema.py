@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 import sqlite3
 from pathlib import Path
 
@@ -131,3 +133,47 @@ def test_network_file_systems_are_told_by_the_longest_mount_point(tmp_path: Path
     assert files.network_filesystem(Path("/homestead/a.db"), mounts) is None
     assert files.network_filesystem(Path("/home/local disk/a.db"), mounts) is None
     assert files.network_filesystem(Path("/a.db"), tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "remote"),
+    [
+        *((kind, True) for kind in ("9p", "cifs", "virtiofs", "fuse.sshfs", "fuse.unheard-of")),
+        *((kind, False) for kind in ("ext4", "overlay", "tmpfs", "fuseblk", "fuse.fuse-overlayfs")),
+    ],
+)
+def test_kinds_of_file_systems(tmp_path: Path, kind: str, remote: bool) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"27 1 254:0 / / rw - {kind} /dev/vda rw\n")
+    assert files.network_filesystem(Path("/tmp/a.db"), mounts) == (kind if remote else None)
+
+
+def test_store_that_was_moved_to_a_network_file_system_leaves_wal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "store.db"
+    with open_store(path) as store:
+        store.add_environment(HERE)
+    monkeypatch.setattr(schema, "network_filesystem", lambda path: "fuse.sshfs")
+    with caplog.at_level(logging.WARNING), open_store(path) as store:
+        assert store.environments() == [HERE]
+    assert caplog.text.count("network file system (fuse.sshfs)") == 1
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        assert raw.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    monkeypatch.undo()
+    open_store(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_process_that_hangs_with_the_init_lock_stops_nobody_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "BUSY_TIMEOUT_S", 0.05)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with open_store(tmp_path / "store.db") as store:
+            assert store.add_environment(HERE) == HERE.digest
+    finally:
+        os.close(folder)

@@ -6,16 +6,17 @@ used, SQLite itself is told to distrust it, and nothing in it is ever executed o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from sqlalchemy import Connection, Table, create_engine, func, insert, select
+from sqlalchemy import Connection, Table, create_engine, func, insert, select, update
 
 from tilecast._version import VERSION
 from tilecast.cache_store import models
 from tilecast.cache_store.files import Header, check_writable, read_header, regular_size, write_atomically
-from tilecast.cache_store.queries import read_measurements, read_table
+from tilecast.cache_store.queries import measurements_digest, read_measurements, read_table
 from tilecast.cache_store.rows import (
     Keyed,
     Row,
@@ -28,7 +29,7 @@ from tilecast.cache_store.rows import (
 )
 from tilecast.cache_store.schema import check_store_revision
 from tilecast.cache_store.session import open_sqlite
-from tilecast.cache_store.store import open_store, sqlite_path
+from tilecast.cache_store.store import SqlStore, open_store, sqlite_path
 from tilecast.errors import CacheError, InputError, SchemaError
 from tilecast.evidence import TABLE_FORMAT, Measurement, TuningTable
 from tilecast.store import Store
@@ -43,7 +44,21 @@ MAX_ROWS = {
 }
 """More than any fleet's table; less than what would fill a machine's memory."""
 
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MAX_NAME = 10_000
+"""Characters of a name; the longest are configs written out."""
+MAX_MESSAGE = 1000
+"""Characters of an error message about a file."""
+
 DATA = tuple(models.metadata.sorted_tables)
+SCHEMA_WORDS = frozenset(
+    {"CREATE", "TABLE", "UNIQUE", "INDEX", "ON", "NOT", "NULL", "CONSTRAINT", "PRIMARY", "FOREIGN", "KEY", "REFERENCES"}
+    | {"VARCHAR", "TEXT", "INTEGER", "BIGINT", "DOUBLE"}
+)
+"""All that Tilecast's schemas say besides names. What checks, computes or defaults is code, which SQLite would run."""
+SCHEMA_NAME = re.compile(r"(pk|uq|fk|ix)_\w+|alembic_version_pkc")
+STATISTICS = re.compile(r"CREATE TABLE sqlite_stat\d\([a-z, ]+\)", re.ASCII)
+"""SQLite's own statistics, which a live store may have; nothing in them is read here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +123,9 @@ def read_bundle(where: str | Path, *, measurements: bool = False) -> Bundle:
     path = sqlite_path(where)
     if path is None:
         with open_store(where, create=False, read_only=True) as store:
-            return Bundle(table=store.table(), measurements=tuple(store.measurements() if measurements else ()))
+            assert isinstance(store, SqlStore)  # Those in memory have no server's URL.
+            table, kept = store.snapshot(measurements=measurements)
+            return Bundle(table=table, measurements=tuple(kept))
     header = read_header(path)
     _check_header(path, header)
     database = open_sqlite(path, untrusted=True)
@@ -117,9 +134,12 @@ def read_bundle(where: str | Path, *, measurements: bool = False) -> Bundle:
             _check_schema(connection, header, str(path))
             return _read(connection, header, str(path), measurements=measurements)
     except InputError as error:
-        if str(error).startswith(f"{path}: "):
+        text = str(error)
+        if text.startswith(f"{path}: ") and len(text) <= MAX_MESSAGE:
             raise
-        raise CacheError(f"{path}: {error}; do not use this file, export it again") from error
+        # What a file holds may be in the message, and be of any length.
+        short = _one_line(text.removeprefix(f"{path}: "))[:MAX_MESSAGE]
+        raise CacheError(f"{path}: {short}; do not use this file, export it again") from error
     finally:
         database.close()
 
@@ -134,6 +154,10 @@ def adopt(bundle: Bundle, store: Store) -> int:
     new = store.add_measurements(list(bundle.measurements))
     store.put_decisions(list(bundle.table.decisions))
     return new
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 def _check_replaceable(path: Path) -> None:
@@ -161,6 +185,8 @@ def _database_bytes(table: TuningTable, measurements: Sequence[Measurement]) -> 
             for target, rows in _export_rows(table, measurements):
                 if rows:
                     connection.execute(insert(target), rows)
+            digest = measurements_digest(connection)
+            connection.execute(update(models.export).values(measurements_digest=digest))
             connection.commit()
             raw = connection.connection.driver_connection
             assert raw is not None
@@ -198,9 +224,9 @@ def _check_header(path: Path, header: Header) -> None:
         raise CacheError(f"{path}: is a SQLite file of another program, not a Tilecast table; check the path")
     if header.file_bytes > MAX_FILE_BYTES:
         raise CacheError(f"{path}: has {header.file_bytes} bytes, more than the {MAX_FILE_BYTES} allowed; export less")
-    if header.is_export and header.user_version != models.EXPORT_FORMAT:
+    if header.is_export and header.user_version not in models.EXPORT_FORMATS:
         raise SchemaError(
-            f"{path}: has export format {header.user_version}, this Tilecast reads {models.EXPORT_FORMAT}; "
+            f"{path}: has export format {header.user_version}, this Tilecast reads up to {models.EXPORT_FORMAT}; "
             f"upgrade Tilecast (`pip install --upgrade tilecast`) or export the table again with this one"
         )
     if header.is_export and header.file_bytes != header.expected_bytes:
@@ -212,18 +238,21 @@ def _check_header(path: Path, header: Header) -> None:
 def _check_schema(connection: Connection, header: Header, name: str) -> None:
     """Refuse whatever Tilecast would not have written, before any of its rows is read."""
     wanted = {table.name: {column.name for column in table.columns} for table in DATA}
-    objects = connection.exec_driver_sql("SELECT type, name, tbl_name FROM sqlite_master ORDER BY name").all()
-    present = {item for kind, item, _ in objects if kind == "table"}
+    objects = connection.exec_driver_sql("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name").all()
+    present = {item for kind, item, _, _ in objects if kind == "table"}
     if header.is_export:
-        wanted["export"] = {column.name for column in models.export.columns}
+        wanted["export"] = _export_columns(header)
     else:
         wanted["alembic_version"] = {"version_num"}
         check_store_revision(connection, name)
-    for kind, item, table in objects:
-        # SQLite's own tables (sqlite_stat1 and the like) hold nothing that is read here.
+    names = {*wanted, *(column for columns in wanted.values() for column in columns)}
+    for kind, item, table, sql in objects:
         known = table in wanted and (kind == "index" or (kind == "table" and item == table))
-        if not known and not str(item).startswith("sqlite_"):
-            raise CacheError(f"{name}: holds the unknown {kind} {item!r}; export it again")
+        if not known and (header.is_export or not STATISTICS.fullmatch(str(sql))):
+            raise CacheError(f"{name}: holds the unknown {kind!s:.20} {item!r:.60}; export it again")
+        strange = _strange_word(sql, names) if known else None
+        if strange is not None:
+            raise CacheError(f"{name}: {kind} {item!r:.60} is made with {strange!r:.20}, which no table of ours has")
     for table, columns in wanted.items():
         if table not in present:
             raise CacheError(f"{name}: lacks the table {table!r}; export it again")
@@ -233,7 +262,22 @@ def _check_schema(connection: Connection, header: Header, name: str) -> None:
             raise CacheError(f"{name}: table {table!r} has other columns than expected; export it again")
     damage = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
     if damage != "ok":
-        raise CacheError(f"{name}: is damaged ({damage}); copy or export it again")
+        raise CacheError(f"{name}: is damaged ({_one_line(damage)}); copy or export it again")
+
+
+def _export_columns(header: Header) -> set[str]:
+    return {c.name for c in models.export.columns if header.user_version > 1 or c.name != "measurements_digest"}
+
+
+def _strange_word(sql: object, names: Set[str]) -> str | None:
+    """Return the first word of a schema's SQL that Tilecast does not write, None if there is none."""
+    if sql is None:
+        return None  # The index that SQLite itself makes for a key.
+    for word in re.findall(r"\w+|[^\w\s]", str(sql)):
+        known = word in '(),"' or word.isdecimal() or word.upper() in SCHEMA_WORDS or word in names
+        if not known and not SCHEMA_NAME.fullmatch(word):
+            return str(word)
+    return None
 
 
 def _read(connection: Connection, header: Header, name: str, *, measurements: bool) -> Bundle:
@@ -242,15 +286,50 @@ def _read(connection: Connection, header: Header, name: str, *, measurements: bo
         if rows > MAX_ROWS[table.name]:
             raise CacheError(f"{name}: has {rows} {table.name} rows, more than the {MAX_ROWS[table.name]} allowed")
     found = read_table(connection, all_environments=header.is_export)
+    _check_printable(found, name)
     producer = _check_export(connection, found, name) if header.is_export else ""
     kept = read_measurements(connection) if measurements else []
+    if measurements and header.is_export:
+        _check_measurements(connection, header, name)
     return Bundle(table=found, measurements=tuple(kept), producer=producer)
 
 
+def _check_printable(table: TuningTable, name: str) -> None:
+    """Raise CacheError for names that would do more to a terminal than be printed, and for sizes below 0."""
+    choices = [choice for decision in table.decisions for choice in (decision.up, decision.down)]
+    configs = {id(c): c for choice in choices for c in (choice.config, choice.default, choice.runner_up) if c}
+    texts = {d.routing for d in table.decisions} | {choice.numerics for choice in choices}
+    texts |= {config.label for config in configs.values()}
+    for environment in table.environments:
+        values = [getattr(environment, field.name) for field in fields(environment)]
+        texts |= {value for value in values if isinstance(value, str)}
+        if not all(0 <= value < 1 << 63 for value in values if isinstance(value, int)):
+            raise CacheError(f"{name}: environment {environment.digest[:12]} has a size below 0 or beyond all bounds")
+    for text in texts:
+        if CONTROL_CHARACTER.search(text) or len(text) > MAX_NAME:
+            raise CacheError(f"{name}: holds the name {text[:60]!r}, expected at most {MAX_NAME} printable characters")
+
+
+def _check_measurements(connection: Connection, header: Header, name: str) -> None:
+    """Raise CacheError unless the measurements, whose values are checked by now, are those of the export."""
+    if "measurements_digest" not in _export_columns(header):
+        return
+    stored = connection.execute(select(models.export.c.measurements_digest)).scalar_one()
+    actual = measurements_digest(connection)
+    if stored not in (None, actual):
+        raise CacheError(
+            f"{name}: its measurements have digest {actual[:12]}, it says {str(stored)[:12]}; "
+            f"it was changed after the export, so do not use it, export it again"
+        )
+
+
 def _check_export(connection: Connection, table: TuningTable, name: str) -> str:
-    rows = connection.execute(select(models.export)).all()
+    columns = (models.export.c.table_digest, models.export.c.table_format, models.export.c.producer)
+    rows = connection.execute(select(*columns).limit(2)).all()
     if len(rows) != 1:
-        raise CacheError(f"{name}: has {len(rows)} rows in its export table, expected 1; export it again")
+        raise CacheError(
+            f"{name}: has {'several' if rows else 'no'} rows in its export table, expected 1; export it again"
+        )
     stored, table_format, producer = rows[0]
     if table_format != TABLE_FORMAT:
         raise SchemaError(

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tilecast.cache_store.foreign import SAMPLE_BYTES, described
 from tilecast.cache_store.models import EXPORT_ID, STORE_ID
 from tilecast.errors import CacheError
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 HEADER_BYTES = 100
 NETWORK_FILESYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse.sshfs"}
-    | {"fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse"}
+    {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "9p", "virtiofs", "vboxsf", "prl_fs", "afs", "coda", "ceph"}
+    | {"lustre", "gpfs", "beegfs", "glusterfs", "orangefs", "pvfs2", "panfs", "wekafs", "gfs2", "ocfs2"}
 )
 """File systems that several machines may mount; SQLite's WAL needs memory shared by all users of a file."""
+LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuse.gocryptfs", "fuse.encfs", "fuse.mergerfs", "fuse.bindfs"})
+"""The file systems in user space that lie on a local one; all others (sshfs, s3fs, …) are taken for remote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +73,13 @@ def read_header(path: Path) -> Header:
         raise CacheError(f"{path}: is empty; export it again")
     try:
         with path.open("rb") as file:
-            data = file.read(HEADER_BYTES)
+            data = file.read(SAMPLE_BYTES)
     except OSError as error:
         raise CacheError(f"{path}: cannot be read ({reason(error)}); check its permissions") from error
     if not data.startswith(SQLITE_MAGIC):
-        raise CacheError(f"{path}: is not a SQLite file, so no Tilecast table; export it again")
+        kind = described(data) or "is not a SQLite file, so no Tilecast table; export it again"
+        raise CacheError(f"{path}: {kind}")
+    data = data[:HEADER_BYTES]
     if len(data) < HEADER_BYTES:
         raise CacheError(f"{path}: is truncated to {size} bytes; export or copy it again")
     return _parsed_header(data, size)
@@ -172,7 +177,8 @@ def network_filesystem(path: Path, mounts: Path = Path("/proc/self/mountinfo")) 
         point = Path(left.split()[4].replace("\\040", " "))
         if path.is_relative_to(point) and len(point.parts) >= best:
             best, kind = len(point.parts), right.split()[0]
-    return kind if kind in NETWORK_FILESYSTEMS else None
+    remote = kind in NETWORK_FILESYSTEMS or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
+    return kind if remote else None
 
 
 def reason(error: Exception) -> str:

@@ -32,8 +32,10 @@ STORE_ID = int.from_bytes(b"TLST", "big")
 """SQLite `application_id` of a live store."""
 EXPORT_ID = int.from_bytes(b"TLCS", "big")
 """SQLite `application_id` of an exported file."""
-EXPORT_FORMAT = 1
-"""SQLite `user_version` of an exported file."""
+EXPORT_FORMATS = (1, 2)
+"""SQLite `user_version`s of exported files that this Tilecast reads, oldest first."""
+EXPORT_FORMAT = EXPORT_FORMATS[-1]
+"""The one that it writes. Format 1 had no `measurements_digest`."""
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -124,4 +126,6 @@ export = Table(
     _digest("table_digest", primary_key=True),
     Column("table_format", Integer, nullable=False),
     Column("producer", Text, nullable=False),
+    # NULL where the writer copied measurements without reading them.
+    Column("measurements_digest", String(64), nullable=True),
 )

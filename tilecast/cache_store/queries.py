@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -16,9 +17,13 @@ from tilecast.cache_store.rows import (
     decision_from_row,
     measurement_from_row,
 )
+from tilecast.canonical import canonical_json
 from tilecast.environment import Environment
 from tilecast.evidence import Measurement, TuningTable
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
+
+ROWS_AT_ONCE = 10_000
+"""Rows held at once where a whole table is gone through."""
 
 
 def read_environments(connection: Connection) -> list[Environment]:
@@ -41,7 +46,7 @@ def read_table(
     if policy is not None:
         query = query.where(table.c.policy == policy)
     layers, configs = _layers(connection), _configs(connection)
-    found = tuple(decision_from_row(row, layers, configs) for row in _rows(connection, query))
+    found = tuple(decision_from_row(row, layers, configs) for row in connection.execute(query).all())
     places = _environments(connection)
     kept = places.all() if all_environments else [places[key] for key in {d.environment for d in found}]
     return TuningTable(tuple(kept), found)
@@ -66,6 +71,19 @@ def read_measurements(
     layers = _layers(connection)
     configs = _configs(connection, select(table.c.config).where(*conditions))
     return [measurement_from_row(row, layers, configs) for row in _rows(connection, query)]
+
+
+def measurements_digest(connection: Connection) -> str:
+    """Return the SHA-256 over all measurements as stored: each row's canonical JSON list and a newline, ordered by id.
+
+    Nothing is parsed, so that it takes seconds for a million. Values must be of their columns' types.
+    """
+    table = models.measurement
+    query = select(*(table.c[name] for name in MEASUREMENT_KINDS)).order_by(table.c.id)
+    total = hashlib.sha256()
+    for rows in connection.execute(query).partitions(ROWS_AT_ONCE):
+        total.update("".join(f"{canonical_json(list(row))}\n" for row in rows).encode("ascii"))
+    return total.hexdigest()
 
 
 def _environments(connection: Connection) -> Lookup[Environment]:

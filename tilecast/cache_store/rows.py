@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -23,6 +23,8 @@ Row = Mapping[str, Any]
 
 DETAIL_LIMIT = 4096
 """Characters of a measurement's `detail` that are kept; a compiler's output can be megabytes."""
+LARGEST_SAMPLE = 1e300
+"""Microseconds; JSON's integers have no end, and beyond this they have no float."""
 NAME_LIMIT = 256
 """Characters of a routing profile's or numerics class's name."""
 
@@ -175,6 +177,9 @@ def measurement_row(measurement: Measurement) -> dict[str, Any]:
         "gemm": measurement.gemm.name,
         "config": measurement.config.digest,
         "samples_us": canonical_json(list(measurement.samples_us)),
+        # As SQL gives them back, so that a row's digest is the same before and after.
+        "error_ratio": None if measurement.error_ratio is None else float(measurement.error_ratio),
+        "measured_at": float(measurement.measured_at),
     }
 
 
@@ -217,29 +222,47 @@ def decision_configs(decision: Decision) -> list[TileConfig]:
     return [c for choice in choices for c in (choice.config, choice.default, choice.runner_up) if c is not None]
 
 
-def decision_from_row(row: Row, layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]) -> Decision:
-    """Build a decision from its row. Raises InputError."""
-    parsed: Any = fields_of(dict(row), DECISION_KINDS, "decision")
-    choices = {}
-    for gemm in ("up", "down"):
-        values = {name: parsed[f"{gemm}_{name}"] for name in CHOICE_KINDS}
-        for name in ("config", "default", "runner_up"):
-            values[name] = None if values[name] is None else configs[values[name]]
-        choices[gemm] = Choice(**values)
+def decision_from_row(values: Sequence[Any], layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]) -> Decision:
+    """Build a decision from its row's values, in the order of DECISION_KINDS. Raises InputError."""
+    types = tuple(map(type, values))
+    if types not in _SOUND_TYPES:
+        fields_of(dict(zip(DECISION_KINDS, values, strict=True)), DECISION_KINDS, "decision")
+        _SOUND_TYPES.add(types)
+    environment, layer, policy, routing, tokens, above, certificate = values[:_CHOICES_START]
     return Decision(
-        environment=parsed["environment"],
-        layer=layers[parsed["layer"]],
-        bucket=Bucket(above=parsed["above"], tokens=parsed["tokens"]),
-        policy=parsed["policy"],
-        routing=parsed["routing"],
-        certificate=parsed["certificate"],
-        **choices,
+        environment=environment,
+        layer=layers[layer],
+        bucket=Bucket(above=above, tokens=tokens),
+        policy=policy,
+        routing=routing,
+        certificate=certificate,
+        up=_choice(values[_CHOICES_START : _CHOICES_START + len(CHOICE_KINDS)], configs),
+        down=_choice(values[_CHOICES_START + len(CHOICE_KINDS) :], configs),
+    )
+
+
+_CHOICES_START = len(DECISION_KINDS) - 2 * len(CHOICE_KINDS)
+_SOUND_TYPES: set[tuple[type, ...]] = set()
+"""Types of rows that passed `fields_of`, which decides by nothing else. At most a few hundred combinations pass."""
+
+
+def _choice(values: Sequence[Any], configs: Lookup[TileConfig]) -> Choice:
+    config, p50_us, default, default_us, runner_up, runner_up_us, noise, numerics = values
+    return Choice(
+        config=configs[config],
+        p50_us=p50_us,
+        default=configs[default],
+        default_us=default_us,
+        runner_up=None if runner_up is None else configs[runner_up],
+        runner_up_us=runner_up_us,
+        noise=noise,
+        numerics=numerics,
     )
 
 
 def _time(sample: object) -> float:
-    if isinstance(sample, bool) or not isinstance(sample, int | float):
-        raise CacheError(f"sample is {sample!r}, expected a number")
+    if isinstance(sample, bool) or not isinstance(sample, int | float) or abs(sample) > LARGEST_SAMPLE:
+        raise CacheError(f"sample is {sample!r:.60}, expected a number of microseconds")
     return sample
 
 

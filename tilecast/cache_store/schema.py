@@ -24,8 +24,6 @@ from tilecast.cache_store.session import BUSY_TIMEOUT_S, Database
 from tilecast.errors import CacheError, SchemaError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-ADVISORY_LOCK = 0x54494C45
-"""Number of the PostgreSQL lock under which one process at a time migrates."""
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +48,8 @@ def prepare(database: Database, *, path: Path | None, read_only: bool) -> None:
         _check_upgradable(state, database.name, read_only)
         with _init_lock(path):
             _upgrade(database)
-    if path is not None and not read_only and state.journal_mode != "wal":
-        with _init_lock(path):
-            _choose_journal(database, path)
+    if path is not None and not read_only:
+        _choose_journal(database, path, state.journal_mode)
 
 
 def _state(connection: Connection, name: str) -> State:
@@ -102,8 +99,6 @@ def _upgrade(database: Database) -> None:
     from alembic.config import Config
 
     with database.writing() as connection:
-        if database.dialect == "postgresql":
-            connection.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
         state = _state(connection, database.name)
         if state.revision == HEAD:
             return  # Another process was faster.
@@ -117,8 +112,8 @@ def _upgrade(database: Database) -> None:
             connection.exec_driver_sql(f"PRAGMA application_id={STORE_ID}")
 
 
-def _choose_journal(database: Database, path: Path) -> None:
-    """Switch to WAL. SQLite ignores the busy timeout here, so the retrying is ours."""
+def _choose_journal(database: Database, path: Path, present: str) -> None:
+    """Switch to WAL, or away from it where a store was moved to a network file system."""
     kind = network_filesystem(path.resolve())
     if kind is not None:
         log.warning(
@@ -127,11 +122,18 @@ def _choose_journal(database: Database, path: Path) -> None:
             path,
             kind,
         )
-        return
+    # Without WAL any rollback journal will do; SQLite starts with the one named DELETE.
+    if (present == "wal") != (kind is None):
+        with _init_lock(path):
+            _set_journal_mode(database, "WAL" if kind is None else "DELETE")
+
+
+def _set_journal_mode(database: Database, mode: str) -> None:
+    # SQLite ignores the busy timeout here, so the retrying is ours.
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:
-            database.set_journal_mode("WAL")
+            database.set_journal_mode(mode)
             return
         except CacheError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
@@ -144,15 +146,27 @@ def _init_lock(path: Path | None) -> Iterator[None]:
     """Let one process at a time make, upgrade or switch stores in a folder. The kernel frees a dead one's lock.
 
     The folder itself is locked, so that no lock file stays behind. Correctness does not hang on it: each step is
-    a transaction or is retried. Where a file system has no such locks it is skipped.
+    a transaction or is retried. Where a file system has no such locks, or a process hangs while it has this one,
+    it is skipped.
     """
     if path is None:
         yield
         return
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            return

@@ -16,8 +16,16 @@ from tilecast.errors import CacheError
 
 BUSY_TIMEOUT_S = 30.0
 """How long a transaction waits for another process's lock."""
+CONNECT_TIMEOUT_S = 10
+"""How long a server may take to answer a new connection."""
 MAX_TEXT_BYTES = 1 << 20
 """Longest value that is read from a file from outside."""
+STEPS_BASE, STEPS_PER_BYTE = 20_000_000, 10
+"""SQLite instructions that reading a file from outside may take: an honest one takes less than one per byte, a file
+whose pages refer to each other in circles would take forever."""
+STEPS_BETWEEN_CHECKS = 100_000
+WRITE_LOCK = 0x54494C45
+"""Number of the PostgreSQL lock under which one transaction at a time writes, as SQLite has it by nature."""
 
 ADVICE = {
     "locked": "another process keeps it locked; wait for that process or stop it",
@@ -29,6 +37,9 @@ ADVICE = {
     "no such column": "it is damaged or not Tilecast's; restore a copy or delete it",
     "too big": "it holds a longer text than Tilecast writes; do not use it",
     "decode": "it is damaged; restore a copy or delete it",
+    "interrupted": "its pages refer to each other in circles; do not use it",
+    "lock timeout": "another process keeps it locked; wait for that process or stop it",
+    "connection": "check the URL and that the server runs and can be reached",
     "full": "free some space and try again",
     "disk i/o": "check the disk, its free space and the file-size limit, and try again",
 }
@@ -53,12 +64,19 @@ class Database:
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
         """Open a transaction that sees one state of the store throughout. Raises CacheError."""
-        with self._translated(), self._ready().connect() as connection, connection.begin():
-            yield connection
+        with self._translated(), self._ready().connect() as connection:
+            if self.dialect == "postgresql":
+                connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            with connection.begin():
+                yield connection
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
-        """Open a transaction that is committed at the end, rolled back on any exception. Raises CacheError."""
+        """Open a transaction that is committed at the end, rolled back on any exception. Raises CacheError.
+
+        One transaction at a time writes, whatever the database: none can deadlock with another, and what one
+        checks first still holds when it writes. Readers wait for nobody.
+        """
         with self._translated(), self._ready().connect() as connection:
             connection = connection.execution_options(tilecast_write=True)
             with connection.begin():
@@ -92,7 +110,8 @@ class Database:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except (SQLAlchemyError, sqlite3.Error) as error:
+        # A damaged file may put bytes into SQLite's own messages that its driver cannot decode.
+        except (SQLAlchemyError, sqlite3.Error, UnicodeDecodeError) as error:
             raise translate(error, self.name) from error
 
 
@@ -103,7 +122,10 @@ def translate(error: Exception, name: str) -> CacheError:
     for part, advice in ADVICE.items():
         if part in text.lower():
             return CacheError(f"{name}: {text}; {advice}")
-    return CacheError(f"{name}: {text}; check the path, its permissions and its folder's")
+    advice = (
+        "the URL, the server and your rights there" if "://" in name else "the path, its permissions and its folder's"
+    )
+    return CacheError(f"{name}: {text}; check {advice}")
 
 
 def open_sqlite(path: Path, *, read_only: bool = False, untrusted: bool = False) -> Database:
@@ -119,6 +141,8 @@ def open_sqlite(path: Path, *, read_only: bool = False, untrusted: bool = False)
         )
         try:
             _prepare(connection, read_only, untrusted)
+            if untrusted:
+                _limit_steps(connection, path)
         except BaseException:
             connection.close()
             raise
@@ -134,8 +158,12 @@ def open_server(url: URL) -> Database:
     name = url.render_as_string(hide_password=True)
     if url.get_backend_name() != "postgresql":
         raise CacheError(f"{name}: unknown kind of store; expected a path, sqlite:///PATH or postgresql+DRIVER://…")
+    known = url.get_driver_name() in ("psycopg", "psycopg2") and "connect_timeout" not in url.query
+    arguments = {"connect_timeout": CONNECT_TIMEOUT_S} if known else {}
     try:
-        return Database(create_engine(url, pool_pre_ping=True), name)
+        engine = create_engine(url, pool_pre_ping=True, connect_args=arguments)
+        event.listen(engine, "begin", _begin_on_server)
+        return Database(engine, name)
     except ImportError as error:
         raise CacheError(f"{name}: its driver is not installed ({error}); install it with pip") from error
     except SQLAlchemyError as error:
@@ -163,6 +191,21 @@ def _prepare(connection: sqlite3.Connection, read_only: bool, untrusted: bool) -
     # In WAL mode NORMAL cannot corrupt the file, and a killed process loses nothing that was committed.
     (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
     connection.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
+
+
+def _limit_steps(connection: sqlite3.Connection, path: Path) -> None:
+    size = 0
+    for file in (path, Path(f"{path}-wal")):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size
+    left = iter(range((STEPS_BASE + STEPS_PER_BYTE * size) // STEPS_BETWEEN_CHECKS))
+    connection.set_progress_handler(lambda: next(left, None) is None, STEPS_BETWEEN_CHECKS)
+
+
+def _begin_on_server(connection: Connection) -> None:
+    if connection.get_execution_options().get("tilecast_write", False):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_TIMEOUT_S}s'")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITE_LOCK})")
 
 
 def _begin(connection: Connection) -> None:

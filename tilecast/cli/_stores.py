@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tilecast.environment import Environment
+from tilecast.environment import Environment, kernel_source_digest
 from tilecast.errors import CacheError, ConfigError
-from tilecast.evidence import TuningTable
+from tilecast.evidence import Measurement, TuningTable
 from tilecast.problem import ExpertGemm, TileConfig, tokens_text
 from tilecast.settings import Settings
 
@@ -73,19 +74,20 @@ def origins(of: TuningTable, here: Environment) -> tuple[Origin, ...]:
     return tuple(found)
 
 
-def check_configs(of: TuningTable, here: Environment, source: str) -> int:
-    """Check every config that the kernels of this Tilecast know about and return how many were checked.
+def check_configs(of: TuningTable, here: Environment, source: str, measurements: Sequence[Measurement] = ()) -> int:
+    """Check every config that the kernels of this Tilecast know about and return how many decided ones were checked.
 
-    What was tuned for a machine like this one must be able to run here. What was tuned on another device of
-    this kind must lie within its kernel's domain; whether that device can run it, only that device knows.
-    Left alone are other kinds of device and other kernel sources, whose configs follow rules unknown here and
-    are never used here. Raises ConfigError that names the entry.
+    What was tuned for a machine like this one must be able to run here. What was tuned on another device, and
+    what was only measured, must lie within its kernel's domain; whether that device can run it, only that device
+    knows. Left alone are other kernel sources, whose configs follow rules unknown here and are never used here.
+    Raises ConfigError that names the entry.
     """
-    environments = {e.digest: e for e in of.environments}
+    environments = {e.digest: e for e in of.environments if _has_our_kernels(e)}
     checked = 0
+    _check_domains(of, environments.keys(), source, measurements)
     for decision in of.decisions:
-        there = environments[decision.environment]
-        if (there.device_kind, there.kernel_source) != (here.device_kind, here.kernel_source):
+        there = environments.get(decision.environment)
+        if there is None:
             continue
         for gemm in decision.layer.gemms:
             reason = _impossible(gemm, decision.choice(gemm.name).config, here if here.accepts(there) else None)
@@ -99,12 +101,40 @@ def check_configs(of: TuningTable, here: Environment, source: str) -> int:
     return checked
 
 
+def _has_our_kernels(there: Environment) -> bool:
+    # A file may name kinds of device that there are none of.
+    return there.device_kind in ("cpu", "cuda") and there.kernel_source == kernel_source_digest(there.device_kind)
+
+
+def _check_domains(of: TuningTable, known: Set[str], source: str, measurements: Sequence[Measurement]) -> None:
+    """Check what decisions were compared with, and what was measured, each config once. Raises ConfigError."""
+    configs: dict[TileConfig, str] = {}
+    for decision in of.decisions:
+        if decision.environment in known:
+            place = f"{decision.layer.label} at {tokens_text(decision.bucket.tokens)}"
+            for choice in (decision.up, decision.down):
+                configs.setdefault(choice.default, f"a default config for {place}")
+                if choice.runner_up is not None:
+                    configs.setdefault(choice.runner_up, f"a runner-up for {place}")
+    for kept in measurements:
+        if kept.environment in known:
+            configs.setdefault(kept.config, "a measured config")
+    for config, what in configs.items():
+        reason = _outside_domain(config)
+        if reason is not None:
+            raise ConfigError(f"{source}: {what} is impossible: {reason}; nothing was imported, do not use this file")
+
+
 def _impossible(gemm: ExpertGemm, config: TileConfig, here: Environment | None) -> str | None:
+    from tilecast.kernels import registry
+
+    return registry.invalid(gemm, config, here) if here is not None else _outside_domain(config)
+
+
+def _outside_domain(config: TileConfig) -> str | None:
     from tilecast.kernels import registry
     from tilecast.kernels.spec import outside_domain
 
-    if here is not None:
-        return registry.invalid(gemm, config, here)
     try:
         return outside_domain(registry[config.kernel], config)
     except ConfigError as error:
