@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tilecast.canonical import Json
 from tilecast.environment import cpu_environment
 from tilecast.evidence import Choice, Decision, Measurement
 from tilecast.kernels import registry
-from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig, buckets
+from tilecast.problem import ExpertLayer, TileConfig, buckets
 
 EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 LAYERS = 200
@@ -35,26 +36,27 @@ CONFIGS = 250
 SAMPLES = 5
 
 
-def layers() -> list[ExpertLayer]:
-    return [ExpertLayer(hidden=1024, intermediate=64 * (n + 1), experts=8, top_k=2) for n in range(LAYERS)]
+@cache
+def layers() -> tuple[ExpertLayer, ...]:
+    return tuple(ExpertLayer(hidden=1024, intermediate=64 * (n + 1), experts=8, top_k=2) for n in range(LAYERS))
 
 
-def configs(gemm: ExpertGemm) -> list[TileConfig]:
-    """Return different configs of a GEMM's default kernel, which are only stored here, never run."""
-    environment = cpu_environment()
-    kernel = registry.default_kernel(gemm, environment)
-    base = kernel.default(gemm, 1, environment)
-    return [base, *(base.with_params(block_n=8 * n) for n in range(1, CONFIGS))]
+@cache
+def configs() -> tuple[TileConfig, ...]:
+    """Return different configs of the default kernel, which are only stored here, never run."""
+    gemm, environment = layers()[0].up, cpu_environment()
+    base = registry.default_kernel(gemm, environment).default(gemm, 1, environment)
+    return (base, *(base.with_params(block_n=8 * n) for n in range(1, CONFIGS)))
 
 
 def measurements(count: int, run: int) -> Iterator[Measurement]:
     """Yield `count` measurements, of as many rounds of the same races as that takes."""
     environment = cpu_environment().digest
-    races = [(gemm, tokens, configs(gemm)) for layer in layers() for gemm in layer.gemms for tokens in EDGES]
+    races = [(gemm, tokens) for layer in layers() for gemm in layer.gemms for tokens in EDGES]
     made = 0
     for number in range(count):
-        for gemm, tokens, raced in races:
-            for place, config in enumerate(raced):
+        for gemm, tokens in races:
+            for place, config in enumerate(configs()):
                 if made == count:
                     return
                 made += 1
@@ -68,14 +70,11 @@ def measurements(count: int, run: int) -> Iterator[Measurement]:
 def decisions() -> list[Decision]:
     environment = cpu_environment().digest
 
-    def choice(gemm: ExpertGemm) -> Choice:
-        base = configs(gemm)[0]
-        return Choice(config=base, p50_us=100.0, default=base, default_us=100.0, noise=0.01, numerics="a" * 64)
-
+    base = configs()[0]
+    kept = Choice(config=base, p50_us=100.0, default=base, default_us=100.0, noise=0.01, numerics="a" * 64)
     return [
-        Decision(environment=environment, layer=layer, bucket=bucket, policy="reproducible", up=up, down=down)
+        Decision(environment=environment, layer=layer, bucket=bucket, policy="reproducible", up=kept, down=kept)
         for layer in layers()
-        for up, down in [(choice(layer.up), choice(layer.down))]
         for bucket in buckets(EDGES)
     ]
 
@@ -85,9 +84,8 @@ def fill(path: Path, count: int, run: int) -> None:
     with open_store(path) as store:
         store.add_environment(cpu_environment())
         store.put_decisions(decisions())
-        # One of each race first, so that all layers and configs are there.
-        races = LAYERS * 2 * len(EDGES) * CONFIGS
-        store.add_measurements(list(measurements(min(count, races), run)))
+        # One of each config first, so that all are there; layers come with the decisions.
+        store.add_measurements(list(measurements(CONFIGS, run)))
     marks = ", ".join("?" for _ in COLUMNS)
     sql = f"INSERT OR IGNORE INTO measurement ({', '.join(COLUMNS)}) VALUES ({marks})"
     with closing(sqlite3.connect(path)) as connection, connection:

@@ -6,10 +6,12 @@ used, SQLite itself is told to distrust it, and nothing in it is ever executed o
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection, Table, create_engine, func, insert, select, update
 
@@ -31,7 +33,7 @@ from tilecast.cache_store.schema import check_store_revision
 from tilecast.cache_store.session import open_sqlite
 from tilecast.cache_store.store import SqlStore, open_store, sqlite_path
 from tilecast.errors import CacheError, InputError, SchemaError
-from tilecast.evidence import TABLE_FORMAT, Measurement, TuningTable
+from tilecast.evidence import TABLE_FORMAT, Decision, Measurement, TuningTable
 from tilecast.store import Store
 
 MAX_FILE_BYTES = 1 << 30
@@ -126,13 +128,65 @@ def read_bundle(where: str | Path, *, measurements: bool = False) -> Bundle:
             assert isinstance(store, SqlStore)  # Those in memory have no server's URL.
             table, kept = store.snapshot(measurements=measurements)
             return Bundle(table=table, measurements=tuple(kept))
+    with _naming(path), _untrusted(path) as (connection, header):
+        _check_schema(connection, header, str(path))
+        _check_undamaged(connection, str(path))
+        return _read(connection, header, str(path), measurements=measurements)
+
+
+@contextlib.contextmanager
+def open_evidence(where: str | Path) -> Iterator[Evidence]:
+    """Open an exported file, a live store or a URL for its table and some of its measurements.
+
+    What is read is checked as `read_bundle` does, the table's digest included. What is not read is not: a million
+    measurements that nobody asks for cost nothing. Raises CacheError, SchemaError.
+    """
+    path = sqlite_path(where)
+    if path is None:
+        with open_store(where, create=False, read_only=True) as store:
+            yield Evidence(store.table(), store.measurements)
+        return
+    with _untrusted(path) as (connection, header):
+        with _naming(path):
+            _check_schema(connection, header, str(path))
+            found = _read(connection, header, str(path), measurements=False, counted=False)
+
+        def read(**filters: Any) -> list[Measurement]:
+            with _naming(path):
+                return read_measurements(connection, **filters)
+
+        yield Evidence(found.table, read)
+
+
+class Evidence:
+    """A table, and the measurements behind each of its decisions; made by `open_evidence`."""
+
+    def __init__(self, table: TuningTable, read: Callable[..., list[Measurement]]) -> None:
+        """Keep the table; `read` takes the filters of `Store.measurements`."""
+        self.table = table
+        self._read = read
+
+    def of(self, decision: Decision) -> tuple[Measurement, ...]:
+        """Return the measurements of a decision's layer, environment and routing profile. Raises CacheError."""
+        found: list[Measurement] = []
+        for gemm in decision.layer.gemms:
+            found += self._read(environment=decision.environment, gemm=gemm, routing=decision.routing)
+        return tuple(found)
+
+
+@contextlib.contextmanager
+def _untrusted(path: Path) -> Iterator[tuple[Connection, Header]]:
     header = read_header(path)
     _check_header(path, header)
-    database = open_sqlite(path, untrusted=True)
+    with contextlib.closing(open_sqlite(path, untrusted=True)) as database, database.reading() as connection:
+        yield connection, header
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let what a file holds, and the base types refuse, surface as a CacheError of one line that names the file."""
     try:
-        with database.reading() as connection:
-            _check_schema(connection, header, str(path))
-            return _read(connection, header, str(path), measurements=measurements)
+        yield
     except InputError as error:
         text = str(error)
         if text.startswith(f"{path}: ") and len(text) <= MAX_MESSAGE:
@@ -140,8 +194,6 @@ def read_bundle(where: str | Path, *, measurements: bool = False) -> Bundle:
         # What a file holds may be in the message, and be of any length.
         short = _one_line(text.removeprefix(f"{path}: "))[:MAX_MESSAGE]
         raise CacheError(f"{path}: {short}; do not use this file, export it again") from error
-    finally:
-        database.close()
 
 
 def adopt(bundle: Bundle, store: Store) -> int:
@@ -185,14 +237,18 @@ def _database_bytes(table: TuningTable, measurements: Sequence[Measurement]) -> 
             for target, rows in _export_rows(table, measurements):
                 if rows:
                     connection.execute(insert(target), rows)
-            digest = measurements_digest(connection)
-            connection.execute(update(models.export).values(measurements_digest=digest))
+            seal_measurements(connection)
             connection.commit()
             raw = connection.connection.driver_connection
             assert raw is not None
             return bytes(raw.serialize())
     finally:
         engine.dispose()
+
+
+def seal_measurements(connection: Connection) -> None:
+    """Write the digest of all measurements into a file that is being exported, after its last row."""
+    connection.execute(update(models.export).values(measurements_digest=measurements_digest(connection)))
 
 
 def _export_rows(table: TuningTable, measurements: Sequence[Measurement]) -> list[tuple[Table, list[Row]]]:
@@ -260,6 +316,9 @@ def _check_schema(connection: Connection, header: Header, name: str) -> None:
         found = connection.exec_driver_sql(f"PRAGMA table_xinfo({table})").all()
         if {row[1] for row in found} != columns or any(row[6] for row in found):
             raise CacheError(f"{name}: table {table!r} has other columns than expected; export it again")
+
+
+def _check_undamaged(connection: Connection, name: str) -> None:
     damage = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
     if damage != "ok":
         raise CacheError(f"{name}: is damaged ({_one_line(damage)}); copy or export it again")
@@ -280,8 +339,8 @@ def _strange_word(sql: object, names: Set[str]) -> str | None:
     return None
 
 
-def _read(connection: Connection, header: Header, name: str, *, measurements: bool) -> Bundle:
-    for table in DATA:
+def _read(connection: Connection, header: Header, name: str, *, measurements: bool, counted: bool = True) -> Bundle:
+    for table in DATA if counted else [table for table in DATA if table is not models.measurement]:
         rows = connection.execute(select(func.count()).select_from(table)).scalar_one()
         if rows > MAX_ROWS[table.name]:
             raise CacheError(f"{name}: has {rows} {table.name} rows, more than the {MAX_ROWS[table.name]} allowed")
@@ -289,8 +348,8 @@ def _read(connection: Connection, header: Header, name: str, *, measurements: bo
     _check_printable(found, name)
     producer = _check_export(connection, found, name) if header.is_export else ""
     kept = read_measurements(connection) if measurements else []
-    if measurements and header.is_export:
-        _check_measurements(connection, header, name)
+    if measurements:
+        check_measurements(connection, name)
     return Bundle(table=found, measurements=tuple(kept), producer=producer)
 
 
@@ -310,13 +369,20 @@ def _check_printable(table: TuningTable, name: str) -> None:
             raise CacheError(f"{name}: holds the name {text[:60]!r}, expected at most {MAX_NAME} printable characters")
 
 
-def _check_measurements(connection: Connection, header: Header, name: str) -> None:
-    """Raise CacheError unless the measurements, whose values are checked by now, are those of the export."""
-    if "measurements_digest" not in _export_columns(header):
+def check_measurements(connection: Connection, name: str) -> None:
+    """Raise CacheError unless measurements, whose values are checked by now, are those that the file was sealed with.
+
+    Stores, files of format 1, and files whose writer did not look at its measurements have no seal.
+    """
+    export = models.export.c.measurements_digest
+    sqlite = connection.dialect.name == "sqlite"
+    if not sqlite or export.name not in {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(export)")}:
         return
-    stored = connection.execute(select(models.export.c.measurements_digest)).scalar_one()
+    stored = connection.execute(select(export)).scalar_one()
+    if stored is None:
+        return
     actual = measurements_digest(connection)
-    if stored not in (None, actual):
+    if stored != actual:
         raise CacheError(
             f"{name}: its measurements have digest {actual[:12]}, it says {str(stored)[:12]}; "
             f"it was changed after the export, so do not use it, export it again"

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tilecast._version import VERSION
 from tilecast.cache_store import models
-from tilecast.cache_store.bundle import check_exportable, read_bundle
+from tilecast.cache_store.bundle import check_exportable, read_bundle, seal_measurements
 from tilecast.cache_store.files import replacing
 from tilecast.cache_store.resolve import Ages, Conflict, Resolution, check_merge_policy, resolve
 from tilecast.cache_store.rows import decision_configs, decision_row, settled
@@ -130,6 +130,7 @@ class _Builder:
         insert_keyed(self._connection, models.config, configs)
         if decisions:
             self._connection.execute(insert(models.decision), [decision_row(d) for d in decisions])
+        seal_measurements(self._connection)
         return Merged(
             table=table, measurements=self._sink.count, parts=tuple(self._parts), conflicts=tuple(self._conflicts)
         )

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
+from tilecast.canonical import Json
 from tilecast.cli._layers import sharded
 from tilecast.cli._options import EpOption, JsonOption, TpOption, parse_weights
 from tilecast.cli._output import Output
-from tilecast.cli._stores import read_file, store_location
+from tilecast.cli._stores import origins, store_location
 from tilecast.environment import Environment
 from tilecast.errors import CoverageError, InputError, ModelError, UsageError
 from tilecast.evidence import POLICIES, Decision, TuningTable
@@ -89,6 +90,7 @@ def explain(
     from tilecast import environment as environments
     from tilecast.autotune.explain import explain as explained
     from tilecast.autotune.explain import series_of
+    from tilecast.cache_store.bundle import open_evidence
     from tilecast.cli._explained import explanation_json, show_explanation
     from tilecast.kernels import registry
 
@@ -97,17 +99,25 @@ def explain(
     shares = parse_weights(weights)
     output = Output(json_wanted=json_)
     where = store_location(None, Settings.from_environment()) if table == DEFAULT_STORE else table
-    bundle = read_file(where, measurements=True)
-    of_layer = _of_layer(bundle.table, layer, where, tp=tp, ep=ep)
-    series = _series(of_layer, bundle.table, where, environments.here(), (policy, routing, environment))
-    decision = _covering(series, tokens, where)
-    made = next(e for e in bundle.table.environments if e.digest == decision.environment)
+    here = environments.here()
+    with open_evidence(where) as evidence:
+        found = evidence.table
+        series = _series(
+            _of_layer(found, layer, where, tp=tp, ep=ep), found, where, here, (policy, routing, environment)
+        )
+        decision = _covering(series, tokens, where)
+        measurements = evidence.of(decision)
+    made = next(e for e in found.environments if e.digest == decision.environment)
     ours = environments.kernel_source_digest(made.device_kind) == made.kernel_source
     explanation = explained(
-        decision, series_of(decision, bundle.table), bundle.measurements, made, registry if ours else None,
-        weights=shares,
-    )  # fmt: skip
-    output.emit({"command": "cache explain", "source": where, "tokens": tokens, **explanation_json(explanation)})
+        decision, series_of(decision, found), measurements, made, registry if ours else None, weights=shares
+    )
+    origin = next(o for o in origins(found.for_environment(made.digest), here))
+    output.line(f"{where}, table {found.digest[:12]}, made on {origin}")
+    used: dict[str, Json] = {"usable_here": origin.usable, "hard": list(origin.hard), "soft": list(origin.soft)}
+    output.emit(
+        {"command": "cache explain", "source": where, "tokens": tokens, **used, **explanation_json(explanation)}
+    )
     show_explanation(output, explanation)
 
 
