@@ -200,3 +200,23 @@ def test_import_relaxes_what_is_named(cli: Command, tmp_path: Path) -> None:
     (made_up,) = [e for e in kept.environments if e.torch != "1.0.0"]
     assert "torch was '1.0.0'" in made_up.system
     assert {d.certificate for d in kept.for_environment(made_up.digest).decisions} == {"none"}
+
+
+def test_explain_says_whether_the_decision_holds_here(cli: Command, table: Path, foreign: Path) -> None:
+    assert "fits this machine" in cli("cache", "explain", table, "1", "3").out
+    done = cli("cache", "explain", foreign, "1", "3")
+    assert "not for this machine: device: here" in done.out
+    document = json.loads(cli("cache", "explain", foreign, "1", "3", "--json").out)
+    assert document["usable_here"] is False
+    assert [text.split(":")[0] for text in document["hard"]] == ["device"]
+
+
+def test_import_refuses_measured_configs_outside_their_domain(cli: Command, tmp_path: Path) -> None:
+    base = table_of()
+    config = base.decisions[0].up.config.with_params(mr=-3)
+    made = Measurement(
+        environment=base.environments[0].digest, gemm=LAYER.up, tokens=1, config=config, samples_us=(1.0,)
+    )  # fmt: skip
+    path = tmp_path / "hostile.db"
+    export_table(base, path, [made])
+    cli("cache", "import", path, "--store", tmp_path / "store.db").failed(3, "hostile.db", "impossible")
