@@ -223,3 +223,15 @@ def test_names_of_the_contract_are_in_the_file(good: bytes) -> None:
     """Or else nothing above damages what it means to."""
     for digest in (CONFIG.digest, LAYER.digest, HERE.digest):
         assert digest.encode() in good
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "\x7f", "\x9b31m", "two\nlines"])
+def test_config_that_would_command_a_terminal_is_refused(tmp_path: Path, good: bytes, text: str) -> None:
+    path = tmp_path / "good.db"
+    with damage.connected(path) as connection:
+        fields = damage.canonical({"kernel": "llvm.moe_gemm", "params": {"mr": text}})
+        damage.replace_entry(connection, "config", CONFIG.digest, fields)
+        damage.forge(connection)
+    with pytest.raises(CacheError, match="printable characters") as caught:
+        import_table(path)
+    assert str(caught.value).isprintable()

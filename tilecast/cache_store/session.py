@@ -18,6 +18,9 @@ BUSY_TIMEOUT_S = 30.0
 """How long a transaction waits for another process's lock."""
 CONNECT_TIMEOUT_S = 10
 """How long a server may take to answer a new connection."""
+CHECKPOINT_PAGES = 8192
+"""Pages of 4 KiB that SQLite's log grows to before it is folded into the file, which waits for the disk. Measurements'
+keys are digests, so a few hundred rows touch as many pages: SQLite's own 1,000 fill up with every few batches."""
 MAX_TEXT_BYTES = 1 << 20
 """Longest value that is read from a file from outside."""
 STEPS_BASE, STEPS_PER_BYTE = 20_000_000, 10
@@ -191,6 +194,7 @@ def _prepare(connection: sqlite3.Connection, read_only: bool, untrusted: bool) -
     # In WAL mode NORMAL cannot corrupt the file, and a killed process loses nothing that was committed.
     (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
     connection.execute(f"PRAGMA synchronous={'NORMAL' if mode == 'wal' else 'FULL'}")
+    connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
 
 
 def _limit_steps(connection: sqlite3.Connection, path: Path) -> None:
