@@ -15,7 +15,10 @@ from sqlalchemy import URL, create_engine, make_url, text
 
 from tests.store_contract import HERE, SharedStoreContract, StoreContract, decision, in_threads, measurement
 from tilecast.cache_store import session
+from tilecast.cache_store.adopt import adopt_under
 from tilecast.cache_store.bundle import export_store, import_table, read_bundle
+from tilecast.cache_store.gc import Unwanted, collect
+from tilecast.cache_store.merge import merge_files
 from tilecast.cache_store.session import open_server
 from tilecast.cache_store.store import open_store
 from tilecast.errors import CacheError
@@ -121,3 +124,30 @@ def test_threads_of_several_stores_do_not_deadlock(where: str) -> None:
     in_threads(6, add)
     with open_store(where) as store:
         assert len(store.measurements()) == 30
+
+
+def test_what_is_old_is_taken_out_of_a_server(where: str) -> None:
+    old, new = measurement(measured_at=10.0), measurement(tokens=16, measured_at=30.0)
+    with open_store(where) as store:
+        store.add_environment(HERE)
+        store.add_measurements([old, new])
+        store.put_decisions([decision(), decision(4, 16)])
+        found = collect(where, Unwanted(older_than=20.0))
+        assert (found.decisions, found.measurements) == ((decision(),), 1)
+        assert store.table().decisions == (decision(4, 16),)
+        assert store.measurements() == [new]
+
+
+def test_a_server_is_merged_with_a_file(where: str, tmp_path: Path) -> None:
+    with open_store(where) as store:
+        store.add_environment(HERE)
+        store.add_measurements([measurement(), measurement(round=1)])
+        store.put_decisions([decision()])
+        export_store(store, tmp_path / "before.db")
+        store.add_measurements([measurement(round=2)])
+    merged = merge_files([where, tmp_path / "before.db"], tmp_path / "out.db")
+    assert [(part.measurements, part.new_measurements) for part in merged.parts] == [(3, 3), (2, 0)]
+    found = read_bundle(tmp_path / "out.db", measurements=True)
+    assert found.measurements == tuple(measurement(round=number) for number in range(3))
+    # And back: what the file holds is adopted under a policy.
+    assert adopt_under(found, where, "newest").measurements == 0
