@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, pool
+from sqlalchemy import URL, Connection, Engine, Insert, create_engine, event, pool
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from tilecast.errors import CacheError
@@ -84,6 +86,13 @@ class Database:
             connection = connection.execution_options(tilecast_write=True)
             with connection.begin():
                 yield connection
+
+    def prepared(self, insert: Insert, columns: Sequence[str]) -> tuple[str, Callable[[Mapping[str, Any]], Any]]:
+        """Return an INSERT as the driver itself takes it, and what makes a row of its mapping: no step per value."""
+        compiled = insert.compile(dialect=self._engine.dialect, column_keys=list(columns))
+        if compiled.positiontup is None:
+            return str(compiled), dict
+        return str(compiled), operator.itemgetter(*compiled.positiontup)
 
     def set_journal_mode(self, mode: str) -> None:
         """Set a SQLite file's journal mode, outside any transaction. Raises CacheError.
