@@ -179,3 +179,20 @@ def test_what_cannot_be_served_beside_the_imported_leaves_the_store(tmp_path: Pa
     assert found.removed == 2
     with open_store(path) as store:
         assert [d.bucket.above for d in store.table().decisions] == [4]
+
+
+def test_a_copy_of_a_part_has_only_its_measurements(export: Callable[..., Path], tmp_path: Path) -> None:
+    there = decision(environment=THERE.digest)
+    a = export("a.db", decision(), there, measurements=[measurement(), *ODD])
+    copied = copy_file(a, tmp_path / "part.db", select=lambda table: table.for_environment(THERE.digest))
+    found = read_bundle(tmp_path / "part.db", measurements=True)
+    assert found.table == copied.table == TuningTable((THERE,), (there,))
+    assert found.measurements == (ODD[-1],)
+    with closing(sqlite3.connect(tmp_path / "part.db")) as connection:
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+
+
+def test_a_file_may_be_copied_over_itself(export: Callable[..., Path]) -> None:
+    a = export("a.db", decision(), measurements=[measurement()])
+    copy_file(a, a)
+    assert read_bundle(a, measurements=True).measurements == (measurement(),)

@@ -220,3 +220,21 @@ def test_import_refuses_measured_configs_outside_their_domain(cli: Command, tmp_
     path = tmp_path / "hostile.db"
     export_table(base, path, [made])
     cli("cache", "import", path, "--store", tmp_path / "store.db").failed(3, "hostile.db", "impossible")
+
+
+def test_export_takes_the_measurements_of_its_part_along(cli: Command, tmp_path: Path) -> None:
+    mine, theirs = table_of(), table_of(device="another CPU")
+    config = mine.decisions[0].up.config
+    made = [
+        Measurement(environment=t.environments[0].digest, gemm=LAYER.up, tokens=1, config=config, samples_us=(1.0,))
+        for t in (mine, theirs)
+    ]
+    both, out = tmp_path / "both.db", tmp_path / "out.db"
+    export_table(mine.merged(theirs), both, made)
+    document = json.loads(cli("cache", "export", both, out, "--measurements", "--here", "--json").out)
+    assert document["measurements"] == 1
+    assert read_bundle(out, measurements=True).measurements == (made[0],)
+    assert import_table(out) == mine
+    none = tmp_path / "none.db"
+    cli("cache", "export", both, none, "--measurements", "--policy", "fastest").failed(4, "nothing was written")
+    assert not none.exists()

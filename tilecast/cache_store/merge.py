@@ -6,8 +6,9 @@ an export of everything.
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,9 @@ from tilecast.problem import ExpertLayer, TileConfig
 
 CACHE_KIB = 128 << 10
 """SQLite's page cache while a file is built: the index of keys of a million measurements fits."""
+
+Select = Callable[[TuningTable], TuningTable]
+"""Returns the part of a table that is wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +72,34 @@ def merge_files(
     if not sources:
         raise UsageError("there is nothing to merge; name a table")
     out = Path(out).expanduser()
-    check_exportable(out)
     _check_apart(sources, out)
+    return _built(sources, out, policy, measurements=measurements, select=None)
+
+
+def copy_file(source: str | Path, out: str | Path, *, select: Select | None = None) -> Merged:
+    """Export what a file or store holds, its measurements included, whatever their number.
+
+    `select` returns the part of the table to export; with it only measurements made in that part's environments go
+    along. Raises what `select` raises, and as `merge_files` does.
+    """
+    return _built([source], Path(out).expanduser(), "ours", measurements=True, select=select)
+
+
+def _built(
+    sources: Sequence[str | Path], out: Path, policy: str, *, measurements: bool, select: Select | None
+) -> Merged:
+    check_exportable(out)
     with replacing(out) as path, _building(path, out) as connection:
-        builder = _Builder(connection, measurements=measurements)
+        builder = _Builder(connection, measurements=measurements, select=select)
         for source in sources:
             builder.add(source, policy)
         return builder.finish()
 
 
-def copy_file(source: str | Path, out: str | Path) -> Merged:
-    """Export everything that a file or store holds, its measurements included; see `merge_files`."""
-    return merge_files([source], out, policy="ours")
-
-
 class _Builder:
-    def __init__(self, connection: Connection, *, measurements: bool) -> None:
+    def __init__(self, connection: Connection, *, measurements: bool, select: Select | None) -> None:
         self._connection = connection
+        self._select = select
         self._sink = MeasurementSink(connection)
         self._measurements = measurements
         self._table: TuningTable | None = None
@@ -98,7 +113,9 @@ class _Builder:
     def add(self, source: str | Path, policy: str) -> None:
         name = str(source)
         table = read_bundle(source).table
-        places, seen, new = self._read(source) if self._measurements or policy == "newest" else ({}, 0, 0)
+        if self._select is not None:
+            table = self._select(table)
+        places, seen, new = self._read(source, table) if self._measurements or policy == "newest" else ({}, 0, 0)
         ages = {d: places[place] for d in table.decisions if (place := place_of(d)) in places}
         if self._table is None:
             resolution = Resolution(table=table, added=len(table))
@@ -135,21 +152,19 @@ class _Builder:
             table=table, measurements=self._sink.count, parts=tuple(self._parts), conflicts=tuple(self._conflicts)
         )
 
-    def _read(self, source: str | Path) -> tuple[dict[Place, float], int, int]:
+    def _read(self, source: str | Path, table: TuningTable) -> tuple[dict[Place, float], int, int]:
         """Write the measurements of an input; return the latest time by place, how many it has and how many were new.
 
         It is opened once more here, and all rows are checked again: a store may have grown since its table was read.
         """
         database = _opened(source)
+        only = None if self._select is None else {environment.digest for environment in table.environments}
         try:
             with database.reading() as connection:
-                stream = MeasurementStream(connection)
-                if self._measurements:
-                    new = self._sink.add(iter(stream))
-                else:
-                    new = 0
-                    for _ in stream:
-                        pass
+                stream = MeasurementStream(connection, environments=only)
+                new = self._sink.add(iter(stream)) if self._measurements else 0
+                if not self._measurements:
+                    collections.deque(stream, maxlen=0)  # for the times alone
         except InputError as error:
             named = str(error).startswith(f"{database.name}: ")
             raise error if named else CacheError(f"{database.name}: {error}; do not use it, export it again") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 from sqlalchemy import Connection, Table, func, select
@@ -59,9 +59,13 @@ class MeasurementStream:
     `configs` and `environments`, what they refer to.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        """Read from `connection`, in whose transaction everything is seen at one instant."""
+    def __init__(self, connection: Connection, *, environments: Set[str] | None = None) -> None:
+        """Read from `connection`, in whose transaction everything is seen at one instant.
+
+        With `environments`, only the measurements made in those.
+        """
         self._connection = connection
+        self._only = environments
         self._of_environments = Lookup("environment", Environment.from_json, _keyed(connection, models.environment))
         self._of_layers = Lookup("layer", ExpertLayer.from_json, _keyed(connection, models.layer))
         self._of_configs = Lookup("config", TileConfig.from_json, _keyed(connection, models.config))
@@ -79,6 +83,8 @@ class MeasurementStream:
         result = self._connection.execution_options(yield_per=BATCH).execute(query)
         for found in result:
             values = tuple(found)
+            if self._only is not None and values[1] not in self._only:
+                continue
             if not self._is_plain(values):
                 values = self._the_long_way(values)
             self.count += 1

@@ -10,7 +10,7 @@ import typer
 from tilecast.cli._interop import OWN_FORMAT, FormatOption, check_format, export_for_engine
 from tilecast.cli._options import JsonOption, check_writable
 from tilecast.cli._output import Output, plural
-from tilecast.cli._stores import origins, read_file
+from tilecast.cli._stores import origins, read_file, read_table
 from tilecast.cli._tables import table_json
 from tilecast.errors import CoverageError, UsageError
 from tilecast.evidence import POLICIES, TuningTable
@@ -45,6 +45,7 @@ def export(
         tilecast cache export mixtral.db --format vllm tuned/
     """
     from tilecast.cache_store.bundle import export_table
+    from tilecast.cache_store.merge import copy_file
 
     if policy is not None and policy not in POLICIES:
         raise UsageError(f"--policy is {policy!r:.40}, expected one of {', '.join(POLICIES)}")
@@ -52,24 +53,28 @@ def export(
     output = Output(json_wanted=json_)
     if format_ == OWN_FORMAT:
         check_writable("OUT", out)
-    # Which config serves both GEMMs of another engine best, only the measurements tell.
-    bundle = read_file(source, measurements=measurements or format_ != OWN_FORMAT)
-    table = _selected(bundle.table, policy=policy, here=here)
-    if not table.decisions:
-        raise CoverageError(f"{source} has no decision to export with these options; nothing was written")
+
+    def select(found: TuningTable) -> TuningTable:
+        table = _selected(found, policy=policy, here=here)
+        if not table.decisions:
+            raise CoverageError(f"{source} has no decision to export with these options; nothing was written")
+        return table
+
     if format_ != OWN_FORMAT:
-        export_for_engine(output, format_, source, table, bundle.measurements, out.expanduser())
+        # Which config serves both GEMMs of another engine best, only the measurements tell.
+        bundle = read_file(source, measurements=True)
+        export_for_engine(output, format_, source, select(bundle.table), bundle.measurements, out.expanduser())
         return
-    kept = {environment.digest for environment in table.environments}
-    evidence = [m for m in bundle.measurements if m.environment in kept]
-    export_table(table, out, evidence)
+    if measurements:
+        copied = copy_file(source, out, select=select)
+        table, count = copied.table, copied.measurements
+    else:
+        table, count = select(read_table(source)), 0
+        export_table(table, out)
     output.emit(
-        {"command": "cache export", "source": source, "file": str(out), "measurements": len(evidence),
-         **table_json(table)}
-    )  # fmt: skip
-    output.show(
-        f"{out}: {plural(len(table), 'decision')}, {plural(len(evidence), 'measurement')}, table {table.digest[:12]}"
+        {"command": "cache export", "source": source, "file": str(out), "measurements": count, **table_json(table)}
     )
+    output.show(f"{out}: {plural(len(table), 'decision')}, {plural(count, 'measurement')}, table {table.digest[:12]}")
 
 
 def _selected(table: TuningTable, *, policy: str | None, here: bool) -> TuningTable:
