@@ -7,10 +7,11 @@ import time
 from dataclasses import replace
 
 from tests.autotune.fake_times import FakeTimes
-from tests.autotune.shared import LAYER
-from tests.autotune.test_tuner import REGISTRY, by_block, keys, measure_plan, plan_of
+from tests.autotune.shared import HERE, LAYER
+from tests.autotune.test_tuner import KERNEL, REGISTRY, by_block, keys, measure_plan, plan_of
 from tilecast.autotune.decide import decide
 from tilecast.autotune.plan import Plan
+from tilecast.autotune.search import Halving
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.evidence import Measurement
 from tilecast.problem import ExpertGemm, TileConfig
@@ -150,3 +151,35 @@ def test_a_budget_spent_on_one_rank_stops_both() -> None:
     rounds = [{m.round for m in stores[0].measurements() if m.rank == rank} for rank in (0, 1)]
     assert max(rounds[0]) - max(rounds[1]) <= 1
     assert len(tune_table(stores[0], 4, 16)) == 2
+
+
+def test_ranks_that_split_measure_less_and_the_finalists_on_both() -> None:
+    stores = [MemoryStore(), MemoryStore()]
+    measurers = [FakeTimes(by_block, noise=0.01), FakeTimes(by_block, noise=0.01, seed=1)]
+    runs = tune_as_two(plan_of(16), stores, measurers, split=True)
+    assert sorted(keys(stores[0])) == sorted(keys(stores[1]))
+    found = stores[0].measurements()
+    first = [m for m in found if m.round == 0 and m.gemm.name == "up"]
+    shared = {m.config for m in first if m.rank == 0} & {m.config for m in first if m.rank == 1}
+    default = KERNEL.default(LAYER.up, 16, HERE)
+    candidates = {m.config for m in first}
+    assert default in shared and len(shared) < len(candidates) == runs[0].tasks[0].candidates
+    assert all(len([m for m in first if m.rank == rank]) < len(candidates) for rank in (0, 1))
+    late = {(m.gemm.name, m.config, m.rank) for m in found if m.round >= 2}
+    assert late and {(name, config, 1 - rank) for name, config, rank in late} == late
+    (decision,) = decide(plan_of(16), stores[0], REGISTRY, verify=False).decisions
+    assert decision.up.config.integer("row_block") == 16
+    for choice, name in ((decision.up, "up"), (decision.down, "down")):
+        assert {rank for n, config, rank in late if (n, config) == (name, choice.config)} == {0, 1}
+    assert runs[0].measured + runs[1].measured == len(found)
+
+
+def test_a_strategy_that_is_content_early_still_ends_on_all_ranks_that_split() -> None:
+    """One round is all the strategy wants; what is chosen must have run on both ranks at the same time."""
+    stores = [MemoryStore(), MemoryStore()]
+    measurers = [FakeTimes(by_block), FakeTimes(by_block)]
+    tune_as_two(plan_of(16), stores, measurers, split=True, strategy=Halving(rounds=1))
+    (decision,) = decide(plan_of(16), stores[0], REGISTRY, verify=False).decisions
+    assert decision.up.config.integer("row_block") == 16
+    rounds = {m.round for m in stores[0].measurements()}
+    assert len(rounds) > 1

@@ -49,6 +49,10 @@ class Ranker(Protocol):
         ...
 
 
+Hints = Callable[[ExpertGemm, int], Sequence[TileConfig]]
+"""What was good for a task like this one elsewhere: other shards, other environments, other tuners' files."""
+
+
 class NoRanker:
     """Knows nothing."""
 
@@ -107,6 +111,7 @@ def measure_plan(
     ranker: Ranker | None = None,
     watch: Watch | None = None,
     ahead: Ahead | None = None,
+    hints: Hints | None = None,
     split: bool = False,
     seed: int = 0,
 ) -> TuningRun:
@@ -116,9 +121,10 @@ def measure_plan(
     does another number of ranks. `budget_s` bounds the time in seconds, the class check of `decide` included;
     the default config of every task is measured whatever the budget. `strategy` is an effort (`quick`, `standard`,
     `exhaustive`), a strategy's name, or one; `ranker` tells it what to expect; what it draws at random follows from
-    `seed`. `measurer` is by default the device of this process; `watch` has disturbed times measured again, `ahead`
-    compiles what comes next. With `peers`, all ranks call this with the same arguments and take the same steps; with
-    `split` they share the configs of the first rounds out and measure the finalists all at the same time.
+    `seed`; `hints` gives configs that a task should start with, if they are valid. `measurer` is by default the device
+    of this process; `watch` has disturbed times measured again, `ahead` compiles what comes next. With `peers`, all
+    ranks call this with the same arguments and take the same steps; with `split` they share the configs of the first
+    rounds out and measure the finalists all at the same time.
 
     Raises DeviceError when nothing runs here, UsageError for a budget that is not above 0 or an unknown strategy;
     failures of single configs are measurements with a status.
@@ -132,8 +138,9 @@ def measure_plan(
     session.watch, session.ahead = watch, ahead
     session.split = split and session.peers.world_size > 1
     loop = _Loop(
-        session, registry, budget_s=budget_s, strategy=search, ranker=ranker or NoRanker(), seed=seed, progress=progress
-    )
+        session, registry, budget_s=budget_s, strategy=search, ranker=ranker or NoRanker(), hints=hints, seed=seed,
+        progress=progress,
+    )  # fmt: skip
     return loop.run()
 
 
@@ -224,6 +231,7 @@ class _Loop:
         budget_s: float | None,
         strategy: Strategy,
         ranker: Ranker,
+        hints: Hints | None,
         seed: int,
         progress: ProgressCallback | None,
     ) -> None:
@@ -231,6 +239,7 @@ class _Loop:
         self._session = session
         self._strategy = strategy
         self._ranker = ranker
+        self._hints = hints
         self._seed = seed
         self._progress = progress
         self._tasks: tuple[Task, ...] = plan.tasks
@@ -299,7 +308,7 @@ class _Loop:
         entry = Entry(
             candidates=eligible,
             must=tuple(c.config for c in eligible if c.is_default or c.is_anchor),
-            hints=_hints(self._seen, gemm, bucket.tokens, set(configs)),
+            hints=self._started(gemm, bucket.tokens, configs),
             drawn=_drawn(configs, self._seed),
         )
         race = Race(
@@ -317,6 +326,12 @@ class _Loop:
         if timings:
             self._seen.append(Shown(gemm=gemm, tokens=bucket.tokens, times=_medians(timings), predicted=predicted))
         return cut
+
+    def _started(self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig]) -> tuple[TileConfig, ...]:
+        """Return what starts besides what is expected to be good: the neighbours' best, and what came from outside."""
+        given = () if self._hints is None else self._hints(gemm, tokens)
+        own = _hints(self._seen, gemm, tokens, set(configs))
+        return tuple(dict.fromkeys([*own, *(config for config in given if config in configs)]))
 
     def _report(self, number: int, candidates: int, state: RaceState) -> None:
         if self._progress is None:

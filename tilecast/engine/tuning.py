@@ -24,7 +24,9 @@ from tilecast.autotune.routing_profiles import RoutingProfile, as_profile
 from tilecast.autotune.search import strategy_for
 from tilecast.autotune.timing import breaks_class
 from tilecast.autotune.tools import Tools, device_tools
-from tilecast.autotune.tuner import EFFORT, MIN_BUDGET_S, decide, measure_plan
+from tilecast.autotune.tuner import EFFORT, MIN_BUDGET_S, Hints, decide, measure_plan
+from tilecast.autotune.warm import warm_hints
+from tilecast.cache_store.interop.peers import PeerFolder
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.canonical import Json, canonical_json
 from tilecast.engine.agreement import agree_on_environment, agree_on_table, gather_layers
@@ -95,6 +97,7 @@ def tune_together(
         agreed = _agree_on_plan(plan, group)
         tools = _Given(measurer) if measurer is not None else stack.enter_context(_tools(agreed, kernels, group))
         own = store if store is not None and group.rank == 0 else MemoryStore()
+        hints = _outside_hints(agreed, own, group) if tools.ranker is not None else None
         deadline = None if budget_s is None else time.monotonic() + budget_s
         while True:
             left = None if deadline is None else max(MIN_BUDGET_S, deadline - time.monotonic())
@@ -107,6 +110,7 @@ def tune_together(
                 ranker=tools.ranker,
                 watch=tools.watch,
                 ahead=tools.ahead,
+                hints=hints,
                 split=search.share == "split",
                 seed=search.seed,
                 budget_s=left,
@@ -151,6 +155,31 @@ def _tools(plan: Plan, registry: Registry, group: Group) -> AbstractContextManag
     return device_tools(
         plan, registry, calibration=calibration, ranks=group.world_size, sandbox=settings.sandbox
     )  # fmt: skip
+
+
+def _outside_hints(plan: Plan, store: Store, group: Group) -> Hints:
+    """Return what rank 0 knows from elsewhere: its store's other decisions, and imported files of other engines."""
+    payload = b""
+    if group.rank == 0:
+        table = store.table()
+        made = {environment.digest: environment for environment in table.environments}
+        decided = [
+            (made[d.environment], d) for d in table.decisions
+            if d.environment != plan.environment.digest or d.layer not in plan.layers
+        ]  # fmt: skip
+        folder = PeerFolder(Settings.from_environment().cache_dir / "peers")
+        found: list[Json] = []
+        for gemm, bucket in plan.tasks:
+            warm = warm_hints(decided, gemm, bucket.tokens, plan.environment)
+            peers = folder.hints_for(gemm, bucket.tokens, plan.environment)
+            found.append([config.to_json() for config in dict.fromkeys([*warm, *peers])])
+        payload = canonical_json(found).encode("ascii")
+    lists = json.loads(group.broadcast("hints", payload))
+    known = {
+        (gemm, bucket.tokens): tuple(TileConfig.from_json(config) for config in configs)
+        for (gemm, bucket), configs in zip(plan.tasks, lists, strict=True)
+    }
+    return lambda gemm, tokens: known[gemm, tokens]
 
 
 def _of_plan(plan: Plan, store: Store) -> list[Measurement]:
