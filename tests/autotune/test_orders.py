@@ -157,7 +157,7 @@ def test_a_layer_is_tuned_to_one_order_and_runs_in_it() -> None:
         assert (decision.up.config, decision.down.config) == (sorted_config(), sorted_config())
         assert decision.certificate == "hardware"
         assert decision.down.runner_up is not None and decision.down.runner_up["order"] == "sorted"
-        assert (decision.tuned_us, decision.default_us) == (240.0, 270.0)
+        assert (decision.tuned_us, decision.default_us) == pytest.approx((240.0, 270.0))
     runtime = Runtime(table, environment=HERE, registry=REGISTRY)
     slot = Runtime(replace(table, decisions=()), environment=HERE, registry=REGISTRY)
     for tokens in (1, 3, 4):

@@ -10,7 +10,7 @@ from tests.cli.conftest import SPEC, Command
 
 BAD_LINES = [
     (2, ["nope"], "No such command"),
-    (2, ["tune"], "Missing argument"),
+    (2, ["tune"], "neither MODEL nor --from-record"),
     (2, ["tune", SPEC, "--tp", "0"], "--tp"),
     (2, ["tune", SPEC, "--tokens", "8-4-2"], "--tokens"),
     (2, ["tune", SPEC, "--tokens", ""], "--tokens"),

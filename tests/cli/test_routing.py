@@ -45,7 +45,6 @@ def test_exactly_what_was_missed_is_tuned(cli: Command, record: Path, tmp_path: 
     assert "5 calls missed, at 3 tokens" in done.err
 
 
-@pytest.mark.xfail(strict=True, reason="measure_plan passes the profile on by name; remove with plan.routing_profile")
 def test_a_recorded_histogram_is_tuned_for(cli: Command, record: Path, tmp_path: Path) -> None:
     out = tmp_path / "more.db"
     done = cli("tune", SPEC, "--tokens", "2", "--routing", record, "--export", out, *BUDGET)

@@ -133,7 +133,7 @@ class DeviceMeasurer:
             # The first launch compiles and touches memory; the second says how long one takes.
             self._time(gemm, tokens, config, seeds=[0])
             once = self._time(gemm, tokens, config, seeds=[0])
-            wanted = SAMPLE_US[self._workload.device.type]
+            wanted = SAMPLE_US[self._workload.environment.device_kind]
             self._repeats[key] = max(1, min(MAX_REPEATS, int(wanted / once + 0.5)))
         repeats = self._repeats[key]
         times = []
