@@ -18,6 +18,7 @@ from tests.cache_store import damage
 from tests.store_contract import CONFIG, HERE, LAYER, THERE, decision, measurement
 from tilecast.cache_store.bundle import Bundle, export_table, import_table, read_bundle
 from tilecast.cache_store.foreign import described
+from tilecast.cache_store.merge import merge_files
 from tilecast.cache_store.models import EXPORT_ID
 from tilecast.errors import CacheError, InputError
 from tilecast.evidence import TuningTable
@@ -108,6 +109,9 @@ def test_changed_sample_is_found_out(tmp_path: Path, good: bytes) -> None:
     assert import_table(path) == TABLE
     with pytest.raises(CacheError, match="its measurements have digest"):
         read_bundle(path, measurements=True)
+    with pytest.raises(CacheError, match="its measurements have digest"):
+        merge_files([path], tmp_path / "merged.db")
+    assert not (tmp_path / "merged.db").exists()
 
 
 def test_endless_numbers_in_samples_are_refused(tmp_path: Path, good: bytes) -> None:

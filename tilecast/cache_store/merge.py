@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tilecast._version import VERSION
 from tilecast.cache_store import models
-from tilecast.cache_store.bundle import check_exportable, read_bundle, seal_measurements
+from tilecast.cache_store.bundle import check_exportable, check_measurements, read_bundle, seal_measurements
 from tilecast.cache_store.files import replacing
 from tilecast.cache_store.resolve import Ages, Conflict, Resolution, check_merge_policy, resolve
 from tilecast.cache_store.rows import decision_configs, decision_row, settled
@@ -165,6 +165,7 @@ class _Builder:
                 new = self._sink.add(iter(stream)) if self._measurements else 0
                 if not self._measurements:
                     collections.deque(stream, maxlen=0)  # for the times alone
+                check_measurements(connection, database.name)
         except InputError as error:
             named = str(error).startswith(f"{database.name}: ")
             raise error if named else CacheError(f"{database.name}: {error}; do not use it, export it again") from error
