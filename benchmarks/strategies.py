@@ -1,6 +1,6 @@
 """Compare search strategies over recorded sweeps: regret, measurements, simulated time; over many seeds.
 
-`python -m benchmarks.strategies FOLDER [--strategies a,b] [--seeds 20] [--out FILE.json] [--plot FILE.png]`. FOLDER
+`python -m benchmarks.strategies FOLDER [--strategies a,b] [--seeds 20] [--out FILE.json] [--plot FILE.svg]`. FOLDER
 holds sweeps as `python -m benchmarks.sweep` writes them. Every strategy tunes every layer from nothing, all buckets in
 one go, with times drawn from the sweeps. Regret is the chosen config's true time (the median of all recorded samples,
 the rounds' levels taken out) over the best of all
@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.regret_picture import picture
 from tilecast.autotune.calibrate import Calibration, nominal
 from tilecast.autotune.decide import decide
 from tilecast.autotune.levels import levelled
@@ -141,6 +142,24 @@ def summary(outcomes: Sequence[Outcome], seconds: Sequence[float]) -> dict[str, 
     }
 
 
+def by_file(outcomes: Sequence[Outcome]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the figures of every strategy for every recorded layer."""
+    found: dict[str, dict[str, list[Outcome]]] = {}
+    for o in outcomes:
+        found.setdefault(o.file, {}).setdefault(o.strategy, []).append(o)
+    return {
+        file: {
+            name: {
+                "median_regret": median(o.regret for o in of_name),
+                "p95_regret": percentile([o.regret for o in of_name], 95),
+                "share_of_exhaustive": sum(o.share for o in of_name) / len(of_name),
+            }
+            for name, of_name in of_file.items()
+        }
+        for file, of_file in found.items()
+    }
+
+
 def compare(
     folder: Path,
     names: Sequence[str],
@@ -187,6 +206,7 @@ def main() -> None:
     parser.add_argument("--policy", default="reproducible")
     parser.add_argument("--no-model", action="store_true", help="rank by what neighbours show alone")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="an SVG of the table")
     options = parser.parse_args()
     names = options.strategies.split(",")
     ranker_for = None if options.no_model else model_of(options.folder)
@@ -199,8 +219,11 @@ def main() -> None:
             f"{row['gain_over_default']:6.3f} {row['sampling_seconds']:7.1f}"
         )
     if options.out:
-        document = {"seeds": options.seeds, "summary": table, "outcomes": [asdict(o) for o in outcomes]}
+        document = {"seeds": options.seeds, "folder": options.folder.name, "summary": table, "files": by_file(outcomes)}
         options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        title = f"{options.seeds} seeds over {options.folder.parent.name}"
+        options.plot.write_text(picture(title, table), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.gpu.record import OutOfTime, Record, Setup
 from benchmarks.gpu.shapes import find_shape
 from tilecast.autotune.plan import make_plan
+from tilecast.autotune.search.exhaustive import Exhaustive
 from tilecast.autotune.tuner import measure_plan
 from tilecast.cache_store.store import open_store
 from tilecast.engine.runtime import default_registry
@@ -14,13 +15,14 @@ from tilecast.environment import environment_for
 from tilecast.evidence import Measurement
 
 MARGIN_S = 5.0
+EVERYTHING = Exhaustive(rounds=1, samples=5)
 
 
 def run(setup: Setup, record: Record) -> dict[str, Any]:
     """Measure one layer at one token count; cut by the run's end, it goes on from the store.
 
-    Rounds are one: the second would drop what is slow, and the slow ones are what a replay needs too. The policy
-    is `fastest`, under which nothing is left out for its numerics class.
+    One round, of every config: the slow ones are what a replay needs, too. The policy is `fastest`, under which nothing
+    is left out for its numerics class.
     """
     name, _, count = record.unit.rpartition(".T")
     layer = find_shape(name, tiny=setup.tiny).layer
@@ -30,7 +32,8 @@ def run(setup: Setup, record: Record) -> dict[str, Any]:
         raise OutOfTime
     setup.out.mkdir(parents=True, exist_ok=True)
     with open_store(setup.out / "sweep.db") as store:
-        done = measure_plan(plan, store, default_registry(), rounds=1, budget_s=budget_s if setup.deadline else None)
+        limit = budget_s if setup.deadline else None
+        done = measure_plan(plan, store, default_registry(), strategy=EVERYTHING, budget_s=limit)
         if done.cut:
             print(f"    {record.unit}: {done.measured} measured, {done.cut} left", flush=True)
             raise OutOfTime

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.strategies import compare, summary
+from benchmarks.regret_picture import picture
+from benchmarks.strategies import by_file, compare, summary
 from tests.autotune.fake_times import FakeTimes
 from tests.autotune.shared import HERE, LAYER
 from tests.torch_kernel import TorchKernel
@@ -181,6 +183,13 @@ def test_strategies_are_compared_by_regret_and_cost(
     of_ranked = [o for o in outcomes if o.strategy == "ranked"]
     assert summary(of_ranked, [1.0]) == {**table["ranked"], "sampling_seconds": 1.0}
     assert all(o.regret >= 0 for o in outcomes)
+    files = by_file(outcomes)["layer"]
+    assert {name: row["median_regret"] for name, row in files.items()} == {
+        name: row["median_regret"] for name, row in table.items()
+    }
+    drawing = ElementTree.fromstring(picture("a < b", table))
+    texts = {element.text for element in drawing.iter() if element.text}
+    assert {"a < b", *table} <= texts
 
 
 def test_a_real_sweep_can_be_tuned_over() -> None:
