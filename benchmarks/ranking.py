@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.sweep import calibration_beside, sweep_files
 from tilecast.autotune.calibrate import Calibration, calibration_for
 from tilecast.autotune.rank import CostModel
 from tilecast.autotune.replay import Sweep, load_sweeps
@@ -108,13 +109,15 @@ def main() -> None:
     options = parser.parse_args()
     registry = default_registry()
     known: dict[str, Calibration] = {}
+    beside = calibration_beside(options.folder)
     found = []
-    for path in sorted(options.folder.glob("*.json")):
+    for path in sweep_files(options.folder):
         for sweep in load_sweeps(path):
             if len(sweep.ok) > 1:
-                found.append(
-                    judge(sweep, CostModel(sweep.environment, calibration_of(sweep, registry, known)), registry)
-                )
+                if beside is not None:
+                    known[sweep.environment.digest] = beside
+                model = CostModel(sweep.environment, calibration_of(sweep, registry, known))
+                found.append(judge(sweep, model, registry))
     if not found:
         raise SystemExit(f"{options.folder} holds no sweeps of at least two configs")
     print(table(found, known))

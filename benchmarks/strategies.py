@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.regret_picture import picture
-from tilecast.autotune.calibrate import Calibration, nominal
+from benchmarks.sweep import calibration_beside, sweep_files
+from tilecast.autotune.calibrate import nominal
 from tilecast.autotune.decide import decide
 from tilecast.autotune.levels import levelled
 from tilecast.autotune.plan import make_plan
@@ -33,7 +34,6 @@ from tilecast.evidence import percentile
 from tilecast.kernels.spec import Kernel, Registry
 from tilecast.problem import ExpertGemm, TileConfig
 
-CALIBRATION = "calibration.json"
 EXHAUSTIVE_SAMPLES = 20
 """Samples of every config in an exhaustive tuning; vLLM's takes the mean of as many."""
 
@@ -172,7 +172,7 @@ def compare(
     registry = default_registry()
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for path in sorted(path for path in folder.glob("*.json") if path.name != CALIBRATION):
+    for path in sweep_files(folder):
         sweeps = load_sweeps(path)
         truth = {(sweep.gemm, sweep.tokens): true_times(sweep) for sweep in sweeps}
         ranker = ranker_for(sweeps[0].environment, registry) if ranker_for else NoRanker()
@@ -188,10 +188,9 @@ def compare(
 
 def model_of(folder: Path) -> Callable[[Environment, Registry], Ranker]:
     """Return what makes a ranker: the cost model with the calibration kept beside the sweeps, else nominal rates."""
-    path = folder / CALIBRATION
+    known = calibration_beside(folder)
 
     def make(environment: Environment, registry: Registry) -> Ranker:
-        known = Calibration.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
         return ModelRanker(CostModel(environment, known or nominal(environment)), registry)
 
     return make

@@ -7,15 +7,17 @@ and goes on where it stopped. Stretches of measuring that other processes distur
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import json
 from pathlib import Path
 
+from tilecast.autotune.calibrate import Calibration, calibrate
 from tilecast.autotune.measure import DeviceMeasurer
 from tilecast.autotune.replay import load_sweeps, record_sweep, save_sweeps
 from tilecast.engine.runtime import default_registry
 from tilecast.environment import cpu_environment
 from tilecast.problem import ExpertLayer
 
+CALIBRATION = "calibration.json"
 TOKENS = (1, 4, 16, 64, 128, 256)
 LAYERS = {
     "mixtral-tp8-bf16": ExpertLayer(hidden=4096, intermediate=1792, experts=8, top_k=2),
@@ -29,6 +31,17 @@ LAYERS = {
 }
 
 
+def sweep_files(folder: Path) -> list[Path]:
+    """Return the files of sweeps in a folder, by name."""
+    return sorted(path for path in folder.glob("*.json") if path.name != CALIBRATION)
+
+
+def calibration_beside(folder: Path) -> Calibration | None:
+    """Return what the device of a folder of sweeps could do when they were recorded; None if that is not kept."""
+    path = folder / CALIBRATION
+    return Calibration.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
 def main() -> None:
     """Record what is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -40,9 +53,12 @@ def main() -> None:
     tokens = tuple(int(part) for part in options.tokens.split(","))
     options.out.mkdir(parents=True, exist_ok=True)
     environment, registry = cpu_environment(), default_registry()
+    if calibration_beside(options.out) is None:
+        probed = json.dumps(calibrate(environment, registry).to_json(), indent=1, sort_keys=True)
+        (options.out / CALIBRATION).write_text(probed + "\n", encoding="ascii")
     measurer = DeviceMeasurer(environment, registry)
     for name in options.layers.split(","):
-        layer, path = replace(LAYERS[name]), options.out / f"{name}.json"
+        layer, path = LAYERS[name], options.out / f"{name}.json"
         sweeps = load_sweeps(path) if path.exists() else []
         done = {(sweep.gemm, sweep.tokens) for sweep in sweeps}
         for gemm in layer.gemms:

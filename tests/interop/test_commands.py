@@ -101,3 +101,10 @@ def test_times_of_the_store_choose_the_shared_config(cli: Command, tmp_path: Pat
     export_table(table, tmp_path / "tuned.db", times)
     assert cli("cache", "export", tmp_path / "tuned.db", tmp_path / "out", "--format", "vllm").code == 0
     assert vllm_runs(tmp_path / "out", H200.device, 8, 3584, 8)["BLOCK_SIZE_N"] == 256
+
+
+@pytest.mark.parametrize("option", [("--policy", "ours"), ("--relax", "torch"), ("--store", "store.db")])
+def test_what_is_about_decisions_is_refused_for_hints(cli: Command, tmp_path: Path, option: tuple[str, str]) -> None:
+    file = tmp_path / "E=8,N=64,device_name=NVIDIA_H200.json"
+    file.write_text("{}")
+    cli("cache", "import", file, "--format", "vllm", *option).failed(2, option[0])

@@ -16,6 +16,8 @@ from tilecast.cli._stores import Origin, check_configs, origins, read_file, stor
 from tilecast.errors import UsageError
 from tilecast.settings import Settings
 
+THEIRS = "theirs"
+
 
 def import_(
     files: Annotated[
@@ -30,7 +32,7 @@ def import_(
             metavar="POLICY",
             help="What to keep where the store decides the same: theirs (the file's), ours, best, newest, error.",
         ),
-    ] = "theirs",
+    ] = THEIRS,
     relax: RelaxOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -61,6 +63,8 @@ def import_(
     if format_ != OWN_FORMAT:
         if store is not None:
             raise UsageError(f"--store is given with --format {format_}, whose files are kept in the cache folder")
+        if policy != THEIRS or fields:
+            raise UsageError(f"--policy and --relax are about decisions, files of {format_} hold hints only")
         import_from_engine(output, format_, files, settings.cache_dir / "peers")
         return
     if len(files) != 1:
