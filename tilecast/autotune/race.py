@@ -9,6 +9,7 @@ from functools import partial
 from statistics import median
 from typing import Protocol
 
+from tilecast.autotune.contention import MIN_STRETCH_S
 from tilecast.autotune.gate import Verdict
 from tilecast.autotune.measure import Measurer, device_lost, failure
 from tilecast.autotune.peers import Peers
@@ -366,8 +367,10 @@ class _Stretch:
                 break
             self._session.disturbed += 1
             time.sleep(PAUSE_S)
-            start = self._watch.read()
+            start, began = self._watch.read(), time.monotonic()
             self._held = [(take, take() if m.status == "ok" else m) for take, m in self._held]
+            # Without its gate a stretch may be too short for the counters to tell.
+            time.sleep(max(0.0, MIN_STRETCH_S - (time.monotonic() - began)))
             reason = self._watch.disturbed(start, self._watch.read())
         found = [m if reason is None or m.status != "ok" else replace(m, detail=reason) for _, m in self._held]
         self._held = []

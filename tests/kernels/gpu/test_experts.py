@@ -69,10 +69,16 @@ def fitted(layer: ExpertLayer, variant: str) -> ExpertLayer:
     return dataclasses.replace(layer, hidden=hidden, intermediate=intermediate)
 
 
+def variant_for(variant: str, dtype: str) -> tuple[TritonExperts, TileConfig]:
+    """Return the kernel and its config; without tensor cores a thread holds fewer values."""
+    kernel, config = VARIANTS[variant]
+    return kernel, config.with_params(block_n=64, block_k=64) if dtype == "fp32" and variant == "split-K" else config
+
+
 def given_for(variant: str, layer: ExpertLayer, tokens: int, routing: str = "uniform", dtype: str = "bf16") -> Operands:
     few = min(tokens, 6 if "decode" in variant or variant == "split-K" else 24)
     given = operands(dataclasses.replace(fitted(layer, variant), dtype=dtype), few, routing)
-    kernel, config = VARIANTS[variant]
+    kernel, config = variant_for(variant, dtype)
     for gemm in given.layer.gemms:
         reason = kernel.rejects(gemm, HERE) or kernel.invalid(gemm, config, HERE)
         assert reason is None, reason
@@ -90,7 +96,8 @@ def matrix() -> Iterator[object]:
 
 @pytest.mark.parametrize(("case", "variant", "dtype"), list(matrix()))
 def test_matches_the_oracle(case: Case, variant: str, dtype: str) -> None:
-    assert_both_gemms(*VARIANTS[variant], given_for(variant, case.layer, case.tokens, case.routing, dtype))
+    given = given_for(variant, case.layer, case.tokens, case.routing, dtype)
+    assert_both_gemms(*variant_for(variant, dtype), given)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
