@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -10,12 +11,14 @@ import pytest
 from tests.engine.tables import LAYER, default_config
 from tests.engine.test_group import Ranks
 from tests.torchrun.small_kernel import small_registry
+from tilecast.autotune.calibrate import Calibration, nominal
+from tilecast.autotune.device_lock import device_lock
 from tilecast.autotune.plan import make_plan
 from tilecast.cache_store.store import open_store
 from tilecast.engine.group import Group
-from tilecast.engine.tuning import _WatchingVerifier, tune_together
+from tilecast.engine.tuning import _tools, _WatchingVerifier, tune_together
 from tilecast.environment import cpu_environment
-from tilecast.errors import AgreementError
+from tilecast.errors import AgreementError, DeviceError
 from tilecast.evidence import TuningTable
 from tilecast.problem import Bucket
 
@@ -54,3 +57,24 @@ def test_the_class_check_ends_when_another_rank_failed() -> None:
     verifier = _WatchingVerifier(cast(Group, Failed()), HERE, small_registry())
     with pytest.raises(AgreementError, match="rank 1 died"):
         verifier.verify(LAYER.up, default_config(LAYER.up, 1), Bucket(above=0, tokens=1))
+
+
+def test_rank_0_probes_the_device_once_while_the_job_holds_it(monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
+    probes: list[bool] = []
+
+    def probe(*_: object, **__: object) -> Calibration:
+        held = True
+        with suppress(DeviceError), device_lock(HERE, timeout_s=0.0, job="another"):
+            held = False
+        probes.append(held)
+        return nominal(HERE)
+
+    monkeypatch.setenv("TM_GEMM_SANDBOX", "0")
+    monkeypatch.setattr("tilecast.engine.tuning.calibration_for", probe)
+
+    def start(group: Group) -> bool:
+        with _tools(make_plan([LAYER], (1,), HERE), small_registry(), group) as tools:
+            return tools.ranker is not None
+
+    assert Ranks(2).run(start) == [True, True]
+    assert probes == [True]

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -316,11 +317,13 @@ def calibration_for(
     folder: Path | None = None,
     probe: Probe | None = None,
     watch: CpuWatch | None = None,
+    hold: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Calibration:
     """Return the kept calibration of an environment; else probe it; the nominal one of a device that is not here.
 
     `folder` is the user's cache folder, where a probe is kept; None keeps none. Where others used the CPUs
     meanwhile, nominal figures stand in for lower ones, until a later call finds the CPUs quiet and probes again.
+    `hold` is entered for the time of a probe; what it raises is raised.
     """
     watch = watch or CpuWatch()
     kept = None if folder is None else load_calibration(folder, environment)
@@ -328,9 +331,10 @@ def calibration_for(
         return kept
     if probe is None and not is_here(environment):
         return nominal(environment)
-    start = watch.read()
-    found = calibrate(environment, registry, probe)
-    stolen = watch.stolen(start, watch.read())
+    with hold():
+        start = watch.read()
+        found = calibrate(environment, registry, probe)
+        stolen = watch.stolen(start, watch.read())
     if environment.device_kind == "cpu" and contended(stolen):
         logger.info("others used %.0f%% of the CPUs while this device's limits were probed", 100 * (stolen or 0))
         found = at_least(found, nominal(environment))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tilecast.autotune.calibrate import Calibration, calibration_for
+from tilecast.autotune.calibrate import Calibration, calibration_for, nominal
 from tilecast.autotune.device_lock import device_lock
 from tilecast.autotune.measure import DeviceMeasurer, Measurer
 from tilecast.autotune.plan import Plan
@@ -18,11 +19,17 @@ from tilecast.autotune.rank import CostModel, ModelRanker
 from tilecast.autotune.sandbox import SandboxMeasurer, expected_launch_s
 from tilecast.autotune.tuner import Ranker
 from tilecast.autotune.watches import Watch, watch_for
+from tilecast.environment import Environment
+from tilecast.errors import DeviceError
 from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertGemm
 
+logger = logging.getLogger(__name__)
+
 LOCK_TIMEOUT_S = 600.0
 """How long one of several ranks waits for its device: two jobs that hold devices crosswise would wait for ever."""
+PROBE_TIMEOUT_S = 10.0
+"""How long a forecast waits to probe: it is asked for an estimate, and the other tuning may take hours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +48,14 @@ def device_tools(
     registry: Registry,
     *,
     folder: Path | None = None,
-    calibration: Calibration | None = None,
+    calibrate: Callable[[], Calibration] | None = None,
     ranks: int = 1,
     sandbox: bool = True,
 ) -> Iterator[Tools]:
     """Hold the device that `plan` is about, and give what measures on it.
 
-    `calibration` is by default this device's, kept in `folder`. `sandbox` measures in a process of its own, which a
+    `calibrate` gives the device's limits and is called while the device is held, as other users would disturb a probe;
+    by default it gives this device's, kept in `folder`. `sandbox` measures in a process of its own, which a
     candidate that hangs or crashes costs, and not the tuning. Of several `ranks` on a CPU each is what disturbs the
     others, as it will in production: nothing is watched then. Raises DeviceError where the device cannot be had.
     """
@@ -55,7 +63,8 @@ def device_tools(
     factory = partial(DeviceMeasurer, environment, registry, routing=plan.routing_profile)
     with ExitStack() as stack:
         stack.enter_context(device_lock(environment, timeout_s=LOCK_TIMEOUT_S if ranks > 1 else None))
-        model = CostModel(environment, calibration or calibration_for(environment, registry, folder=folder))
+        limits = calibration_for(environment, registry, folder=folder) if calibrate is None else calibrate()
+        model = CostModel(environment, limits)
         measurer: Measurer
         pids = None
         if sandbox:
@@ -70,6 +79,17 @@ def device_tools(
             watch=watch_for(environment, pids=pids) if is_gpu or ranks == 1 else None,
             ahead=stack.enter_context(Precompiler(registry, environment)) if is_gpu else None,
         )
+
+
+def limits_for_forecast(environment: Environment, registry: Registry, *, folder: Path) -> Calibration:
+    """Return the limits kept in `folder`, or probed while the device is held; nominal ones where others hold it."""
+    try:
+        return calibration_for(
+            environment, registry, folder=folder, hold=partial(device_lock, environment, timeout_s=PROBE_TIMEOUT_S)
+        )
+    except DeviceError as error:
+        logger.warning("the forecast goes by nominal limits, as this device was not probed: %s", error)
+        return nominal(environment)
 
 
 def _expected_s(model: CostModel, registry: Registry, gemm: ExpertGemm, tokens: int) -> float:

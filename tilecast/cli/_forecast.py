@@ -29,15 +29,15 @@ def report_forecast(
 ) -> None:
     """Print the forecast for layers and their token counts on this device. Raises DeviceError where nothing runs."""
     from tilecast import environment
-    from tilecast.autotune.calibrate import calibration_for
     from tilecast.autotune.forecast import forecast, overhead_s
     from tilecast.autotune.plan import make_plan
     from tilecast.autotune.rank import CostModel, ModelRanker
+    from tilecast.autotune.tools import limits_for_forecast
     from tilecast.cache_store.memory import MemoryStore
     from tilecast.kernels import registry
 
     here = environment.here()
-    model = CostModel(here, calibration_for(here, registry, folder=folder))
+    model = CostModel(here, limits_for_forecast(here, registry, folder=folder))
     tasks: list[TaskForecast] = []
     more_s = 0.0
     by_tokens: dict[tuple[int, ...], list[ExpertLayer]] = {}

@@ -149,12 +149,15 @@ class _Given:
 def _tools(plan: Plan, registry: Registry, group: Group) -> AbstractContextManager[Tools]:
     """Return this rank's tools. All rank by rank 0's calibration, as they must take the same steps."""
     settings = Settings.from_environment()
-    found = calibration_for(plan.environment, registry, folder=settings.cache_dir) if group.rank == 0 else None
-    payload = None if found is None else canonical_json(found.to_json()).encode("ascii")
-    calibration = Calibration.from_json(json.loads(group.broadcast("calibration", payload)))
-    return device_tools(
-        plan, registry, calibration=calibration, ranks=group.world_size, sandbox=settings.sandbox
-    )  # fmt: skip
+
+    def calibrate() -> Calibration:
+        payload = None
+        if group.rank == 0:
+            found = calibration_for(plan.environment, registry, folder=settings.cache_dir)
+            payload = canonical_json(found.to_json()).encode("ascii")
+        return Calibration.from_json(json.loads(group.broadcast("calibration", payload)))
+
+    return device_tools(plan, registry, calibrate=calibrate, ranks=group.world_size, sandbox=settings.sandbox)
 
 
 def _outside_hints(plan: Plan, store: Store, group: Group) -> Hints:
