@@ -17,10 +17,6 @@ from tilecast.autotune.calibrate import (
     calibration_file,
     calibration_for,
     device_key,
-    expected_check_s,
-    expected_compile_s,
-    expected_pack_s,
-    expected_sample_s,
     is_here,
     library_flops_s,
     load_calibration,
@@ -28,6 +24,7 @@ from tilecast.autotune.calibrate import (
 )
 from tilecast.autotune.clock import HostClock
 from tilecast.autotune.contention import Reading
+from tilecast.autotune.costs import expected_check_s, expected_compile_s, expected_pack_s, expected_sample_s
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError
 from tilecast.kernels.gpu.target import TARGETS

@@ -5,13 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from tilecast.autotune.calibrate import (
-    Calibration,
-    expected_check_s,
-    expected_compile_s,
-    expected_pack_s,
-    expected_sample_s,
-)
+from tilecast.autotune.calibrate import Calibration
+from tilecast.autotune.costs import expected_check_s, expected_compile_s, expected_pack_s, expected_sample_s
 from tilecast.autotune.gate import Verdict
 from tilecast.autotune.plan import Plan
 from tilecast.autotune.prescreen import anchors, prescreen

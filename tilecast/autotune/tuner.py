@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from tilecast.autotune.budget import Budget, expected_cost_s
 from tilecast.autotune.classes import Verifier
 from tilecast.autotune.decide import decide
 from tilecast.autotune.measure import DeviceMeasurer, Measurer
+from tilecast.autotune.neighbours import Shown, best_of_nearest, drawn, medians, nearness
 from tilecast.autotune.peers import Alone, Peers
 from tilecast.autotune.plan import Plan, Task
 from tilecast.autotune.prescreen import Candidate, Prescreened, anchors, prescreen
@@ -20,23 +21,16 @@ from tilecast.autotune.race import Ahead, Entry, Progress, Race, RaceState, Sess
 from tilecast.autotune.search import Strategy, strategy_for
 from tilecast.autotune.timing import Timing, breaks_class
 from tilecast.autotune.watches import Watch
-from tilecast.canonical import digest
 from tilecast.errors import UsageError
 from tilecast.evidence import Measurement, TuningTable
 from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertGemm, TileConfig, tokens_text
 from tilecast.store import Store
 
-__all__ = ["Progress", "TaskReport", "TuningRun", "decide", "measure_plan", "tune"]
+__all__ = ["Progress", "TaskReport", "TuningRun", "broken_classes", "decide", "latest_run", "measure_plan", "tune"]
 
 EFFORT = "standard"
 MIN_BUDGET_S = 1e-3
-HINTS = 2
-"""The best configs of the buckets measured before start in the next one."""
-OTHER_GEMM = 0.5
-OTHER_LAYER = 0.6
-BUCKET_STEP = 0.35
-"""How near a task is whose GEMM, layer, or bucket (by a factor of two in tokens) is another."""
 OWN_ROUNDS = 4.0
 """What the task itself has shown counts this many times a neighbour's."""
 
@@ -173,9 +167,9 @@ def tune(
             plan, store, registry, measurer=measurer, budget_s=left, progress=progress, fresh=fresh,
             strategy=strategy, ranker=ranker, watch=watch, ahead=ahead, seed=seed,
         )  # fmt: skip
-        before = _broken(plan, store)
+        before = broken_classes(plan, store)
         table = decide(plan, store, registry, verify=verify, verifier=verifier, weights=weights)
-        if _broken(plan, store) == before:
+        if broken_classes(plan, store) == before:
             break
         # What failed its class check may have driven others out of the race; without it they run on.
         fresh = False
@@ -183,13 +177,14 @@ def tune(
     return table
 
 
-def _broken(plan: Plan, store: Store) -> set[str]:
+def broken_classes(plan: Plan, store: Store) -> set[str]:
+    """Return the keys of the measurements of `plan` that found a config's bits not those of its class."""
     found = store.measurements(environment=plan.environment.digest, routing=plan.routing)
     return {m.key for m in found if breaks_class(m)}
 
 
 def _open_session(plan: Plan, store: Store, measurer: Measurer, peers: Peers, *, fresh: bool) -> Session:
-    merged, _ = peers.merge(_of_latest_run(plan, store), False)
+    merged, _ = peers.merge(latest_run(plan, store), False)
     tokens = {bucket.tokens for bucket in plan.buckets}
     runs = [m for m in merged if m.tokens in tokens]
     run = max((m.run for m in runs), default=0)
@@ -206,7 +201,7 @@ def _open_session(plan: Plan, store: Store, measurer: Measurer, peers: Peers, *,
     return session
 
 
-def _of_latest_run(plan: Plan, store: Store) -> list[Measurement]:
+def latest_run(plan: Plan, store: Store) -> list[Measurement]:
     """Return what a tuning of `plan` goes on with: the latest run, and every class that was found broken.
 
     Earlier runs are left out, as all of this is sent to all ranks. A config that broke its class at any number
@@ -297,19 +292,19 @@ class _Loop:
         configs = [c.config for c in eligible]
         predicted = self._ranker.rank(gemm, bucket.tokens, configs)
         neighbours = [
-            Neighbour(times=seen.times, predicted=seen.predicted, weight=_nearness(seen, gemm, bucket.tokens))
+            Neighbour(times=seen.times, predicted=seen.predicted, weight=nearness(seen, gemm, bucket.tokens))
             for seen in self._seen
         ]
 
         def expectation(timings: Mapping[TileConfig, Timing]) -> Expectation:
-            own = Neighbour(times=_medians(timings), predicted=predicted, weight=OWN_ROUNDS)
+            own = Neighbour(times=medians(timings), predicted=predicted, weight=OWN_ROUNDS)
             return expect(configs, predicted, [*neighbours, own])
 
         entry = Entry(
             candidates=eligible,
             must=tuple(c.config for c in eligible if c.is_default or c.is_anchor),
             hints=self._started(gemm, bucket.tokens, configs),
-            drawn=_drawn(configs, self._seed),
+            drawn=drawn(configs, self._seed),
         )
         race = Race(
             self._session,
@@ -324,13 +319,13 @@ class _Loop:
         cut = race.run()
         timings = race.timings()
         if timings:
-            self._seen.append(Shown(gemm=gemm, tokens=bucket.tokens, times=_medians(timings), predicted=predicted))
+            self._seen.append(Shown(gemm=gemm, tokens=bucket.tokens, times=medians(timings), predicted=predicted))
         return cut
 
     def _started(self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig]) -> tuple[TileConfig, ...]:
         """Return what starts besides what is expected to be good: the neighbours' best, and what came from outside."""
         given = () if self._hints is None else self._hints(gemm, tokens)
-        own = _hints(self._seen, gemm, tokens, set(configs))
+        own = best_of_nearest(self._seen, gemm, tokens, set(configs))
         return tuple(dict.fromkeys([*own, *(config for config in given if config in configs)]))
 
     def _report(self, number: int, candidates: int, state: RaceState) -> None:
@@ -369,44 +364,3 @@ def _eligible(screened: Prescreened, policy: str, broken: set[TileConfig]) -> tu
         return screened.candidates
     # Nothing else could be chosen, and would only crowd out what can; the default races whatever it is.
     return tuple(c for c in screened.candidates if c.is_default or (c.batch_invariant and c.config not in broken))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """What a finished task has shown: the medians in µs of the configs that ran, and what was expected of them."""
-
-    gemm: ExpertGemm
-    tokens: int
-    times: Mapping[TileConfig, float]
-    predicted: Mapping[TileConfig, float]
-
-
-def _medians(timings: Mapping[TileConfig, Timing]) -> dict[TileConfig, float]:
-    return {config: timing.p50_us for config, timing in timings.items()}
-
-
-def _nearness(seen: Shown, gemm: ExpertGemm, tokens: int) -> float:
-    """Return how much a task says about another one (0 to 1)."""
-    near = math.exp(-BUCKET_STEP * abs(math.log2(seen.tokens / tokens)))
-    if seen.gemm.name != gemm.name:
-        near *= OTHER_GEMM
-    if seen.gemm.layer != gemm.layer:
-        near *= OTHER_LAYER
-    return near
-
-
-def _hints(
-    shown: Sequence[Shown], gemm: ExpertGemm, tokens: int, configs: Collection[TileConfig]
-) -> tuple[TileConfig, ...]:
-    """Return the best configs of the nearest tasks that are candidates here."""
-    found: dict[TileConfig, None] = {}
-    for seen in sorted(shown, key=lambda seen: -_nearness(seen, gemm, tokens)):
-        best = min(seen.times, key=lambda config: (seen.times[config], config.sort_key))
-        if best in configs:
-            found[best] = None
-    return tuple(found)[:HINTS]
-
-
-def _drawn(configs: Sequence[TileConfig], seed: int) -> tuple[TileConfig, ...]:
-    """Return the configs in an order that favours no corner of the space."""
-    return tuple(sorted(configs, key=lambda config: digest({"seed": seed, "config": config.digest})))

@@ -13,12 +13,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Table, create_engine, func, insert, select, update
+from sqlalchemy import Connection, Table, create_engine, func, insert, select
 
 from tilecast._version import VERSION
 from tilecast.cache_store import models
 from tilecast.cache_store.files import Header, check_writable, read_header, regular_size, write_atomically
-from tilecast.cache_store.queries import measurements_digest, read_measurements, read_table
+from tilecast.cache_store.queries import read_measurements, read_table
 from tilecast.cache_store.rows import (
     Keyed,
     Row,
@@ -30,6 +30,7 @@ from tilecast.cache_store.rows import (
     storable,
 )
 from tilecast.cache_store.schema import check_store_revision
+from tilecast.cache_store.seal import check_measurements, check_table, seal_measurements
 from tilecast.cache_store.session import open_sqlite
 from tilecast.cache_store.store import SqlStore, open_store, sqlite_path
 from tilecast.errors import CacheError, InputError, SchemaError
@@ -246,11 +247,6 @@ def _database_bytes(table: TuningTable, measurements: Sequence[Measurement]) -> 
         engine.dispose()
 
 
-def seal_measurements(connection: Connection) -> None:
-    """Write the digest of all measurements into a file that is being exported, after its last row."""
-    connection.execute(update(models.export).values(measurements_digest=measurements_digest(connection)))
-
-
 def _export_rows(table: TuningTable, measurements: Sequence[Measurement]) -> list[tuple[Table, list[Row]]]:
     layers = [d.layer for d in table.decisions] + [m.gemm.layer for m in measurements]
     configs = [c for d in table.decisions for c in decision_configs(d)] + [m.config for m in measurements]
@@ -346,7 +342,7 @@ def _read(connection: Connection, header: Header, name: str, *, measurements: bo
             raise CacheError(f"{name}: has {rows} {table.name} rows, more than the {MAX_ROWS[table.name]} allowed")
     found = read_table(connection, all_environments=header.is_export)
     _check_printable(connection, found, name)
-    producer = _check_export(connection, found, name) if header.is_export else ""
+    producer = check_table(connection, found, name) if header.is_export else ""
     kept = read_measurements(connection) if measurements else []
     if measurements:
         check_measurements(connection, name)
@@ -370,44 +366,3 @@ def _check_printable(connection: Connection, table: TuningTable, name: str) -> N
     for text in texts:
         if CONTROL_CHARACTER.search(text) or len(text) > MAX_NAME:
             raise CacheError(f"{name}: holds the name {text[:60]!r}, expected at most {MAX_NAME} printable characters")
-
-
-def check_measurements(connection: Connection, name: str) -> None:
-    """Raise CacheError unless measurements, whose values are checked by now, are those that the file was sealed with.
-
-    Stores, files of format 1, and files whose writer did not look at its measurements have no seal.
-    """
-    export = models.export.c.measurements_digest
-    sqlite = connection.dialect.name == "sqlite"
-    if not sqlite or export.name not in {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(export)")}:
-        return
-    stored = connection.execute(select(export)).scalar_one()
-    if stored is None:
-        return
-    actual = measurements_digest(connection)
-    if stored != actual:
-        raise CacheError(
-            f"{name}: its measurements have digest {actual[:12]}, it says {str(stored)[:12]}; "
-            f"it was changed after the export, so do not use it, export it again"
-        )
-
-
-def _check_export(connection: Connection, table: TuningTable, name: str) -> str:
-    columns = (models.export.c.table_digest, models.export.c.table_format, models.export.c.producer)
-    rows = connection.execute(select(*columns).limit(2)).all()
-    if len(rows) != 1:
-        raise CacheError(
-            f"{name}: has {'several' if rows else 'no'} rows in its export table, expected 1; export it again"
-        )
-    stored, table_format, producer = rows[0]
-    if table_format != TABLE_FORMAT:
-        raise SchemaError(
-            f"{name}: has table format {table_format!r}, this Tilecast reads {TABLE_FORMAT}; "
-            f"upgrade Tilecast (`pip install --upgrade tilecast`) or export the table again with this one"
-        )
-    if stored != table.digest:
-        raise CacheError(
-            f"{name}: its decisions have digest {table.digest[:12]}, it says {str(stored)[:12]}; "
-            f"it was changed after the export, so do not use it, export it again"
-        )
-    return str(producer)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
-
-import torch
 
 from tilecast.autotune.calibrate import Calibration, calibration_for
 from tilecast.autotune.classes import ClassVerifier
@@ -22,22 +20,21 @@ from tilecast.autotune.plan import Plan
 from tilecast.autotune.ranks import slow_ranks
 from tilecast.autotune.routing_profiles import RoutingProfile, as_profile
 from tilecast.autotune.search import strategy_for
-from tilecast.autotune.timing import breaks_class
 from tilecast.autotune.tools import Tools, device_tools
-from tilecast.autotune.tuner import EFFORT, MIN_BUDGET_S, Hints, decide, measure_plan
+from tilecast.autotune.tuner import EFFORT, MIN_BUDGET_S, Hints, broken_classes, decide, latest_run, measure_plan
 from tilecast.autotune.warm import warm_hints
 from tilecast.cache_store.interop.peers import PeerFolder
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.canonical import Json, canonical_json
 from tilecast.engine.agreement import agree_on_environment, agree_on_table, gather_layers
+from tilecast.engine.anchored import anchored_registry
 from tilecast.engine.group import Group
 from tilecast.engine.runtime import Runtime, default_registry
 from tilecast.environment import Environment
 from tilecast.errors import AgreementError, UsageError
 from tilecast.evidence import Measurement, TuningTable
-from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel, Registry, numerics_class
-from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, GemmName, ParamValue, TileConfig
+from tilecast.kernels.spec import Registry
+from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, GemmName, TileConfig
 from tilecast.settings import Settings
 from tilecast.store import Store
 
@@ -120,10 +117,10 @@ def tune_together(
             )
             decided, settled = None, True
             if group.rank == 0:
-                before = _broken(agreed, own)
+                before = broken_classes(agreed, own)
                 verifier = _WatchingVerifier(group, agreed.environment, kernels)
                 decided = decide(agreed, own, kernels, verifier=verifier, weights=search.weights)
-                settled = _broken(agreed, own) == before
+                settled = broken_classes(agreed, own) == before
             # Configs that failed the class check may have driven others out of the race: those run on without.
             if group.broadcast("settled", b"yes" if settled else b"no") == b"yes":
                 break
@@ -131,7 +128,7 @@ def tune_together(
         table = agree_on_table(group, decided)
         if group.rank == 0:
             own.put_decisions(list(table.decisions))
-            for slow in slow_ranks(_of_plan(agreed, own)):
+            for slow in slow_ranks(latest_run(agreed, own)):
                 logger.warning("%s", slow)
     return table
 
@@ -183,19 +180,6 @@ def _outside_hints(plan: Plan, store: Store, group: Group) -> Hints:
         for (gemm, bucket), configs in zip(plan.tasks, lists, strict=True)
     }
     return lambda gemm, tokens: known[gemm, tokens]
-
-
-def _of_plan(plan: Plan, store: Store) -> list[Measurement]:
-    found: list[Measurement] = []
-    for gemm in plan.gemms:
-        found += store.measurements(environment=plan.environment.digest, gemm=gemm, routing=plan.routing)
-    latest = max((m.run for m in found), default=0)
-    return [m for m in found if m.run == latest]
-
-
-def _broken(plan: Plan, store: Store) -> set[str]:
-    found = store.measurements(environment=plan.environment.digest, routing=plan.routing)
-    return {m.key for m in found if breaks_class(m)}
 
 
 def tune_missing(
@@ -306,105 +290,8 @@ def _plans(
             environment=runtime.environment, layers=tuple(layers), buckets=lacking,
             policy=runtime.policy, routing=runtime.routing, profile=profile,
         )  # fmt: skip
-        found.append((plan, runtime.registry if decided is None else _anchored(runtime, decided)))
+        found.append((plan, runtime.registry if decided is None else anchored_registry(runtime, decided)))
     return found
-
-
-def _anchored(runtime: Runtime, layer: ExpertLayer) -> Registry:
-    """Return a registry of kernels that offer only what goes with `layer`'s decisions."""
-    anchor = runtime.anchor(layer)
-    anchors: dict[GemmName, tuple[Kernel, TileConfig]] = {
-        "up": (anchor.up_kernel, anchor.up), "down": (anchor.down_kernel, anchor.down),
-    }  # fmt: skip
-    return _AnchoredRegistry(tuple(_Anchored(kernel, anchors, runtime.policy) for kernel in runtime.registry), anchors)
-
-
-class _AnchoredRegistry(Registry):
-    """A registry whose defaults are of the anchors' kernels, which may be another for `up` than for `down`."""
-
-    def __init__(self, kernels: tuple[Kernel, ...], anchors: Mapping[GemmName, tuple[Kernel, TileConfig]]) -> None:
-        super().__init__(kernels)
-        self._anchors = anchors
-
-    def default_kernel(self, gemm: ExpertGemm, environment: Environment) -> Kernel:
-        return self[self._anchors[gemm.name][0].name]
-
-
-class _Anchored:
-    """A kernel restricted to configs with the layout, and under `reproducible` the class, of given ones."""
-
-    def __init__(self, kernel: Kernel, anchors: Mapping[GemmName, tuple[Kernel, TileConfig]], policy: str) -> None:
-        self.name = kernel.name
-        self.device_kind = kernel.device_kind
-        self.domain: dict[str, tuple[ParamValue, ...] | range] = kernel.domain
-        self._kernel = kernel
-        self._anchors = anchors
-        self._policy = policy
-
-    def rejects(self, gemm: ExpertGemm, environment: Environment) -> str | None:
-        kernel, anchor = self._anchors[gemm.name]
-        # Other layouts than the plain one mean something within one kernel only; classes are told by `invalid`,
-        # since kernels may share them.
-        if self._kernel is not kernel and (layout := kernel.layout(gemm, anchor)) != PLAIN:
-            return f"the layer's weights are stored as {layout} of {kernel.name}"
-        return self._kernel.rejects(gemm, environment)
-
-    def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
-        return self._kernel.space(gemm, tokens, environment)
-
-    def invalid(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> str | None:
-        kernel, anchor = self._anchors[gemm.name]
-        layout = kernel.layout(gemm, anchor)
-        if self._kernel.layout(gemm, config) != layout:
-            return f"the layer's weights are stored as {layout}"
-        if self._policy == "reproducible":
-            wanted = numerics_class(kernel, gemm, anchor, environment)
-            if numerics_class(self._kernel, gemm, config, environment) != wanted:
-                return "the layer is decided for another numerics class"
-        return self._kernel.invalid(gemm, config, environment)
-
-    def default(
-        self, gemm: ExpertGemm, tokens: int, environment: Environment, like: TileConfig | None = None
-    ) -> TileConfig:
-        kernel, anchor = self._anchors[gemm.name]
-        return self._kernel.default(gemm, tokens, environment, like or (anchor if kernel is self._kernel else None))
-
-    def numerics(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> dict[str, Json]:
-        return self._kernel.numerics(gemm, config, environment)
-
-    def batch_invariant(self, gemm: ExpertGemm, config: TileConfig) -> bool:
-        return self._kernel.batch_invariant(gemm, config)
-
-    def layout(self, gemm: ExpertGemm, config: TileConfig) -> str:
-        return self._kernel.layout(gemm, config)
-
-    def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
-        """Pass on."""
-        return self._kernel.order(gemm, config)
-
-    def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
-        return self._kernel.pack(weights, layout)
-
-    def up(
-        self,
-        config: TileConfig,
-        hidden: torch.Tensor,
-        weights: GemmWeights,
-        route: ExpertLayout,
-        out: torch.Tensor,
-    ) -> None:
-        self._kernel.up(config, hidden, weights, route, out)
-
-    def down(
-        self,
-        config: TileConfig,
-        intermediate: torch.Tensor,
-        weights: GemmWeights,
-        route: ExpertLayout,
-        topk_weights: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        self._kernel.down(config, intermediate, weights, route, topk_weights, out)
 
 
 # Measurements between ranks ----------------------------------------------------------------------------------

@@ -1,0 +1,57 @@
+"""What seals an exported file: the digests of its decisions and its measurements, written last and checked first."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, select, update
+
+from tilecast.cache_store import models
+from tilecast.cache_store.queries import measurements_digest
+from tilecast.errors import CacheError, SchemaError
+from tilecast.evidence import TABLE_FORMAT, TuningTable
+
+
+def seal_measurements(connection: Connection) -> None:
+    """Write the digest of all measurements into a file that is being exported, after its last row."""
+    connection.execute(update(models.export).values(measurements_digest=measurements_digest(connection)))
+
+
+def check_measurements(connection: Connection, name: str) -> None:
+    """Raise CacheError unless measurements, whose values are checked by now, are those that the file was sealed with.
+
+    Stores, files of format 1, and files whose writer did not look at its measurements have no seal.
+    """
+    export = models.export.c.measurements_digest
+    sqlite = connection.dialect.name == "sqlite"
+    if not sqlite or export.name not in {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(export)")}:
+        return
+    stored = connection.execute(select(export)).scalar_one()
+    if stored is None:
+        return
+    actual = measurements_digest(connection)
+    if stored != actual:
+        raise CacheError(
+            f"{name}: its measurements have digest {actual[:12]}, it says {str(stored)[:12]}; "
+            f"it was changed after the export, so do not use it, export it again"
+        )
+
+
+def check_table(connection: Connection, table: TuningTable, name: str) -> str:
+    """Return an export's producer. Raises CacheError, SchemaError unless its decisions are those it was sealed with."""
+    columns = (models.export.c.table_digest, models.export.c.table_format, models.export.c.producer)
+    rows = connection.execute(select(*columns).limit(2)).all()
+    if len(rows) != 1:
+        raise CacheError(
+            f"{name}: has {'several' if rows else 'no'} rows in its export table, expected 1; export it again"
+        )
+    stored, table_format, producer = rows[0]
+    if table_format != TABLE_FORMAT:
+        raise SchemaError(
+            f"{name}: has table format {table_format!r}, this Tilecast reads {TABLE_FORMAT}; "
+            f"upgrade Tilecast (`pip install --upgrade tilecast`) or export the table again with this one"
+        )
+    if stored != table.digest:
+        raise CacheError(
+            f"{name}: its decisions have digest {table.digest[:12]}, it says {str(stored)[:12]}; "
+            f"it was changed after the export, so do not use it, export it again"
+        )
+    return str(producer)
