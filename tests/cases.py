@@ -38,6 +38,7 @@ CASES = [
     Case("clamped", dataclasses.replace(SMALL, activation="swiglu_oai", bias=True), 9),
     Case("gelu", dataclasses.replace(ODD, activation="gelu"), 9),
     Case("gelu by tanh", dataclasses.replace(ODD, activation="gelu_tanh", gated=False), 9),
+    Case("identity", dataclasses.replace(ODD, activation="identity", gated=False, bias=True), 9),
     Case("relu", dataclasses.replace(SMALL, activation="relu"), 9),
     Case("longer than a chain", ExpertLayer(hidden=700, intermediate=513, experts=3, top_k=2), 11),
     Case("one column", ExpertLayer(hidden=1, intermediate=1, experts=1, top_k=1), 5),

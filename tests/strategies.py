@@ -36,6 +36,7 @@ def layers(draw: st.DrawFn) -> ExpertLayer:
     """Draw an expert layer, with and without expert parallelism."""
     experts = draw(SIZES)
     global_experts = draw(st.one_of(st.just(0), st.integers(experts, MAX_DIMENSION)))
+    activation = draw(st.sampled_from(ACTIVATIONS))
     return ExpertLayer(
         hidden=draw(SIZES),
         intermediate=draw(SIZES),
@@ -43,8 +44,8 @@ def layers(draw: st.DrawFn) -> ExpertLayer:
         top_k=draw(st.integers(1, global_experts or experts)),
         dtype=draw(st.sampled_from(sorted(DTYPES))),
         weight_format=draw(st.sampled_from(WEIGHT_FORMATS)),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
-        gated=draw(st.booleans()),
+        activation=activation,
+        gated=activation != "identity" and draw(st.booleans()),
         bias=draw(st.booleans()),
         global_experts=global_experts,
     )

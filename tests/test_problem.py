@@ -98,6 +98,16 @@ def test_gemms() -> None:
         ExpertGemm(layer=LAYER, name="side")  # type: ignore[arg-type]
 
 
+def test_identity_is_for_ungated_layers_alone() -> None:
+    assert replace(LAYER, activation="identity", gated=False).label == "E8 H4096 I1792 top2 bf16 identity-ungated"
+    with pytest.raises(InputError, match="'identity' with gated=true"):
+        replace(LAYER, activation="identity")
+
+
+def test_digests_of_layers_stay_what_stored_tables_have() -> None:
+    assert LAYER.digest == "f5642475da243c0dbefe96f0c5d461b69d9d0e3a6fd4f519d67ed3c93971e688"
+
+
 @pytest.mark.parametrize(
     ("layer", "label"),
     [

@@ -17,8 +17,8 @@ from tilecast.errors import ConfigError, InputError
 DTYPES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one element, by dtype name."""
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
-"""Names of the activations between the two GEMMs; `swiglu_oai` is gpt-oss's clamped form."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai", "identity")
+"""Names of the activations between the two GEMMs; `swiglu_oai` is gpt-oss's clamped form, `identity` none at all."""
 
 WEIGHT_FORMATS = ("dense",)
 MAX_DIMENSION = 1 << 24
@@ -76,6 +76,8 @@ class ExpertLayer:
         for name in ("gated", "bias"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected true or false")
+        if self.activation == "identity" and self.gated:
+            raise InputError("activation is 'identity' with gated=true, expected gated=false or another activation")
 
     @property
     def up(self) -> ExpertGemm:

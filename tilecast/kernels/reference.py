@@ -32,6 +32,7 @@ def activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> to
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
         "relu": F.relu,
         "relu2": lambda x: F.relu(x).square(),
+        "identity": lambda x: x,
     }
     if activation not in functions:
         raise InputError(f"activation is {activation!r}, expected one of {', '.join([*functions, 'swiglu_oai'])}")

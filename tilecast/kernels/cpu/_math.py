@@ -93,6 +93,8 @@ def activate(emit: Emit, name: str, gate: Value, up: Value | None) -> Value:
         cube = emit.fmul(emit.fmul(gate, gate), gate)
         inner = emit.fma(cube, const(emit, 0.044715), gate)
         value = sigmoid_times(emit, gate, emit.fmul(inner, const(emit, 2 * 0.7978845608028654)))
+    elif name == "identity":
+        value = gate
     else:
         value = emit.select_lanes("<", gate, const(emit, 0.0), const(emit, 0.0), gate)
         if name == "relu2":

@@ -54,6 +54,8 @@ def activate(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
         # 0.5 (1 + tanh y) is the logistic function of 2y.
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         value = gate * sigmoid(2.0 * inner)
+    elif ACTIVATION == "identity":
+        value = gate
     else:
         tl.static_assert(ACTIVATION == "relu" or ACTIVATION == "relu2")
         value = tl.where(gate < 0.0, 0.0, gate)
