@@ -101,6 +101,10 @@ class TorchKernel:
         data = weights.data.transpose(1, 2).contiguous()
         return GemmWeights(gemm=weights.gemm, layout=layout, data=data, bias=weights.bias)
 
+    def unpack(self, weights: GemmWeights) -> GemmWeights:
+        data = weights.data if weights.layout == PLAIN else weights.data.transpose(1, 2).contiguous()
+        return GemmWeights(gemm=weights.gemm, layout=PLAIN, data=data, bias=weights.bias)
+
     def up(
         self,
         config: TileConfig,

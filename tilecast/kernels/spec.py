@@ -88,6 +88,10 @@ class Kernel(Protocol):
         """Return `plain` weights stored in another layout. The plain tensor is left as it was."""
         ...
 
+    def unpack(self, weights: GemmWeights) -> GemmWeights:
+        """Return weights in any of this kernel's layouts as `plain` ones, bit for bit."""
+        ...
+
     def up(
         self,
         config: TileConfig,

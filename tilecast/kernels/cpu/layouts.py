@@ -61,6 +61,18 @@ def pack_panels(weights: torch.Tensor, gemm: ExpertGemm, panel: int, lanes: int)
     return packed
 
 
+def unpack_panels(packed: torch.Tensor, gemm: ExpertGemm, lanes: int) -> torch.Tensor:
+    """Return the plain weights [E, N, K] behind panels, exactly as they were packed. One expert at a time."""
+    experts, panels, steps, panel, per_step = packed.shape
+    order = column_order(gemm, lanes)
+    present = order >= 0
+    plain = torch.empty((experts, gemm.n, gemm.k), dtype=packed.dtype)
+    for expert in range(experts):
+        columns = packed[expert].transpose(1, 2).reshape(panels * panel, steps * per_step)
+        plain[expert].index_copy_(0, order[present], columns[present, : gemm.k])
+    return plain
+
+
 def _empty_on_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Allocate, and ask Linux for large pages before the first touch: weights are streamed, page walks cost."""
     tensor = torch.empty(shape, dtype=dtype)

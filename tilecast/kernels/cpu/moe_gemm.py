@@ -21,7 +21,7 @@ from tilecast.kernels.cpu._micro import CACHE_LINE
 from tilecast.kernels.cpu._moe import ARGS, FLUSH_K, Variant
 from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.kernels.cpu.jit import available_threads, load_variant, run
-from tilecast.kernels.cpu.layouts import pack_bias, pack_panels, padded_columns, padded_k
+from tilecast.kernels.cpu.layouts import pack_bias, pack_panels, padded_columns, padded_k, unpack_panels
 from tilecast.kernels.cpu.work import moe_gemm_work
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
@@ -185,6 +185,13 @@ class MoeGemm:
             raise ConfigError(f"{NAME}: weights in layout {weights.layout} cannot be packed as {layout}")
         data = pack_panels(weights.data, weights.gemm, panel_columns(layout), self.isa.lanes)
         return GemmWeights(gemm=weights.gemm, layout=layout, data=data, bias=weights.bias)
+
+    def unpack(self, weights: GemmWeights) -> GemmWeights:
+        """Return weights in any of this kernel's layouts as `plain` ones, bit for bit."""
+        if weights.layout == PLAIN:
+            return weights
+        data = unpack_panels(weights.data, weights.gemm, self.isa.lanes)
+        return GemmWeights(gemm=weights.gemm, layout=PLAIN, data=data, bias=weights.bias)
 
     def work(self, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
         """Return what a launch of a valid config does; counts are the rows of each local expert."""

@@ -134,6 +134,14 @@ class OneDnnLinear:
             data = tuple(prepack(weight, PACK_ROWS) for weight in weights.data)
         return GemmWeights(gemm=weights.gemm, layout=layout, data=data, bias=weights.bias)
 
+    def unpack(self, weights: GemmWeights) -> GemmWeights:
+        """Return weights in any of this kernel's layouts as `plain` ones, bit for bit."""
+        if weights.layout == PLAIN:
+            return weights
+        with torch.no_grad():
+            data = torch.stack([weight.to_dense() for weight in weights.data])
+        return GemmWeights(gemm=weights.gemm, layout=PLAIN, data=data, bias=weights.bias)
+
     def work(self, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
         """Return what a launch of a valid config does; counts are the rows of each local expert."""
         return onednn_work(gemm, config, environment, counts)

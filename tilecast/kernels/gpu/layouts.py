@@ -59,6 +59,19 @@ def relayout(weights: GemmWeights, layout: str) -> GemmWeights:
     return GemmWeights(gemm=gemm, layout=layout, data=data, bias=bias)
 
 
+def plain_again(weights: GemmWeights) -> GemmWeights:
+    """Return weights and bias of any layout here as `plain` ones, bit for bit."""
+    gemm, layout = weights.gemm, weights.layout
+    strides(gemm, layout)
+    data, bias = weights.data, weights.bias
+    if layout.startswith("kn"):
+        data = data.transpose(1, 2).contiguous()
+    if layout.endswith("interleaved") and gemm.name == "up" and gemm.layer.gated:
+        data = torch.cat((data[:, ::2], data[:, 1::2]), dim=1)
+        bias = None if bias is None else torch.cat((bias[:, ::2], bias[:, 1::2]), dim=1)
+    return GemmWeights(gemm=gemm, layout=PLAIN, data=data, bias=bias)
+
+
 def _alternate(stack: torch.Tensor) -> torch.Tensor:
     """Return [E, 2I, …] with rows g0, u0, g1, u1, … from one with all gate rows first."""
     gate, up = stack.chunk(2, dim=1)

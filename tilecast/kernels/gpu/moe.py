@@ -19,7 +19,7 @@ from tilecast.environment import Environment, gpu_toolchain
 from tilecast.errors import DeviceError
 from tilecast.kernels.gpu.build import Build, Constant
 from tilecast.kernels.gpu.checks import TRITON_TYPES, check_call, check_output, check_rows, check_weights
-from tilecast.kernels.gpu.layouts import Strides, relayout, strides
+from tilecast.kernels.gpu.layouts import Strides, plain_again, relayout, strides
 from tilecast.kernels.gpu.sorting import MAX_EXPERTS, DeviceLayout, TileMap, aligned
 from tilecast.kernels.gpu.target import Target, parse_target, target_of
 from tilecast.kernels.gpu.tiles import instruction, tile_reason
@@ -123,6 +123,10 @@ class TritonExperts(ABC):
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         """Return `plain` weights stored in another layout. The plain tensor is left as it was."""
         return relayout(weights, layout)
+
+    def unpack(self, weights: GemmWeights) -> GemmWeights:
+        """Return weights in any of this kernel's layouts as `plain` ones, bit for bit."""
+        return plain_again(weights)
 
     def work(self, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
         """Return what a launch of a valid config does; counts are the rows of each local expert."""
