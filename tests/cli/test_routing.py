@@ -13,6 +13,7 @@ from tilecast.autotune.record import Calls, LayerRecord, Load, ServingRecord
 from tilecast.autotune.routing_profiles import load_profile
 from tilecast.cache_store.bundle import import_table
 from tilecast.engine.runtime import use_table
+from tilecast.errors import DeviceError
 
 OTHER = replace(LAYER, hidden=32)
 BUDGET = ("--budget", "0.5s")
@@ -43,6 +44,31 @@ def test_exactly_what_was_missed_is_tuned(cli: Command, record: Path, tmp_path: 
     assert done.code == 0, done.err
     assert {(d.layer, d.bucket.tokens) for d in import_table(str(out)).decisions} == {(LAYER, 3), (OTHER, 2)}
     assert "5 calls missed, at 3 tokens" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [((), {1: 9 / 15, 2: 1 / 15, 3: 5 / 15}), ((SPEC,), {1: 9 / 14, 3: 5 / 14}), (("--weights", "3=1"), {3: 1.0})],
+)
+def test_calls_as_recorded_weigh_the_buckets_unless_weights_are_given(
+    cli: Command,
+    record: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    weights: dict[int, float],
+) -> None:
+    seen: list[object] = []
+
+    def decided(*given: object, **named: object) -> None:
+        seen.append(named["weights"])
+        raise DeviceError("far enough")
+
+    monkeypatch.setattr("tilecast.engine.tuning.decide", decided)
+    line = ["tune", "--from-record", record, "--tokens", "4", *BUDGET, *options]
+    done = cli(*line)
+    assert done.code != 0 and "far enough" in done.err
+    assert seen == [weights]
+    assert ("weights as recorded: 1=0.6" in done.err) == (weights != {3: 1.0})
 
 
 def test_a_recorded_histogram_is_tuned_for(cli: Command, record: Path, tmp_path: Path) -> None:

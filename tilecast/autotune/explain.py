@@ -146,7 +146,7 @@ def table_costs(
 ) -> dict[tuple[str, ...], ReproducibilityCost]:
     """Return the cost of reproducibility of each series of `reproducible` decisions, by `Decision.sort_key[:4]`.
 
-    A series whose measurements are not all there is left out.
+    A series whose measurements are not all there, or that `weights` give no share to, is left out.
     """
     environments = {e.digest: e for e in table.environments}
     by_series: dict[tuple[str, ...], list[Decision]] = {}
@@ -159,7 +159,10 @@ def table_costs(
         place = environments[series[0].environment]
         sides = {name: _Side.of(name, series, of_layer, place, registry) for name in GEMMS}
         if all(side.is_whole for side in sides.values()):
-            shares = None if weights is None else bucket_weights(weights, [d.bucket for d in series])
+            try:
+                shares = None if weights is None else bucket_weights(weights, [d.bucket for d in series])
+            except InputError:
+                continue  # Decisions that were there before, for token counts that the weights say nothing of.
             cost = _cost(sides, series, shares, [])
             if cost is not None:
                 found[key] = cost

@@ -8,7 +8,8 @@ of bounded size, and every field is checked.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -127,6 +128,14 @@ class ServingRecord:
     def of(self, layer: ExpertLayer) -> LayerRecord | None:
         """Return what was seen of a layer, None if it never ran."""
         return next((record for record in self.layers if record.layer == layer), None)
+
+    def shares(self, layers: Collection[ExpertLayer]) -> dict[int, float]:
+        """Return the share of the calls of some layers at each token count, ascending; empty without calls."""
+        calls = Counter[int]()
+        for record in self.layers:
+            if record.layer in layers:
+                calls.update({count: seen.calls for count, seen in record.tokens.items() if seen.calls})
+        return {count: calls[count] / calls.total() for count in sorted(calls)}
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON form, layers in the order of their digests."""

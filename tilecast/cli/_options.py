@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -81,7 +82,8 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         metavar="T=SHARE,…",
-        help="How often layers are called with T tokens, as in 1=0.9,2048=0.1. Default: no bucket counts more.",
+        help="How often layers are called with T tokens, as in 1=0.9,2048=0.1. Default: what --from-record "
+        "recorded, else all alike.",
         show_default=False,
     ),
 ]
@@ -213,3 +215,8 @@ def parse_weights(text: str | None) -> dict[int, float] | None:
             raise UsageError(f"--weights holds {part!r:.40}, expected each token count once, as in 1=0.9,64=0.1")
         found[count] = value
     return found
+
+
+def weights_text(weights: Mapping[int, float]) -> str:
+    """Return shares as `--weights` takes them."""
+    return ",".join(f"{tokens}={share:.4g}" for tokens, share in weights.items())

@@ -23,8 +23,14 @@ Missed = dict[ExpertLayer, dict[int, int]]
 """Per layer the calls that ran a default, by token count."""
 
 
-def read_missed(path: Path, layers: Iterable[ExpertLayer] | None, output: Output) -> Missed:
-    """Return what a record says was missed, of `layers` only where given, and note it. Raises InputError."""
+def read_missed(
+    path: Path, layers: Iterable[ExpertLayer] | None, output: Output
+) -> tuple[Missed, dict[int, float] | None]:
+    """Return what a record says was missed, of `layers` only where given, and note it.
+
+    With it comes each token count's share of these layers' calls, hits included; None where nothing was missed.
+    Raises InputError.
+    """
     from tilecast.autotune.record import read_record
 
     record = read_record(path)
@@ -38,7 +44,7 @@ def read_missed(path: Path, layers: Iterable[ExpertLayer] | None, output: Output
         output.note(f"  {plural(len(missed) - len(kept), 'layer')} of the record left out: not of this model")
     if not kept:
         output.note(f"{path} holds no misses to tune")
-    return kept
+    return kept, record.shares(kept) or None
 
 
 def tune_missed(

@@ -32,6 +32,7 @@ from tilecast.cli._options import (
     parse_policy,
     parse_token_option,
     parse_weights,
+    weights_text,
 )
 from tilecast.cli._output import Output, duration, plural
 from tilecast.cli._recorded import read_missed, tune_missed
@@ -101,7 +102,7 @@ def tune(
     counts = parse_token_option(tokens, DEFAULT_TOKENS)
     budget_s = parse_budget(budget)
     shares = None if weights is None else parse_weights(weights)
-    search = Search(effort=effort, seed=seed, weights=shares, share=share)
+    Search(effort=effort, share=share)  # Usage errors come before anything is read.
     if model is None and from_record is None:
         raise UsageError("neither MODEL nor --from-record is given; name a preset, a config.json, a folder or a spec")
     split = None if model is None else sharded(model, tp=tp, ep=ep, dtype=dtype)
@@ -114,7 +115,11 @@ def tune(
         named = settings.routing if routing is None else routing
         profile = None if named is None else load_profile(named)
         layers = None if split is None else split.layers
-        missed = None if from_record is None else read_missed(from_record, layers, output)
+        missed, calls = (None, None) if from_record is None else read_missed(from_record, layers, output)
+    if shares is None and calls is not None:
+        shares = calls
+        output.note(f"weights as recorded: {weights_text(shares)}")
+    search = Search(effort=effort, seed=seed, weights=shares, share=share)
     if split is not None:
         split.explain(output)
     if dry_run:
