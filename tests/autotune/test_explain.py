@@ -99,6 +99,29 @@ def test_every_config_has_one_fate_and_a_reason() -> None:
     assert found[CHUNKED16].cut_after == 0 and "after round 1: 6.667× the best" in found[CHUNKED16].reason
 
 
+def test_a_tie_says_what_broke_it() -> None:
+    def noisy(config: TileConfig, us: float) -> list[Measurement]:
+        # Each config in an order of its own: what all share in a sample is the round's.
+        turn = [DEFAULT, BLOCK16, BLOCK64].index(config)
+        spread = [us * (1 + 0.05 * ((5 * turn + (1, 3, 5)[turn] * i) % 7 - 3)) for i in range(7)]
+        numerics = describe(LAYER.up, config, HERE, REGISTRY).numerics
+        return [
+            measured(config, *spread, gemm=gemm, tokens=tokens, numerics=numerics)
+            for gemm in LAYER.gemms for tokens in TOKENS
+        ]  # fmt: skip
+
+    first, second = sorted((BLOCK16, BLOCK64), key=lambda config: config.sort_key)
+    for (first_us, second_us), chosen, other, reason in (
+        ((80.4, 80.0), first, second, "first in order"),
+        ((82.0, 80.0), second, first, "the faster one"),
+        ((80.0, 82.0), first, second, "the faster one"),
+    ):
+        store = stored(noisy(DEFAULT, 200.0), noisy(first, first_us), noisy(second, second_us))
+        found = fates(explained(store))
+        assert (found[chosen].fate, found[other].fate) == ("chosen", "tie")
+        assert found[other].reason.endswith(reason)
+
+
 def test_a_config_that_was_dropped_though_slower_ones_ran_on_is_left_out_not_cut() -> None:
     store = stored(
         everywhere(DEFAULT, 100, 100),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tilecast.autotune.prescreen import Candidate
 from tilecast.autotune.select import Group, group_of
-from tilecast.autotune.timing import Timing, fastest, noise, pool, pooled_samples, within_noise
+from tilecast.autotune.timing import NOISE_FLOOR, Timing, fastest, noise, pool, pooled_samples, within_noise
 from tilecast.evidence import Choice, Measurement, percentile
 from tilecast.problem import TileConfig
 
@@ -190,9 +190,15 @@ class _Race:
                 return "few samples", f"{timing.samples} of up to {self._most} samples: fewer than half"
         times = f"{timing.p50_us / self._chosen.p50_us:.3f}× the chosen, noise {noise(timing, self._chosen):.1%}"
         if timing.p50_us <= self._chosen.p50_us or within_noise(timing, self._chosen):
-            first = "the default is kept" if standing.choice.config == standing.choice.default else "first in order"
-            return "tie", f"{times}: within noise, {first}"
+            return "tie", f"{times}: within noise, {self._tie_breaker(timing)}"
         return "slower", times
+
+    def _tie_breaker(self, timing: Timing) -> str:
+        choice = self._standing.choice
+        if choice.config == choice.default:
+            return "the default is kept"
+        alike = timing.p50_us <= self._chosen.p50_us * (1 + NOISE_FLOOR)
+        return "first in order" if alike and choice.config.sort_key < timing.config.sort_key else "the faster one"
 
     def _victory(self) -> str:
         choice = self._standing.choice

@@ -1,8 +1,8 @@
 """From measurements to choices: pure functions, no device, no store, no clock.
 
-Times are medians over all rounds, of samples without what a round did to all of its configs (levels.py); over ranks
-the slowest counts, as every rank waits for it. A config replaces the default only if it wins by more than the noise of
-that very comparison. What must be the same in all buckets is chosen by the time of a call: the mean over the
+A time is the centre of a config's samples, without what a round did to all of its configs (timing.py, levels.py); over
+ranks the slowest counts, as every rank waits for it. A config replaces the default only if it wins by more than the
+noise of that very comparison. What must be the same in all buckets is chosen by the time of a call: the mean over the
 workload's calls where it is known, else the geometric mean.
 """
 
@@ -163,7 +163,7 @@ def pick_order(orders: Orders, default: str | None) -> str:
 
 
 def pair_timing(up: Timing, down: Timing) -> Timing:
-    """Return both timings as one: the sum of the medians, and the error that the sum has. It bears up's config."""
+    """Return both timings as one: the sum of the times, and the error that the sum has. It bears up's config."""
     total = up.p50_us + down.p50_us
     error = math.hypot(up.p50_us * up.error, down.p50_us * down.error) / total
     return Timing(config=up.config, p50_us=total, error=error, samples=min(up.samples, down.samples))
