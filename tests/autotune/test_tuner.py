@@ -18,7 +18,7 @@ from tilecast.autotune.search import Halving
 from tilecast.autotune.tuner import Progress
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.environment import cpu_environment
-from tilecast.errors import DeviceError, UsageError
+from tilecast.errors import DeviceError, InputError, UsageError
 from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertGemm, TileConfig
 
@@ -283,6 +283,34 @@ def test_a_budget_too_small_for_all_configs_leaves_time_to_tell_the_best_from_no
         rounds = Counter(m.round for m in store.measurements(gemm=gemm))
         assert rounds[0] >= 1 + FEW
         assert rounds[1] > 0
+
+
+def test_more_of_a_budget_goes_to_what_is_called_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def slow(batch: int) -> None:
+        now[0] += 1.0
+
+    def started(**weights: float) -> list[int]:
+        now[0] = 0.0
+        shares = {int(name[1:]): share for name, share in weights.items()}
+        run = measure_plan(
+            plan_of(1, 16), MemoryStore(), REGISTRY, measurer=FakeTimes(by_block, on_sample=slow), budget_s=60.0,
+            weights=shares,
+        )  # fmt: skip
+        assert run.cut > 0
+        return [task.samples for task in run.tasks if task.gemm.name == "up"]
+
+    short, long = started(t1=0.99, t16=0.01), started(t1=0.01, t16=0.99)
+    assert short[0] > long[0] and short[1] < long[1]
+
+
+def test_weights_that_no_bucket_has_a_share_of_are_refused_before_anything_is_measured() -> None:
+    measurer = FakeTimes(by_block)
+    with pytest.raises(InputError, match="no share"):
+        measure_plan(plan_of(4), MemoryStore(), REGISTRY, measurer=measurer, weights={5: 1.0})
+    assert measurer.log == []
 
 
 def test_one_slow_set_up_does_not_make_every_config_look_slow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,15 @@
-"""How the time that a user grants is shared out among tasks."""
+"""How the time that a user grants is shared out among tasks: more to those that cost more, and that promise more."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
-from tilecast.problem import ExpertGemm
+from tilecast.autotune.plan import Task
+from tilecast.autotune.select import bucket_weights
+from tilecast.problem import Bucket, ExpertGemm, ExpertLayer
 
 CHECK_SHARE = 0.06
 """Part of the budget that is left for the class check, which follows the measuring."""
@@ -23,24 +27,69 @@ EVEN_SHARE = 0.3
 
 def expected_cost_s(gemm: ExpertGemm, tokens: int, candidates: int) -> float:
     """Return a rough estimate of what measuring one task takes, in seconds."""
+    oracle = gemm.layer.experts * gemm.n * gemm.k / ORACLE_ELEMENTS_PER_S
+    return oracle + candidates * (CANDIDATE_COST_S + LAUNCHES_PER_CANDIDATE * nominal_launch_s(gemm, tokens))
+
+
+def nominal_launch_s(gemm: ExpertGemm, tokens: int) -> float:
+    """Return a rough estimate of the seconds of one launch."""
     layer = gemm.layer
     missed = (1 - layer.top_k / layer.global_experts) ** tokens
     active_bytes = gemm.weight_bytes() * (1 - missed)
     flops = gemm.flops(tokens * layer.top_k * layer.experts // layer.global_experts)
-    launch = 5e-5 + max(active_bytes / NOMINAL_BYTES_PER_S, flops / NOMINAL_FLOPS_PER_S)
-    oracle = layer.experts * gemm.n * gemm.k / ORACLE_ELEMENTS_PER_S
-    return oracle + candidates * (CANDIDATE_COST_S + LAUNCHES_PER_CANDIDATE * launch)
+    return 5e-5 + max(active_bytes / NOMINAL_BYTES_PER_S, flops / NOMINAL_FLOPS_PER_S)
+
+
+def expected_gains(
+    tasks: Sequence[Task], times_us: Sequence[float], doubts: Sequence[float], weights: Mapping[int, float] | None
+) -> tuple[float, ...]:
+    """Return how much of the serving time each task's tuning may still win, up to a common factor.
+
+    That is its share of the serving time × the doubt about its configs that is left, the standard deviation of the
+    log of what is expected of them. `times_us` are launches of the default; `weights` are token counts' shares of the
+    calls, without which, as in selecting, every bucket of every layer counts alike. Raises as `bucket_weights` does.
+    """
+    if not tasks:
+        return ()
+    buckets = tuple(dict.fromkeys(bucket for _, bucket in tasks))
+    if weights is not None:
+        share = dict(zip(buckets, bucket_weights(weights, buckets), strict=True))
+        return tuple(share[bucket] * us * doubt for (_, bucket), us, doubt in zip(tasks, times_us, doubts, strict=True))
+    whole: dict[tuple[ExpertLayer, Bucket], float] = defaultdict(float)
+    for (gemm, bucket), us in zip(tasks, times_us, strict=True):
+        whole[gemm.layer, bucket] += us
+    return tuple(
+        us / whole[gemm.layer, bucket] * doubt
+        for (gemm, bucket), us, doubt in zip(tasks, times_us, doubts, strict=True)
+    )
+
+
+def time_shares(costs: Sequence[float], gains: Sequence[float]) -> tuple[float, ...]:
+    """Return the part of the time that each task gets: an even one, and one in proportion to √(cost × gain).
+
+    What a task loses by measuring too little falls with its time as gain × cost / time, as the variance of an estimate
+    does; the sum over tasks is then smallest for these shares (Neyman's allocation of samples to strata whose samples
+    cost unequally, Cochran, "Sampling Techniques", 5.5). Gains that are proportional to costs share by cost.
+    """
+    parts = [math.sqrt(cost * gain) for cost, gain in zip(costs, gains, strict=True)]
+    whole = sum(parts)
+    if whole <= 0:
+        return (1 / len(parts),) * len(parts) if parts else ()
+    return tuple(EVEN_SHARE / len(parts) + (1 - EVEN_SHARE) * part / whole for part in parts)
 
 
 class Budget:
     """A deadline for the whole, from which each task gets its share of what is left."""
 
-    def __init__(self, seconds: float | None, costs: tuple[float, ...]) -> None:
-        """Start the clock. `costs` are the tasks' expected costs in their order; `seconds` None is no limit."""
+    def __init__(self, seconds: float | None, costs: tuple[float, ...], gains: Sequence[float] | None = None) -> None:
+        """Start the clock; `seconds` None is no limit.
+
+        `costs` are the tasks' expected costs in their order, `gains` what they may win, by default as much as they
+        cost.
+        """
         self._start = time.monotonic()
         self._end = math.inf if seconds is None else self._start + seconds * (1 - CHECK_SHARE)
-        even = 0.0 if seconds is None or not costs else EVEN_SHARE / (1 - EVEN_SHARE) * sum(costs) / len(costs)
-        self._costs = tuple(cost + even for cost in costs)
+        self._costs = costs if seconds is None else time_shares(costs, costs if gains is None else gains)
 
     @property
     def elapsed_s(self) -> float:

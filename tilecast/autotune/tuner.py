@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tilecast.autotune.budget import Budget, expected_cost_s
+from tilecast.autotune.budget import Budget, expected_cost_s, expected_gains, nominal_launch_s
 from tilecast.autotune.classes import Verifier
 from tilecast.autotune.decide import decide
 from tilecast.autotune.measure import DeviceMeasurer, Measurer
@@ -19,7 +19,7 @@ from tilecast.autotune.prescreen import Candidate, Prescreened, anchors, prescre
 from tilecast.autotune.prior import Expectation, Neighbour, expect
 from tilecast.autotune.race import Ahead, Entry, Progress, Race, RaceState, Session
 from tilecast.autotune.search import Strategy, strategy_for
-from tilecast.autotune.timing import Timing, breaks_class
+from tilecast.autotune.timing import Timing, breaks_class, pool
 from tilecast.autotune.watches import Watch
 from tilecast.errors import UsageError
 from tilecast.evidence import Measurement, TuningTable
@@ -108,20 +108,22 @@ def measure_plan(
     hints: Hints | None = None,
     split: bool = False,
     seed: int = 0,
+    weights: Mapping[int, float] | None = None,
 ) -> TuningRun:
     """Measure every task of `plan` and keep every measurement in `store` the moment it is made.
 
     Called again, it goes on: what the latest run holds is not measured twice; `fresh` starts a new run, and so
     does another number of ranks. `budget_s` bounds the time in seconds, the class check of `decide` included;
-    the default config of every task is measured whatever the budget. `strategy` is an effort (`quick`, `standard`,
-    `exhaustive`), a strategy's name, or one; `ranker` tells it what to expect; what it draws at random follows from
-    `seed`; `hints` gives configs that a task should start with, if they are valid. `measurer` is by default the device
-    of this process; `watch` has disturbed times measured again, `ahead` compiles what comes next. With `peers`, all
-    ranks call this with the same arguments and take the same steps; with `split` they share the configs of the first
-    rounds out and measure the finalists all at the same time.
+    the default config of every task is measured whatever the budget, and most of it goes to tasks that cost much and
+    may win much of the serving time, of which `weights` are token counts' shares of the calls. `strategy` is an effort
+    (`quick`, `standard`, `exhaustive`), a strategy's name, or one; `ranker` tells it what to expect; what it draws at
+    random follows from `seed`; `hints` gives configs that a task should start with, if they are valid. `measurer` is
+    by default the device of this process; `watch` has disturbed times measured again, `ahead` compiles what comes
+    next. With `peers`, all ranks call this with the same arguments and take the same steps; with `split` they share
+    the configs of the first rounds out and measure the finalists all at the same time.
 
-    Raises DeviceError when nothing runs here, UsageError for a budget that is not above 0 or an unknown strategy;
-    failures of single configs are measurements with a status.
+    Raises DeviceError when nothing runs here, UsageError for a budget that is not above 0 or an unknown strategy,
+    InputError for weights that no bucket has a share of; failures of single configs are measurements with a status.
     """
     if budget_s is not None and not (math.isfinite(budget_s) and budget_s > 0):
         raise UsageError(f"the budget is {budget_s} seconds, expected a finite number above 0")
@@ -133,7 +135,7 @@ def measure_plan(
     session.split = split and session.peers.world_size > 1
     loop = _Loop(
         session, registry, budget_s=budget_s, strategy=search, ranker=ranker or NoRanker(), hints=hints, seed=seed,
-        progress=progress,
+        weights=weights, progress=progress,
     )  # fmt: skip
     return loop.run()
 
@@ -165,7 +167,7 @@ def tune(
         left = None if budget_s is None else max(MIN_BUDGET_S, budget_s - (time.monotonic() - start))
         measure_plan(
             plan, store, registry, measurer=measurer, budget_s=left, progress=progress, fresh=fresh,
-            strategy=strategy, ranker=ranker, watch=watch, ahead=ahead, seed=seed,
+            strategy=strategy, ranker=ranker, watch=watch, ahead=ahead, seed=seed, weights=weights,
         )  # fmt: skip
         before = broken_classes(plan, store)
         table = decide(plan, store, registry, verify=verify, verifier=verifier, weights=weights)
@@ -228,6 +230,7 @@ class _Loop:
         ranker: Ranker,
         hints: Hints | None,
         seed: int,
+        weights: Mapping[int, float] | None,
         progress: ProgressCallback | None,
     ) -> None:
         plan = session.plan
@@ -243,12 +246,28 @@ class _Loop:
             _eligible(screened, plan.policy, session.broken.get(gemm, set()))
             for (gemm, _), screened in zip(self._tasks, self._screened, strict=True)
         )
-        costs = (
+        costs = tuple(
             expected_cost_s(gemm, bucket.tokens, len(eligible))
             for (gemm, bucket), eligible in zip(self._tasks, self._eligible, strict=True)
         )
-        self._budget = Budget(budget_s, tuple(costs))
+        self._budget = Budget(budget_s, costs, self._gains(weights))
         self._seen: list[Shown] = []
+
+    def _gains(self, weights: Mapping[int, float] | None) -> tuple[float, ...]:
+        predicted: list[float] = []
+        doubts = []
+        for (gemm, bucket), eligible in zip(self._tasks, self._eligible, strict=True):
+            predicted += self._ranker.rank(gemm, bucket.tokens, [eligible[0].config]).values()
+            doubts.append(self._doubt(gemm, bucket.tokens, [c.config for c in eligible]))
+        if len(predicted) < len(self._tasks):
+            predicted = [1e6 * nominal_launch_s(gemm, bucket.tokens) for gemm, bucket in self._tasks]
+        return expected_gains(self._tasks, predicted, doubts, weights)
+
+    def _doubt(self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig]) -> float:
+        """Return how much is in doubt before the task goes on: less where an earlier call measured some of it."""
+        timings, _ = pool(self._session.known.get((gemm, tokens), {}).values())
+        predicted = self._ranker.rank(gemm, tokens, configs) if timings else {}
+        return expect(configs, predicted, [Neighbour(times=medians(timings), predicted=predicted, weight=1.0)]).doubt
 
     def run(self) -> TuningRun:
         """Run every task."""

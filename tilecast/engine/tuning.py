@@ -110,6 +110,7 @@ def tune_together(
                 hints=hints,
                 split=search.share == "split",
                 seed=search.seed,
+                weights=search.weights,
                 budget_s=left,
                 progress=_Watch(group, progress),
                 peers=GroupPeers(group),
