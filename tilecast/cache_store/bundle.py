@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Table, create_engine, func, insert, select
+from sqlalchemy import Connection, Table, create_engine, insert
 
 from tilecast._version import VERSION
 from tilecast.cache_store import models
@@ -337,7 +337,7 @@ def _strange_word(sql: object, names: Set[str]) -> str | None:
 
 def _read(connection: Connection, header: Header, name: str, *, measurements: bool, counted: bool = True) -> Bundle:
     for table in DATA if counted else [table for table in DATA if table is not models.measurement]:
-        rows = connection.execute(select(func.count()).select_from(table)).scalar_one()
+        rows = connection.exec_driver_sql(f"SELECT count(*) FROM {table.name}").scalar_one()
         if rows > MAX_ROWS[table.name]:
             raise CacheError(f"{name}: has {rows} {table.name} rows, more than the {MAX_ROWS[table.name]} allowed")
     found = read_table(connection, all_environments=header.is_export)
@@ -354,9 +354,8 @@ def _check_printable(connection: Connection, table: TuningTable, name: str) -> N
     choices = [choice for decision in table.decisions for choice in (decision.up, decision.down)]
     texts = {d.routing for d in table.decisions} | {choice.numerics for choice in choices}
     # Canonical JSON writes what is not plain ASCII with a backslash, all but one character; hardly any config has one.
-    written = models.config.c.fields
-    odd = select(models.config.c.digest).where(func.instr(written, "\\") + func.instr(written, "\x7f") > 0).limit(1)
-    if connection.execute(odd).first() is not None:
+    odd = "SELECT 1 FROM config WHERE instr(fields, '\\') + instr(fields, char(127)) > 0 LIMIT 1"
+    if connection.exec_driver_sql(odd).first() is not None:
         texts |= {config.label for decision in table.decisions for config in decision_configs(decision)}
     for environment in table.environments:
         values = [getattr(environment, field.name) for field in fields(environment)]

@@ -148,7 +148,7 @@ class _Builder:
         insert_keyed(self._connection, models.config, configs)
         if decisions:
             self._connection.execute(insert(models.decision), [decision_row(d) for d in decisions])
-        seal_measurements(self._connection)
+        seal_measurements(self._connection, self._sink.digest())
         return Merged(
             table=table, measurements=self._sink.count, parts=tuple(self._parts), conflicts=tuple(self._conflicts)
         )
@@ -163,10 +163,10 @@ class _Builder:
         try:
             with database.reading() as connection:
                 stream = MeasurementStream(connection, environments=only)
-                new = self._sink.add(iter(stream)) if self._measurements else 0
+                new = self._sink.add(stream) if self._measurements else 0
                 if not self._measurements:
                     collections.deque(stream, maxlen=0)  # for the times alone
-                check_measurements(connection, database.name)
+                check_measurements(connection, database.name, stream.seal.digest())
         except InputError as error:
             named = str(error).startswith(f"{database.name}: ")
             raise error if named else CacheError(f"{database.name}: {error}; do not use it, export it again") from error

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
-from sqlalchemy import Connection, Select, Table, select
+from sqlalchemy import Connection
 
-from tilecast.cache_store import models
 from tilecast.cache_store.rows import (
     DECISION_KINDS,
     MEASUREMENT_KINDS,
     Lookup,
-    Row,
     decision_from_row,
     measurement_from_row,
 )
-from tilecast.canonical import canonical_json
+from tilecast.cache_store.session import PlainRow, plain_rows
+from tilecast.canonical import canonical_json, quoted
 from tilecast.environment import Environment
+from tilecast.errors import CacheError
 from tilecast.evidence import Measurement, TuningTable
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
 ROWS_AT_ONCE = 10_000
 """Rows held at once where a whole table is gone through."""
 
+Filters = Mapping[str, str | int | None]
+"""What columns must be equal to; None asks for nothing."""
+
 
 def read_environments(connection: Connection) -> list[Environment]:
     """Return all environments, ordered by digest. Raises CacheError."""
-    return _environments(connection).all()
+    return environments_in(connection).all()
 
 
 def read_table(
@@ -39,15 +43,11 @@ def read_table(
     all_environments: bool = False,
 ) -> TuningTable:
     """Return matching decisions and their environments (or all environments) as a table. Raises InputError."""
-    table = models.decision
-    query = select(*(table.c[name] for name in DECISION_KINDS))
-    if environment is not None:
-        query = query.where(table.c.environment == environment)
-    if policy is not None:
-        query = query.where(table.c.policy == policy)
-    layers, configs = _layers(connection), _configs(connection)
-    found = tuple(decision_from_row(row, layers, configs) for row in connection.execute(query).all())
-    places = _environments(connection)
+    where, values = _conditions({"environment": environment, "policy": policy})
+    rows = plain_rows(connection, f"SELECT {', '.join(DECISION_KINDS)} FROM decision{where}", values)
+    layers, configs = layers_in(connection), configs_in(connection)
+    found = tuple([decision_from_row(row, layers, configs) for row in rows])
+    places = environments_in(connection)
     kept = places.all() if all_environments else [places[key] for key in {d.environment for d in found}]
     return TuningTable(tuple(kept), found)
 
@@ -62,15 +62,15 @@ def read_measurements(
     run: int | None = None,
 ) -> list[Measurement]:
     """Return matching measurements in the order they were added. Raises InputError."""
-    table = models.measurement
-    filters: dict[str, Any] = {"environment": environment, "tokens": tokens, "routing": routing, "run": run}
+    filters: dict[str, str | int | None] = {"environment": environment, "tokens": tokens, "routing": routing}
     if gemm is not None:
         filters |= {"layer": gemm.layer.digest, "gemm": gemm.name}
-    conditions = [table.c[name] == value for name, value in filters.items() if value is not None]
-    query = select(*(table.c[name] for name in MEASUREMENT_KINDS)).where(*conditions).order_by(table.c.id)
-    layers = _layers(connection)
-    configs = _configs(connection, select(table.c.config).where(*conditions))
-    return [measurement_from_row(row, layers, configs) for row in _rows(connection, query)]
+    where, values = _conditions({**filters, "run": run})
+    columns = ", ".join(MEASUREMENT_KINDS)
+    rows = plain_rows(connection, f"SELECT {columns} FROM measurement{where} ORDER BY id", values)
+    layers = layers_in(connection)
+    configs = configs_in(connection, f" WHERE digest IN (SELECT config FROM measurement{where})", values)
+    return [measurement_from_row(row, layers, configs) for row in rows]
 
 
 def measurements_digest(connection: Connection) -> str:
@@ -78,33 +78,69 @@ def measurements_digest(connection: Connection) -> str:
 
     Nothing is parsed, so that it takes seconds for a million. Values must be of their columns' types.
     """
-    table = models.measurement
-    query = select(*(table.c[name] for name in MEASUREMENT_KINDS)).order_by(table.c.id)
-    total = hashlib.sha256()
-    for rows in connection.execute(query).partitions(ROWS_AT_ONCE):
-        total.update("".join(f"{canonical_json(list(row))}\n" for row in rows).encode("ascii"))
-    return total.hexdigest()
+    rows = plain_rows(connection, f"SELECT {', '.join(MEASUREMENT_KINDS)} FROM measurement ORDER BY id")
+    total = Seal()
+    while part := list(islice(rows, ROWS_AT_ONCE)):
+        total.add([sealed_line(row) for row in part])
+    return total.digest()
 
 
-def _environments(connection: Connection) -> Lookup[Environment]:
-    return Lookup("environment", Environment.from_json, _keyed_rows(connection, models.environment))
+class Seal:
+    """What `measurements_digest` returns, made while the rows pass by."""
+
+    def __init__(self) -> None:
+        """Begin with no row."""
+        self._total = hashlib.sha256()
+
+    def add(self, lines: Sequence[str]) -> None:
+        """Go on with some rows' lines."""
+        self._total.update("".join(lines).encode("ascii"))
+
+    def digest(self) -> str:
+        """Return the SHA-256 so far."""
+        return self._total.hexdigest()
 
 
-def _layers(connection: Connection) -> Lookup[ExpertLayer]:
-    return Lookup("layer", ExpertLayer.from_json, _keyed_rows(connection, models.layer))
+def sealed_line(values: Sequence[Any]) -> str:
+    """Return what a row adds to the seal. Raises CacheError for a value that JSON has no form for."""
+    try:
+        return f"{canonical_json(list(values))}\n"
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"measurement {str(values[0])[:12]!r}: {error}") from error
 
 
-def _configs(connection: Connection, digests: Select[Any] | None = None) -> Lookup[TileConfig]:
-    return Lookup("config", TileConfig.from_json, _keyed_rows(connection, models.config, digests))
+def plain_line(values: Sequence[Any]) -> str:
+    """Return `sealed_line` of a row that `plain_samples` passes, in half the time."""
+    (key, environment, layer, gemm, tokens, config, routing, rank, world_size, run, round_, status, samples,
+     numerics, error_ratio, detail, measured_at) = values  # fmt: skip
+    return (
+        f'["{key}",{quoted(environment)},{quoted(layer)},"{gemm}",{tokens},{quoted(config)},{quoted(routing)},{rank},'
+        f'{world_size},{run},{round_},"{status}",{quoted(samples)},{quoted(numerics)},'
+        f"{'null' if error_ratio is None else repr(error_ratio)},{quoted(detail)},{measured_at!r}]\n"
+    )
 
 
-def _keyed_rows(connection: Connection, table: Table, digests: Select[Any] | None = None) -> Iterable[Row]:
-    query = select(table.c.digest, table.c.fields)
-    if digests is not None:
-        query = query.where(table.c.digest.in_(digests))
-    return _rows(connection, query)
+def environments_in(connection: Connection) -> Lookup[Environment]:
+    """Return the environments by digest."""
+    return Lookup("environment", Environment.from_json, _keyed_rows(connection, "environment"))
 
 
-def _rows(connection: Connection, query: Select[Any]) -> Iterable[Row]:
-    # SQLAlchemy types its mappings' keys as more than str.
-    return cast(Iterable[Row], connection.execute(query).mappings())
+def layers_in(connection: Connection) -> Lookup[ExpertLayer]:
+    """Return the layers by digest."""
+    return Lookup("layer", ExpertLayer.from_json, _keyed_rows(connection, "layer"))
+
+
+def configs_in(connection: Connection, where: str = "", values: Mapping[str, Any] | None = None) -> Lookup[TileConfig]:
+    """Return the configs by digest; those that an SQL condition names."""
+    return Lookup("config", TileConfig.from_json, _keyed_rows(connection, "config", where, values))
+
+
+def _keyed_rows(
+    connection: Connection, table: str, where: str = "", values: Mapping[str, Any] | None = None
+) -> Iterator[PlainRow]:
+    return plain_rows(connection, f"SELECT digest, fields FROM {table}{where}", values)
+
+
+def _conditions(filters: Filters) -> tuple[str, dict[str, str | int]]:
+    values = {name: value for name, value in filters.items() if value is not None}
+    return (" WHERE " if values else "") + " AND ".join(f"{name} = :{name}" for name in values), values

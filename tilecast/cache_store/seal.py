@@ -10,15 +10,20 @@ from tilecast.errors import CacheError, SchemaError
 from tilecast.evidence import TABLE_FORMAT, TuningTable
 
 
-def seal_measurements(connection: Connection) -> None:
-    """Write the digest of all measurements into a file that is being exported, after its last row."""
-    connection.execute(update(models.export).values(measurements_digest=measurements_digest(connection)))
+def seal_measurements(connection: Connection, digest: str | None = None) -> None:
+    """Write the digest of all measurements into a file that is being exported, after its last row.
+
+    A caller that has made it on the way gives it.
+    """
+    sealed = measurements_digest(connection) if digest is None else digest
+    connection.execute(update(models.export).values(measurements_digest=sealed))
 
 
-def check_measurements(connection: Connection, name: str) -> None:
+def check_measurements(connection: Connection, name: str, digest: str | None = None) -> None:
     """Raise CacheError unless measurements, whose values are checked by now, are those that the file was sealed with.
 
-    Stores, files of format 1, and files whose writer did not look at its measurements have no seal.
+    A caller that has gone over all of them gives their digest. Stores, files of format 1, and files whose writer did
+    not look at its measurements have no seal.
     """
     export = models.export.c.measurements_digest
     sqlite = connection.dialect.name == "sqlite"
@@ -27,7 +32,7 @@ def check_measurements(connection: Connection, name: str) -> None:
     stored = connection.execute(select(export)).scalar_one()
     if stored is None:
         return
-    actual = measurements_digest(connection)
+    actual = measurements_digest(connection) if digest is None else digest
     if stored != actual:
         raise CacheError(
             f"{name}: its measurements have digest {actual[:12]}, it says {str(stored)[:12]}; "
@@ -37,8 +42,7 @@ def check_measurements(connection: Connection, name: str) -> None:
 
 def check_table(connection: Connection, table: TuningTable, name: str) -> str:
     """Return an export's producer. Raises CacheError, SchemaError unless its decisions are those it was sealed with."""
-    columns = (models.export.c.table_digest, models.export.c.table_format, models.export.c.producer)
-    rows = connection.execute(select(*columns).limit(2)).all()
+    rows = connection.exec_driver_sql("SELECT table_digest, table_format, producer FROM export LIMIT 2").all()
     if len(rows) != 1:
         raise CacheError(
             f"{name}: has {'several' if rows else 'no'} rows in its export table, expected 1; export it again"

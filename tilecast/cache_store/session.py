@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, Insert, create_engine, event, pool
+from sqlalchemy import URL, Connection, Engine, Insert, create_engine, event, pool, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from tilecast.errors import CacheError
+
+PlainRow = tuple[Any, ...]
 
 BUSY_TIMEOUT_S = 30.0
 """How long a transaction waits for another process's lock."""
 CONNECT_TIMEOUT_S = 10
 """How long a server may take to answer a new connection."""
+ROWS_AT_ONCE = 2000
+"""Rows that a server sends at a time."""
 CHECKPOINT_PAGES = 8192
 """Pages of 4 KiB that SQLite's log grows to before it is folded into the file, which waits for the disk. Measurements'
 keys are digests, so a few hundred rows touch as many pages: SQLite's own 1,000 fill up with every few batches."""
@@ -127,17 +131,32 @@ class Database:
             raise translate(error, self.name) from error
 
 
+def plain_rows(connection: Connection, sql: str, parameters: Mapping[str, Any] | None = None) -> Iterator[PlainRow]:
+    """Return a query's rows, each read when it is asked for; `sql` names its parameters as `:name`.
+
+    SQLite's driver is asked directly: a table has thousands of rows, a store millions, and SQLAlchemy's rows and
+    its compiler take as long as reading them.
+    """
+    if connection.dialect.name != "sqlite":
+        found = connection.execution_options(yield_per=ROWS_AT_ONCE).execute(text(sql), dict(parameters or {}))
+        return map(tuple, found)
+    raw = connection.connection.driver_connection
+    assert raw is not None, "SQLite's driver has connections of its own"
+    rows: Iterator[PlainRow] = raw.execute(sql, parameters or {})
+    return rows
+
+
 def translate(error: Exception, name: str) -> CacheError:
     """Return the CacheError, one line, for an error of SQLAlchemy or SQLite."""
     original = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    text = " ".join(str(original).split()) or type(original).__name__
+    words = " ".join(str(original).split()) or type(original).__name__
     for part, advice in ADVICE.items():
-        if part in text.lower():
-            return CacheError(f"{name}: {text}; {advice}")
+        if part in words.lower():
+            return CacheError(f"{name}: {words}; {advice}")
     advice = (
         "the URL, the server and your rights there" if "://" in name else "the path, its permissions and its folder's"
     )
-    return CacheError(f"{name}: {text}; check {advice}")
+    return CacheError(f"{name}: {words}; check {advice}")
 
 
 def open_sqlite(path: Path, *, read_only: bool = False, untrusted: bool = False) -> Database:

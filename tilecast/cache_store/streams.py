@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection, Table, func, select
 
 from tilecast.cache_store import models
+from tilecast.cache_store.queries import (
+    Seal,
+    configs_in,
+    environments_in,
+    layers_in,
+    measurements_digest,
+    plain_line,
+    sealed_line,
+)
 from tilecast.cache_store.rows import (
-    DETAIL_LIMIT,
     MEASUREMENT_KINDS,
     Keyed,
-    Lookup,
-    Row,
     keyed_row,
     measurement_from_row,
     measurement_row,
+    plain_samples,
 )
-from tilecast.canonical import canonical_json
+from tilecast.cache_store.session import plain_rows
 from tilecast.environment import Environment
-from tilecast.errors import CacheError
-from tilecast.evidence import STATUSES, Decision
+from tilecast.evidence import Decision
 from tilecast.problem import ExpertLayer, TileConfig
 
 BATCH = 2000
 """Rows that are held in memory at a time."""
 COLUMNS = tuple(MEASUREMENT_KINDS)
-LARGEST = 1 << 24
-"""Token counts, ranks and numbers of runs and rounds above this take the long way, which knows the exact bounds."""
 
 Values = tuple[Any, ...]
 """One measurement's columns, in the order of `COLUMNS`."""
@@ -56,7 +60,8 @@ class MeasurementStream:
     """The measurements of one database, every one checked as `rows.measurement_from_row` checks it.
 
     `ages` grows as they are read: the time of the latest one, in seconds since 1970, by place. So do `layers`,
-    `configs` and `environments`, what they refer to.
+    `configs` and `environments`, what they refer to. Once all are read, `seal` has gone over every row of the
+    database as it is stored.
     """
 
     def __init__(self, connection: Connection, *, environments: Set[str] | None = None) -> None:
@@ -66,81 +71,63 @@ class MeasurementStream:
         """
         self._connection = connection
         self._only = environments
-        self._of_environments = Lookup("environment", Environment.from_json, _keyed(connection, models.environment))
-        self._of_layers = Lookup("layer", ExpertLayer.from_json, _keyed(connection, models.layer))
-        self._of_configs = Lookup("config", TileConfig.from_json, _keyed(connection, models.config))
+        self._of_environments = environments_in(connection)
+        self._of_layers = layers_in(connection)
+        self._of_configs = configs_in(connection)
         self.environments: dict[str, Environment] = {}
         self.layers: dict[str, ExpertLayer] = {}
         self.configs: dict[str, TileConfig] = {}
         self.ages: dict[Place, float] = {}
         self.count = 0
-        self._names: dict[str, str] = {}
+        self.seal = Seal()
 
-    def __iter__(self) -> Iterator[Values]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yield the measurements in the order they were added. Raises InputError for one that does not fit."""
-        table = models.measurement
-        query = select(*(table.c[name] for name in COLUMNS)).order_by(table.c.id)
-        result = self._connection.execution_options(yield_per=BATCH).execute(query)
-        for found in result:
-            values = tuple(found)
-            if self._only is not None and values[1] not in self._only:
-                continue
-            if not self._is_plain(values):
-                values = self._the_long_way(values)
-            self.count += 1
-            place = (values[1], values[2], values[6], values[4])
-            if values[16] > self.ages.get(place, -math.inf):
-                self.ages[place] = values[16]
-            yield values
+        rows = plain_rows(self._connection, f"SELECT {', '.join(COLUMNS)} FROM measurement ORDER BY id")
+        while part := list(islice(rows, BATCH)):
+            found = Batch()
+            lines = []
+            for values in part:
+                kept, line = self._checked(values)
+                lines.append(line)
+                if kept is not None:
+                    found.rows.append(kept)
+                    found.lines.append(line if kept is values else sealed_line(kept))
+            self.seal.add(lines)
+            self.count += len(found.rows)
+            yield found
 
-    def _is_plain(self, values: Values) -> bool:
-        """Whether a row surely passes; most do. Whatever is not seen to pass here is looked at the long way."""
-        (key, environment, layer, gemm, tokens, config, routing, rank, world_size, run, round_, status, samples,
-         numerics, error_ratio, detail, measured_at) = values  # fmt: skip
-        if environment not in self.environments or layer not in self.layers or config not in self.configs:
-            return False
-        if routing not in self._names or numerics not in self._names:
-            return False
-        if not (type(tokens) is type(rank) is type(world_size) is type(run) is type(round_) is int):
-            return False
-        if not (0 < tokens < LARGEST and 0 <= rank < world_size < LARGEST and 0 <= run < LARGEST > round_ >= 0):
-            return False
-        if gemm not in ("up", "down") or status not in STATUSES or type(measured_at) is not float:
-            return False
-        if not math.isfinite(measured_at) or not (type(detail) is str and len(detail) < DETAIL_LIMIT):
-            return False
-        if "\0" in detail or not (error_ratio is None or (type(error_ratio) is float and 0 <= error_ratio < math.inf)):
-            return False
-        text = (
-            f'{{"config":"{config}","environment":"{environment}","gemm":"{gemm}","layer":"{layer}","rank":{rank},'
-            f'"round":{round_},"routing":{self._names[routing]},"run":{run},"tokens":{tokens}}}'
-        )
-        if hashlib.sha256(text.encode("ascii")).hexdigest() != key:
-            return False
-        return _times(samples, needed=status == "ok")
+    def _checked(self, values: Values) -> tuple[Values | None, str]:
+        """Return a row as it is to be kept, None if it is not, and its line of the seal."""
+        _, environment, layer, _, tokens, config, routing = values[:7]
+        wanted = self._only is None or environment in self._only
+        known = environment in self.environments and layer in self.layers and config in self.configs
+        if not (wanted and known and plain_samples(values) is not None):
+            line = sealed_line(values)
+            if not wanted:
+                return None, line
+            values = self._the_long_way(values)
+        else:
+            line = plain_line(values)
+        measured_at, place = values[16], (environment, layer, routing, tokens)
+        if measured_at > self.ages.get(place, -math.inf):
+            self.ages[place] = measured_at
+        return values, line
 
     def _the_long_way(self, values: Values) -> Values:
-        row = dict(zip(COLUMNS, values, strict=True))
-        measurement = measurement_from_row(row, self._of_layers, self._of_configs)
+        measurement = measurement_from_row(values, self._of_layers, self._of_configs)
         self.environments[measurement.environment] = self._of_environments[measurement.environment]
         self.layers[measurement.gemm.layer.digest] = measurement.gemm.layer
         self.configs[measurement.config.digest] = measurement.config
-        for name in (measurement.routing, measurement.numerics):
-            self._names[name] = canonical_json(name)
-        checked = measurement_row(measurement)
-        return tuple(checked[name] for name in COLUMNS)
+        return tuple(measurement_row(measurement).values())
 
 
-def _times(samples: object, *, needed: bool) -> bool:
-    if not isinstance(samples, str):
-        return False
-    try:
-        values = json.loads(samples)
-    except (ValueError, RecursionError):
-        return False
-    if not isinstance(values, list) or (needed and not values):
-        return False
-    return all(type(value) is float and 0 < value < math.inf for value in values)
+@dataclass
+class Batch:
+    """Some measurements to keep, and the line that each adds to a seal."""
+
+    rows: list[Values] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
 
 
 class MeasurementSink:
@@ -150,19 +137,32 @@ class MeasurementSink:
         """Write through `connection`, to a SQLite file whose tables are there and which nobody else uses."""
         raw = connection.connection.driver_connection
         assert raw is not None, "SQLite's driver has connections of its own"
+        self._connection = connection
         self._raw = raw
+        self._seal: Seal | None = Seal()
         self.count = 0
         names = ", ".join(COLUMNS)
         marks = ", ".join("?" for _ in COLUMNS)
         self._insert = f"INSERT INTO measurement ({names}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"
 
-    def add(self, rows: Iterable[Values]) -> int:
+    def add(self, batches: Iterable[Batch]) -> int:
         """Write rows and return how many were new."""
-        before = self._raw.total_changes
-        self._raw.executemany(self._insert, rows)
-        new = int(self._raw.total_changes - before)
-        self.count += new
-        return new
+        first = before = self._raw.total_changes
+        for batch in batches:
+            self._raw.executemany(self._insert, batch.rows)
+            after = self._raw.total_changes
+            if self._seal is not None and after - before == len(batch.rows):
+                self._seal.add(batch.lines)
+            else:
+                # Some were there already. Which ones the database knows: it is asked at the end.
+                self._seal = None
+            before = after
+        self.count += before - first
+        return int(before - first)
+
+    def digest(self) -> str:
+        """Return `measurements_digest` of what was written, which is not read once more where that can be spared."""
+        return measurements_digest(self._connection) if self._seal is None else self._seal.digest()
 
 
 def insert_keyed(connection: Connection, table: Table, entries: Iterable[Keyed]) -> None:
@@ -171,10 +171,3 @@ def insert_keyed(connection: Connection, table: Table, entries: Iterable[Keyed])
     rows = [keyed_row(found[digest]) for digest in sorted(found)]
     for start in range(0, len(rows), BATCH):
         connection.execute(table.insert(), rows[start : start + BATCH])
-
-
-def _keyed(connection: Connection, table: Table) -> Iterable[Row]:
-    for row in connection.execute(select(table.c.digest, table.c.fields)).mappings():
-        if not isinstance(row["digest"], str):
-            raise CacheError(f"{table.name}: a digest is not text")
-        yield {"digest": row["digest"], "fields": row["fields"]}

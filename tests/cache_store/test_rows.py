@@ -1,0 +1,149 @@
+"""Rows that surely pass take a short way: it must give what the long way gives, and refuse nothing less."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+from tests.store_contract import decision, measurement
+from tests.strategies import measurements
+from tilecast.cache_store import rows
+from tilecast.cache_store.queries import plain_line, sealed_line
+from tilecast.cache_store.rows import (
+    CHOICE_KINDS,
+    DECISION_KINDS,
+    MEASUREMENT_KINDS,
+    Lookup,
+    decision_configs,
+    decision_from_row,
+    decision_row,
+    keyed_row,
+    measurement_from_row,
+    measurement_row,
+    plain_samples,
+)
+from tilecast.canonical import canonical_json, digest
+from tilecast.errors import InputError
+from tilecast.evidence import Decision, Measurement
+from tilecast.problem import ExpertLayer, TileConfig
+
+
+def lookups(layers: list[ExpertLayer], configs: list[TileConfig]) -> tuple[Lookup[ExpertLayer], Lookup[TileConfig]]:
+    return (
+        Lookup("layer", ExpertLayer.from_json, [tuple(keyed_row(layer).values()) for layer in layers]),
+        Lookup("config", TileConfig.from_json, [tuple(keyed_row(config).values()) for config in configs]),
+    )
+
+
+@given(measurements())
+@settings(max_examples=60, deadline=None)
+def test_both_ways_give_the_same_measurement(wanted: Measurement) -> None:
+    row = measurement_row(wanted)
+    assert list(row) == list(MEASUREMENT_KINDS)
+    assert row["samples_us"] == canonical_json(list(wanted.samples_us))
+    found = lookups([wanted.gemm.layer], [wanted.config])
+    values = tuple(row.values())
+    short, long = measurement_from_row(values, *found), rows._measurement_checked(row, *found)
+    assert short == long == wanted
+    assert vars(short).keys() == {f.name for f in dataclasses.fields(Measurement)} | {"key"}
+    assert short.key == long.key == wanted.key
+    if plain_samples(values) is not None:
+        assert plain_line(values) == sealed_line(values)
+
+
+def test_a_measurement_key_is_the_digest_of_its_fields() -> None:
+    found = measurement()
+    names = {"layer": found.gemm.layer.digest, "gemm": found.gemm.name, "config": found.config.digest}
+    others = ("environment", "tokens", "routing", "rank", "run", "round")
+    assert found.key == digest({**names, **{name: getattr(found, name) for name in others}})
+
+
+def test_most_measurements_take_the_short_way() -> None:
+    found = measurement()
+    assert plain_samples(tuple(measurement_row(found).values())) == found.samples_us
+
+
+WRONG: list[dict[str, Any]] = [
+    {"key": "0" * 64},
+    {"key": None},
+    {"environment": b"\0"},
+    {"gemm": "both"},
+    {"tokens": 0},
+    {"tokens": True},
+    {"tokens": 1.5},
+    {"rank": 1},
+    {"rank": -1},
+    {"run": -1},
+    {"round": 1 << 40},
+    {"status": "fine"},
+    {"samples_us": "[]"},
+    {"samples_us": "[1.0,NaN]"},
+    {"samples_us": "[1.0,-1.0]"},
+    {"samples_us": "[1.0,true]"},
+    {"samples_us": "[1.0,1e999]"},
+    {"samples_us": "[1.0] "},
+    {"samples_us": "[1.0]]"},
+    {"samples_us": '{"a":1.0}'},
+    {"samples_us": b"[1.0]"},
+    {"numerics": 1},
+    {"numerics": "a" * 257},
+    {"numerics": "a\0"},
+    {"error_ratio": -1.0},
+    {"error_ratio": math.inf},
+    {"detail": "a\0"},
+    {"detail": "a" * 5000},
+    {"measured_at": math.inf},
+    {"measured_at": "1.0"},
+]
+
+
+@pytest.mark.parametrize("change", WRONG, ids=str)
+def test_a_measurement_that_does_not_fit_is_left_to_the_long_way(change: dict[str, Any]) -> None:
+    found = measurement()
+    values = tuple({**measurement_row(found), **change}.values())
+    assert plain_samples(values) is None
+    if change == {"samples_us": "[1.0] "}:
+        return  # JSON all the same.
+    with pytest.raises(InputError):
+        measurement_from_row(values, *lookups([found.gemm.layer], [found.config]))
+
+
+def test_both_ways_give_the_same_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = decision()
+    values = tuple(decision_row(wanted)[name] for name in DECISION_KINDS)
+    found = lookups([wanted.layer], decision_configs(wanted))
+    assert decision_from_row(values, *found) == wanted
+    monkeypatch.setattr(Decision, "__post_init__", lambda self: pytest.fail("this row is plain"))
+    assert decision_from_row(values, *found) == wanted
+
+
+WRONG_DECISIONS: list[dict[str, Any]] = [
+    {"policy": "best"},
+    {"certificate": "sure"},
+    {"environment": "0" * 63},
+    {"tokens": 0},
+    *(
+        {f"{gemm}_{name}": value}
+        for gemm in ("up", "down")
+        for name in CHOICE_KINDS
+        if name.endswith("_us")
+        for value in (0.0, -1.0, math.inf, math.nan, "1.0")
+    ),
+    {"up_noise": -0.5},
+    {"down_noise": math.nan},
+    {"up_runner_up": None, "up_runner_up_us": 1.0},
+    {"up_config": "0" * 64},
+]
+
+
+@pytest.mark.parametrize("change", WRONG_DECISIONS, ids=str)
+def test_a_decision_that_does_not_fit_is_refused(change: dict[str, Any]) -> None:
+    wanted = decision()
+    row = {**decision_row(wanted), **change}
+    values = tuple(row[name] for name in DECISION_KINDS)
+    with pytest.raises(InputError):
+        decision_from_row(values, *lookups([wanted.layer], decision_configs(wanted)))
