@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tilecast.engine.experts import MoeBlock, PreparedExperts, fused_experts, prepare_experts
     from tilecast.engine.parallel import TensorParallelExperts, all_reduce_ordered, shard_experts
     from tilecast.engine.runtime import current, lookup, misses, use_table
+    from tilecast.engine.transformers import prepare_model, register_transformers, restore_model
 
 _LAZY = {
     "MoeBlock": "tilecast.engine.experts",
@@ -44,6 +45,9 @@ _LAZY = {
     "lookup": "tilecast.engine.runtime",
     "misses": "tilecast.engine.runtime",
     "prepare_experts": "tilecast.engine.experts",
+    "prepare_model": "tilecast.engine.transformers",
+    "register_transformers": "tilecast.engine.transformers",
+    "restore_model": "tilecast.engine.transformers",
     "shard_experts": "tilecast.engine.parallel",
     "startup": "tilecast.engine.agreement",
     "use_table": "tilecast.engine.runtime",
@@ -95,6 +99,9 @@ __all__ = [
     "lookup",
     "misses",
     "prepare_experts",
+    "prepare_model",
+    "register_transformers",
+    "restore_model",
     "shard_experts",
     "startup",
     "use_table",

@@ -8,6 +8,7 @@ is one operator of the graph (`op.py`); everything else is as without it.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,31 @@ class PreparedExperts:
         entry = self.runtime.lookup(layer, rows.shape[0])
         out = _run(layer, entry, self._up, self._down, rows, ids, scales, out_dtype)
         return out if hidden.dim() == 2 else out.view(hidden.shape)
+
+    def unpacked(self) -> tuple[GemmWeights, GemmWeights]:
+        """Return the weights of up and down in the plain layout, bit for bit as they were given."""
+        anchor = self.runtime.anchor(self.layer)
+        up = self._up if self._up.layout == PLAIN else anchor.up_kernel.unpack(self._up)
+        return up, self._down if self._down.layout == PLAIN else anchor.down_kernel.unpack(self._down)
+
+    def with_top_k(self, top_k: int) -> PreparedExperts | None:
+        """Return the same experts for calls with another number of slots a token, sharing memory.
+
+        None where the table wants that layer's weights stored otherwise. Raises InputError for a top-k that is
+        impossible.
+        """
+        layer = replace(self.layer, top_k=top_k, global_experts=max(self.layer.global_experts, top_k))
+        anchor = self.runtime.anchor(layer)
+        stored = (anchor.up_kernel.layout(layer.up, anchor.up), anchor.down_kernel.layout(layer.down, anchor.down))
+        if stored != (self._up.layout, self._down.layout):
+            return None
+        up, down = (replace(w, gemm=g, plans={}) for w, g in zip((self._up, self._down), layer.gemms, strict=True))
+        return PreparedExperts(layer=layer, runtime=self.runtime, up=up, down=down)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are stored in another way than they were given, and so on memory of their own."""
+        return self._up.layout != PLAIN and self._down.layout != PLAIN
 
     def _compiled(
         self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, out_dtype: torch.dtype

@@ -93,13 +93,19 @@ def all_reduce_ordered(partial: torch.Tensor, group: Group | None = None) -> tor
     group must exist (gloo is fine); `group` lets a rank that waits notice that another failed or died. Raises
     AgreementError then.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized():
         return partial.clone()
-    if partial.numel() == 0:
+    return ordered_sum(partial, dist.group.WORLD, group)
+
+
+def ordered_sum(partial: torch.Tensor, ranks: dist.ProcessGroup | None, group: Group | None = None) -> torch.Tensor:
+    """Do what `all_reduce_ordered` does among the ranks of one of torch.distributed's process groups."""
+    count = dist.get_world_size(ranks)
+    if count == 1 or partial.numel() == 0:
         return partial.clone()
-    gathered = torch.empty((dist.get_world_size(), *partial.shape), dtype=partial.dtype, device=partial.device)
+    gathered = torch.empty((count, *partial.shape), dtype=partial.dtype, device=partial.device)
     try:
-        work = dist.all_gather(list(gathered.unbind(0)), partial.contiguous(), async_op=True)
+        work = dist.all_gather(list(gathered.unbind(0)), partial.contiguous(), group=ranks, async_op=True)
         _wait(work, group)
     except RuntimeError as error:
         # gloo reports a lost peer as a RuntimeError whose text names addresses, not ranks.

@@ -273,6 +273,11 @@ class _InUse:
 _in_use: _InUse | None = None
 
 
+def in_use() -> bool:
+    """Whether this process has a table in use."""
+    return _in_use is not None
+
+
 def current(kind: str | None = None) -> Runtime:
     """Return the runtime in use for a kind of device, `cpu` or `cuda`; the first call reads the environment variables.
 

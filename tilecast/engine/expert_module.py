@@ -1,0 +1,205 @@
+"""What an experts module of transformers computes, and its weights: read from the module itself, never from a config.
+
+Such a module holds `gate_up_proj` (or `up_proj`) and `down_proj` for all experts, perhaps with biases, and says by
+attributes how they lie. Its activation is found by trying it, so that a renamed class or a changed clamp is noticed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tilecast.engine.operands import layer_of
+from tilecast.errors import InputError
+from tilecast.kernels.reference import activate
+from tilecast.problem import ACTIVATIONS, ExpertLayer
+
+PROBE_TOLERANCE = 2e-6
+"""How far, relative to 1 + |gate| (1 + |up|), an activation in float32 may be from one of ours in float64 and be it."""
+
+
+class Unsupported(Exception):
+    """Why the tuned kernels cannot run a module; the message says it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How one module's experts lie and what they compute.
+
+    `names` are the parameters of w13, w2 and, with a bias, bias13, bias2. `interleaved`: gate and up rows alternate;
+    `transposed`: [E, in, out]. `split` is what is cut over ranks: nothing, `intermediate` (each rank's output is a
+    partial sum) or `experts`.
+    """
+
+    names: tuple[str, ...]
+    gated: bool
+    activation: str
+    interleaved: bool
+    transposed: bool
+    split: str
+    global_experts: int
+
+
+def form_of(module: torch.nn.Module) -> Form:
+    """Return the form of an experts module. Raises Unsupported."""
+    gated, bias = bool(_said(module, "has_gate", True)), bool(_said(module, "has_bias", False))
+    if _said(module, "has_post_expert_norm", False):
+        raise Unsupported("it normalises every expert's output before the routing weight")
+    first = "gate_up_proj" if gated else "up_proj"
+    names = (first, "down_proj", *((f"{first}_bias", "down_proj_bias") if bias else ()))
+    for name in names:
+        found = getattr(module, name, None)
+        if not isinstance(found, torch.Tensor):
+            raise Unsupported(f"it has no tensor {name}")
+        if not found.dtype.is_floating_point or found.dtype.itemsize < 2:
+            raise Unsupported(f"{name} is stored as {found.dtype}")
+    transposed = bool(_said(module, "is_transposed", False))
+    activation, interleaved = _activation(module, gated, interleaved=not _said(module, "is_concatenated", True))
+    down = module.get_parameter(names[1]) if names[1] in module._parameters else getattr(module, names[1])
+    return Form(
+        names=names, gated=gated, activation=activation, interleaved=interleaved, transposed=transposed,
+        split=_split(down, transposed), global_experts=down.shape[0],
+    )  # fmt: skip
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, or this rank's part of a distributed one, without gradients."""
+    to_local = getattr(tensor, "to_local", None)
+    with torch.no_grad():
+        found: torch.Tensor = tensor if to_local is None else to_local()
+        return found.detach()
+
+
+def mesh_of(module: torch.nn.Module, form: Form) -> Any | None:
+    """Return the device mesh over which a module's weights are split; None where they are whole."""
+    return None if form.split == "" else getattr(module._parameters[form.names[1]], "device_mesh", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """One module's weights as `prepare_experts` takes them; `shared` if they are the module's own memory."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    bias13: torch.Tensor | None
+    bias2: torch.Tensor | None
+    shared: bool
+
+    def layer(self, form: Form, top_k: int) -> ExpertLayer:
+        """Return the layer that they make. Raises InputError."""
+        return layer_of(
+            self.w13, self.w2, top_k=top_k, activation=form.activation, gated=form.gated, bias13=self.bias13,
+            bias2=self.bias2, global_experts=max(form.global_experts, top_k),
+        )  # fmt: skip
+
+
+def plain_weights(module: torch.nn.Module, form: Form, *, first_rank: bool = True) -> Plain:
+    """Return a module's local weights, gate rows before up rows, [E, out, in].
+
+    Where the intermediate size is split, the down projection's bias is kept by the first rank alone, as the ranks'
+    outputs are added.
+    """
+    found = [local(getattr(module, name)) for name in form.names]
+    w13, w2, *biases = found
+    if form.transposed:
+        w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
+    if form.interleaved and form.gated:
+        w13 = torch.cat((w13[:, ::2], w13[:, 1::2]), dim=1)
+        biases = [torch.cat((b[:, ::2], b[:, 1::2]), dim=1) if i == 0 else b for i, b in enumerate(biases)]
+    w13, w2 = w13.contiguous(), w2.contiguous()
+    bias13, bias2 = (None, None) if not biases else (biases[0].contiguous(), biases[1].contiguous())
+    if bias2 is not None and form.split == "intermediate" and not first_rank:
+        bias2 = torch.zeros_like(bias2)
+    shared = w13.data_ptr() == found[0].data_ptr() and w2.data_ptr() == found[1].data_ptr()
+    return Plain(w13=w13, w2=w2, bias13=bias13, bias2=bias2, shared=shared)
+
+
+def stored_again(w13: torch.Tensor, w2: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return plain weights as the module had them: the reverse of `plain_weights`."""
+    if form.interleaved and form.gated:
+        gate, up = w13.chunk(2, dim=1)
+        w13 = torch.stack((gate, up), dim=2).flatten(1, 2)
+    if form.transposed:
+        w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
+    return w13.contiguous(), w2.contiguous()
+
+
+def _said(module: torch.nn.Module, name: str, default: bool) -> Any:
+    return getattr(module, name, default)
+
+
+def _split(down: torch.Tensor, transposed: bool) -> str:
+    """Return what is cut over ranks. Raises Unsupported for cuts that make no layer."""
+    placements = getattr(down, "placements", None)
+    if placements is None:
+        return ""
+    cut = [placement for placement in placements if not placement.is_replicate()]
+    if not cut:
+        return ""
+    dimension = getattr(cut[0], "dim", None)
+    inner = 1 if transposed else 2
+    if len(placements) != 1 or dimension is None or dimension % 3 not in (0, inner):
+        raise Unsupported(f"its weights are split as {placements} over ranks")
+    return "experts" if dimension % 3 == 0 else "intermediate"
+
+
+# The activation, by trying it ---------------------------------------------------------------------------------
+
+
+def _activation(module: torch.nn.Module, gated: bool, *, interleaved: bool) -> tuple[str, bool]:
+    """Return which of our activations a module applies, and whether it reads gate and up alternating."""
+    gate, up = _probe()
+    values, other = torch.meshgrid(gate, up, indexing="ij")
+    values, other = values.reshape(1, -1), other.reshape(1, -1)
+    orders = (interleaved, not interleaved) if gated else (False,)
+    for alternating in orders:
+        try:
+            seen = _applied(module, values, other if gated else None, alternating=alternating)
+        except Exception as error:  # Whatever code of others raises says only that it cannot be tried.
+            raise Unsupported(f"its activation cannot be tried ({type(error).__name__})") from error
+        if seen is None or seen.shape != values.shape:
+            continue
+        for name in ACTIVATIONS:
+            if _same(seen, values, other if gated else None, name):
+                return name, alternating
+    what = type(getattr(module, "act_fn", None)).__name__
+    raise Unsupported(f"its activation ({what}, or the module's own _apply_gate) is none of {', '.join(ACTIVATIONS)}")
+
+
+def _probe() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values that tell activations and clamps apart: near 0, around every limit in use, and far beyond."""
+    powers = torch.logspace(-5, 4, 40, dtype=torch.float32)
+    gate = torch.cat((torch.linspace(-12.0, 12.0, 193), powers, -powers))
+    up = torch.tensor([1.0, -0.75, 0.0, 3.5, -6.5, 7.25, -9.0, 11.0, -60.0, 3000.0])
+    return gate, up
+
+
+def _applied(
+    module: torch.nn.Module, gate: torch.Tensor, up: torch.Tensor | None, *, alternating: bool
+) -> torch.Tensor | None:
+    functions: Any = module
+    with torch.no_grad():
+        device = local(next(iter(module.parameters()))).device
+        gate = gate.to(device)
+        if up is None:
+            found = functions.act_fn(gate)
+        else:
+            up = up.to(device)
+            joined = torch.stack((gate, up), dim=2).flatten(1) if alternating else torch.cat((gate, up), dim=1)
+            found = functions._apply_gate(joined)
+    return found.to("cpu", torch.float64) if isinstance(found, torch.Tensor) else None
+
+
+def _same(seen: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, name: str) -> bool:
+    try:
+        wanted = activate(gate.double(), None if up is None else up.double(), name)
+    except InputError:
+        return False
+    if wanted.shape != seen.shape or not bool(torch.isfinite(seen).all()):
+        return False
+    scale = 1 + gate.double().abs() * (1 if up is None else 1 + up.double().abs())
+    distance = float(((seen - wanted).abs() / scale).max())
+    return not math.isnan(distance) and distance <= PROBE_TOLERANCE

@@ -1,0 +1,370 @@
+"""The adapter for transformers: `experts_implementation="tilecast"` runs a model's experts on the tuned kernels.
+
+Everything that depends on transformers' own code is in this file: the registry of experts functions
+(`transformers.integrations.moe.ExpertsInterface`), where a model's loading ends, and what its experts modules are.
+Tested with 5.17 to 5.23.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from tilecast.canonical import canonical_json
+from tilecast.engine import runtime as runtime_module
+from tilecast.engine.adapted import STATE, Adapted, adapt, adapted_of
+from tilecast.engine.agreement import check_coverage, process_group, startup
+from tilecast.engine.expert_module import Form, Unsupported, form_of, local, plain_weights
+from tilecast.engine.group import Group
+from tilecast.engine.runtime import Runtime
+from tilecast.environment import Environment, cpu_environment
+from tilecast.errors import InputError, UsageError
+from tilecast.problem import ExpertLayer
+from tilecast.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+NAME = "tilecast"
+LEAST_VERSION = (5, 17)
+OTHERWISE = "grouped_mm"
+"""What runs experts that the tuned kernels do not: the implementation that transformers itself takes by default."""
+FLOAT32 = "_tilecast_float32"
+TOP_K_NAMES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+@dataclass
+class _Options:
+    registered: bool = False
+    release: bool = True
+    float32_router: bool = False
+    settings: Settings | None = None
+
+
+_options = _Options()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModule:
+    """One experts module of a model: its name, the layer it is, and why it falls back, if it does."""
+
+    name: str
+    layer: ExpertLayer | None
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModel:
+    """What a model's experts run on; `runtime` is None where none of them runs on the tuned kernels."""
+
+    modules: tuple[AdaptedModule, ...]
+    runtime: Runtime | None
+
+    @property
+    def layers(self) -> tuple[ExpertLayer, ...]:
+        """The layers that run on the tuned kernels, in model order, each once."""
+        return tuple(dict.fromkeys(m.layer for m in self.modules if m.layer is not None))
+
+
+def register_transformers(
+    *, release: bool = True, float32_router: bool = False, settings: Settings | None = None
+) -> None:
+    """Make `experts_implementation="tilecast"` known to transformers; calling it again changes the options.
+
+    A model loaded with it (`from_pretrained`), or switched to it (`set_experts_implementation`), is started up as the
+    `TM_GEMM_*` variables say, by all ranks together, and its experts are packed as the table wants. `release` gives
+    the memory of the weights as they were loaded back, where the packed ones replace them. `float32_router` keeps
+    router logits in float32 where the model's own code rounds them to its dtype, which changes who is routed where.
+    `settings` replace the environment's, and then a table that is in use already, too.
+    Raises UsageError where transformers is missing or too old.
+    """
+    _options.release, _options.float32_router, _options.settings = release, float32_router, settings
+    if _options.registered:
+        return
+    moe = _import("transformers.integrations.moe")
+    moe.ExpertsInterface.register(NAME, experts_forward)
+    _after_loading(_import("transformers").PreTrainedModel)
+    _options.registered = True
+
+
+def experts_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """Return a model's experts modules that transformers dispatches by `experts_implementation`, with their names."""
+    return [(name, module) for name, module in model.named_modules() if _is_experts(module)]
+
+
+def prepare_model(
+    model: torch.nn.Module, *, release: bool | None = None, float32_router: bool | None = None
+) -> AdaptedModel:
+    """Start up for a model that is loaded and pack its experts; `from_pretrained` does it where it is registered.
+
+    Needed by hand for a model that was built otherwise and is to be compiled. All ranks must call it. An experts module
+    that the tuned kernels do not run, on any rank, falls back to transformers' grouped_mm on all of them, and the
+    reason is logged once. Raises what `startup` raises.
+    """
+    release = _options.release if release is None else release
+    float32_router = _options.float32_router if float32_router is None else float32_router
+    found = [(name, module) for name, module in experts_modules(model) if _asks_for_us(module)]
+    group = process_group()
+    with group.guard():
+        forms = [_inspected(module, _top_k_of(model, name, module)) for name, module in found]
+        reasons = _shared_reasons(group, [reason for _, _, reason in forms])
+        layers = [layer for (_, layer, _), reason in zip(forms, reasons, strict=True) if layer and not reason]
+        runtime = _start(group, layers, found[0][1]) if layers else None
+        for (_, module), (form, layer, _), reason in zip(found, forms, reasons, strict=True):
+            state = adapt(module, reason, form) if reason or form else None
+            if state is not None and reason is None and layer is not None:
+                kind = local(next(module.parameters())).device.type
+                state.prepare(module, runtime_module.current(kind), layer.top_k, release=release)
+        if group.world_size > 1:
+            # Nobody runs a collective of the model before all have packed.
+            group.gather("experts packed", b"")
+    if float32_router:
+        for name, module in found:
+            _keep_router_in_float32(model, name, module)
+    modules = tuple(
+        AdaptedModule(name=name, layer=None if reason else layer, reason=reason)
+        for (name, _), (_, layer, _), reason in zip(found, forms, reasons, strict=True)
+    )
+    adapted = AdaptedModel(modules=modules, runtime=runtime)
+    if group.rank == 0:
+        _log(adapted)
+    return adapted
+
+
+def restore_model(model: torch.nn.Module) -> None:
+    """Give a model's experts their own weights back, for another implementation or for training."""
+    for _, module in experts_modules(model):
+        state = adapted_of(module)
+        if state is not None:
+            state.restore(module)
+            _forget(module)
+
+
+def experts_forward(self: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Run an experts module of transformers: hidden [T, H], ids [T, k], weights [T, k] to a fresh [T, H].
+
+    What transformers calls for `experts_implementation="tilecast"`. Ids of no local expert count as absent.
+    """
+    ids, weights = _routing(args, kwargs)
+    state = adapted_of(self)
+    if state is None or (not torch.compiler.is_compiling() and not state.fits(self)):
+        state = _prepare_late(self, ids.shape[-1])
+    if state.reason is not None:
+        otherwise = _import("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS[OTHERWISE]
+        out: torch.Tensor = otherwise(self, hidden_states, ids, weights)
+        return out
+    return state(hidden_states, ids, weights)
+
+
+def _routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and weights, which families pass by place or by a name of their own."""
+    found = [*args, *kwargs.values()]
+    if len(found) < 2 or not all(isinstance(value, torch.Tensor) for value in found[:2]):
+        raise InputError("experts are called with hidden states, expert ids and routing weights")
+    ids, weights = found[0], found[1]
+    return (weights, ids) if ids.dtype.is_floating_point and not weights.dtype.is_floating_point else (ids, weights)
+
+
+# Preparing -------------------------------------------------------------------------------------------------
+
+
+def _prepare_late(module: torch.nn.Module, top_k: int) -> Adapted:
+    """Prepare a module that no loading prepared, or whose weights have changed since: all ranks come here together."""
+    if torch.compiler.is_compiling():
+        raise UsageError("prepare the model before it is compiled: tilecast.prepare_model(model)")
+    known = adapted_of(module)
+    if known is not None:
+        known.restore(module)
+    group = process_group()
+    with group.guard():
+        form, layer, reason = _inspected(module, top_k)
+        (reason,) = _shared_reasons(group, [reason])
+        state = adapt(module, reason, form)
+        if reason is None and layer is not None:
+            kind = local(next(module.parameters())).device.type
+            state.prepare(module, runtime_module.current(kind), top_k, release=_options.release)
+        else:
+            logger.warning("experts fall back to %s: %s", OTHERWISE, reason)
+    return state
+
+
+def _inspected(module: torch.nn.Module, top_k: int) -> tuple[Form | None, ExpertLayer | None, str | None]:
+    """Return a module's form and layer, or why it has none."""
+    try:
+        form = form_of(module)
+        device = local(getattr(module, form.names[1])).device.type
+        if device not in ("cpu", "cuda"):
+            raise Unsupported(f"its weights are on {device}")
+        return form, plain_weights(module, form).layer(form, top_k), None
+    except (Unsupported, InputError) as error:
+        return None, None, str(error)
+
+
+def _shared_reasons(group: Group, reasons: list[str | None]) -> list[str | None]:
+    """Return for each module the first rank's reason to fall back, so that none runs what another does not."""
+    if group.world_size == 1:
+        return reasons
+    everyone = [json.loads(seen) for seen in group.gather("fallbacks", canonical_json(list(reasons)).encode("ascii"))]
+    if any(len(theirs) != len(reasons) for theirs in everyone):
+        raise UsageError("ranks have models with different numbers of expert layers; start all with the same model")
+    shared: list[str | None] = []
+    for place in range(len(reasons)):
+        seen = [(rank, theirs[place]) for rank, theirs in enumerate(everyone) if theirs[place]]
+        only = len(seen) < len(everyone)
+        shared.append((f"rank {seen[0][0]}: {seen[0][1]}" if only else seen[0][1]) if seen else None)
+    return shared
+
+
+def _start(group: Group, layers: list[ExpertLayer], module: torch.nn.Module) -> Runtime:
+    """Do what the environment variables ask for, or take the table that is in use already."""
+    settings = _options.settings or Settings.from_environment()
+    kind = local(next(module.parameters())).device.type
+    if _options.settings is None and runtime_module.in_use() and settings.tune is None and settings.miss != "tune":
+        found = runtime_module.current(kind)
+        check_coverage(group, found, layers)
+        return found
+    environment: Environment | None = cpu_environment() if kind == "cpu" else None
+    return startup(layers, settings, group=group, environment=environment)
+
+
+def _top_k_of(model: torch.nn.Module, name: str, module: torch.nn.Module) -> int:
+    """Return how many experts a token is routed to, as the modules around say; a call with another number may come."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    around = [parent, *(child for child in parent.children() if child is not module), module]
+    configs = [getattr(module, "config", None), getattr(model, "config", None)]
+    for holder in [*around, *configs]:
+        for attribute in TOP_K_NAMES:
+            value = getattr(holder, attribute, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return 1
+
+
+def _log(adapted: AdaptedModel) -> None:
+    for reason in dict.fromkeys(m.reason for m in adapted.modules if m.reason is not None):
+        names = [m.name for m in adapted.modules if m.reason == reason]
+        logger.warning("experts of %d layers (%s …) fall back to %s: %s", len(names), names[0], OTHERWISE, reason)
+    runtime = adapted.runtime
+    if runtime is None:
+        return
+    decided = [layer for layer in adapted.layers if runtime.buckets(layer)]
+    kinds = sorted({d.certificate for d in runtime.table.decisions if d.layer in decided}) or ["none"]
+    largest = {max(b.tokens for b in runtime.buckets(layer)) for layer in decided}
+    reach = f" up to {min(largest)} tokens" if largest else ""
+    logger.info(
+        "experts of %d of %d layers run on Tilecast: table %s, %d decisions, %d of %d distinct layers covered%s, "
+        "policy %s, certificate %s",
+        sum(m.reason is None for m in adapted.modules), len(adapted.modules),
+        runtime.table.digest[:12] if runtime.table.decisions else "none", len(runtime.table.decisions), len(decided),
+        len(adapted.layers), reach, runtime.policy, "/".join(kinds),
+    )  # fmt: skip
+
+
+# Routers in float32 ------------------------------------------------------------------------------------------
+
+
+class _Float32Linear(TorchFunctionMode):
+    """Linear layers with one given weight give float32, from operands taken to it first."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self._weight = weight
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and len(args) >= 2 and args[1] is self._weight:
+            rows, weight, *rest = args
+            bias = rest[0] if rest else (kwargs or {}).get("bias")
+            return F.linear(rows.float(), weight.float(), None if bias is None else bias.float())
+        return func(*args, **(kwargs or {}))
+
+
+def _keep_router_in_float32(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+    """Have the router beside an experts module compute its logits in float32."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    form = getattr(adapted_of(module), "form", None)
+    experts = form.global_experts if form is not None else int(getattr(module, "num_experts", 0))
+    for child in parent.children():
+        if child is module or FLOAT32 in child.__dict__:
+            continue
+        for weight in child.parameters():
+            if weight.dim() == 2 and weight.shape[0] == experts and weight.dtype is not torch.float32:
+                child.forward = _under(_Float32Linear, weight, child.forward)
+                child.__dict__[FLOAT32] = True
+
+
+def _under(mode: Callable[[Any], TorchFunctionMode], weight: object, forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with mode(weight):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+# transformers itself -------------------------------------------------------------------------------------------
+
+
+def _import(name: str) -> Any:
+    """Import a module of transformers. Raises UsageError where it is missing or too old."""
+    try:
+        version = importlib.metadata.version("transformers")
+        found = importlib.import_module(name)
+    except (ImportError, importlib.metadata.PackageNotFoundError) as error:
+        raise UsageError(f"transformers cannot be imported ({error}); install tilecast[hf]") from error
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers < LEAST_VERSION:
+        raise UsageError(f"transformers is {version}, expected at least {'.'.join(map(str, LEAST_VERSION))}")
+    return found
+
+
+def _is_experts(module: torch.nn.Module) -> bool:
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+def _asks_for_us(module: torch.nn.Module) -> bool:
+    return getattr(getattr(module, "config", None), "_experts_implementation", None) == NAME
+
+
+def _after_loading(model_class: Any) -> None:
+    """Prepare models where transformers ends loading them, or switches their experts."""
+    load = model_class.__dict__["from_pretrained"].__func__
+    switch = model_class.set_experts_implementation
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if any(_asks_for_us(module) for _, module in experts_modules(model)):
+            prepare_model(model)
+        elif kwargs.get("experts_implementation") == NAME:
+            logger.warning("%s has no experts that transformers lets others run", type(model).__name__)
+        return loaded
+
+    @functools.wraps(switch)
+    def set_experts_implementation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = switch(self, *args, **kwargs)
+        modules = [module for _, module in experts_modules(self)]
+        for module in modules:
+            state = adapted_of(module)
+            if state is not None and not _asks_for_us(module):
+                state.restore(module)
+                _forget(module)
+        if any(_asks_for_us(module) and adapted_of(module) is None for module in modules):
+            prepare_model(self)
+        return done
+
+    model_class.from_pretrained = classmethod(from_pretrained)
+    model_class.set_experts_implementation = set_experts_implementation
+
+
+def _forget(module: torch.nn.Module) -> None:
+    module.__dict__.pop(STATE, None)
