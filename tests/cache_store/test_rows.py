@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
+import sqlite3
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 
-from tests.store_contract import decision, measurement
+from tests.store_contract import HERE, decision, measurement
 from tests.strategies import measurements
 from tilecast.cache_store import rows
 from tilecast.cache_store.queries import plain_line, sealed_line
@@ -26,6 +29,7 @@ from tilecast.cache_store.rows import (
     measurement_row,
     plain_samples,
 )
+from tilecast.cache_store.store import open_store
 from tilecast.canonical import canonical_json, digest
 from tilecast.errors import InputError
 from tilecast.evidence import Decision, Measurement
@@ -147,3 +151,24 @@ def test_a_decision_that_does_not_fit_is_refused(change: dict[str, Any]) -> None
     values = tuple(row[name] for name in DECISION_KINDS)
     with pytest.raises(InputError):
         decision_from_row(values, *lookups([wanted.layer], decision_configs(wanted)))
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_reading_leaves_the_collector_as_it_was(collecting: bool, tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    with open_store(path) as store:
+        store.add_environment(HERE)
+        store.add_measurements([measurement()])
+        was = gc.isenabled()
+        try:
+            (gc.enable if collecting else gc.disable)()
+            assert len(store.measurements()) == 1
+            assert gc.isenabled() is collecting
+            with sqlite3.connect(path) as raw:
+                raw.execute("UPDATE measurement SET tokens = 5")
+            raw.close()
+            with pytest.raises(InputError, match="its fields have key"):
+                store.measurements()
+            assert gc.isenabled() is collecting
+        finally:
+            (gc.enable if was else gc.disable)()
