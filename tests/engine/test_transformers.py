@@ -137,10 +137,14 @@ def test_a_model_is_converted_after_it_was_packed(mixtral: Any) -> None:
     assert torch.equal(found, logits(wanted))
 
 
-def test_a_copied_model_runs_and_shares_the_packed_weights(mixtral: Any) -> None:
+def test_a_copied_model_runs_and_leaves_the_first_as_it_was(mixtral: Any) -> None:
+    wanted = logits(mixtral)
     copied = copy.deepcopy(mixtral)
-    assert torch.equal(logits(copied), logits(mixtral))
-    assert adapted_of(first_experts(copied)).experts is adapted_of(first_experts(mixtral)).experts  # type: ignore[union-attr]
+    assert torch.equal(logits(copied), wanted)
+    for model in (mixtral, copied):
+        assert adapted_of(first_experts(model)).released  # type: ignore[union-attr]
+        assert torch.equal(first_experts(model).state_dict()["down_proj"], first_experts(tiny_model("mixtral")).down_proj)
+    assert torch.equal(logits(mixtral), wanted)
 
 
 def test_a_model_that_was_not_loaded_is_prepared_at_its_first_call() -> None:

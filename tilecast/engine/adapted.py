@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "_tilecast"
 """The attribute of a module that holds its `Adapted`."""
+HOOKED = "_tilecast_hooked"
 
 
 class Adapted:
@@ -39,7 +40,6 @@ class Adapted:
         self._seen: tuple[object, ...] = ()
         self._sum: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._is_first = True
-        self._hooks: list[Any] = []
 
     @property
     def experts(self) -> PreparedExperts:
@@ -101,9 +101,6 @@ class Adapted:
 
     def restore(self, module: torch.nn.Module) -> None:
         """Give a module its own weights back, on the device and in the dtype that its parameters now have."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
         if self.released and self.form is not None:
             stored = self._stored()
             for name, tensor in stored.items():
@@ -143,13 +140,14 @@ class Adapted:
             empty = torch.full((1,), float("nan"), dtype=held.dtype, device=held.device).expand(held.shape)
             _replace(module, name, empty)
         self.released = True
-        self._hooks = [
-            module.register_state_dict_post_hook(_fill_state_dict),  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_pre_hook(_restore_before_load),  # type: ignore[no-untyped-call]
-        ]
+        if HOOKED not in module.__dict__:
+            # They do nothing while the module has its weights.
+            module.__dict__[HOOKED] = True
+            module.register_state_dict_post_hook(_fill_state_dict)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(_restore_before_load)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Adapted:
-        """A copied module runs on the same packed weights, which never change."""
+        """Return a state that a copied module starts from; the packed weights never change, so they are shared."""
         copied = Adapted.__new__(Adapted)
         copied.__dict__.update(self.__dict__)
         return copied

@@ -18,7 +18,7 @@ from tilecast.kernels.reference import activate
 from tilecast.problem import ACTIVATIONS, ExpertLayer
 
 PROBE_TOLERANCE = 2e-6
-"""How far, relative to 1 + |gate| (1 + |up|), an activation in float32 may be from one of ours in float64 and be it."""
+"""How far an activation in float32 may be from one of ours in float64, relative to 1 + |value| + |gate| (1 + |up|)."""
 
 
 class Unsupported(Exception):
@@ -200,6 +200,6 @@ def _same(seen: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, name:
         return False
     if wanted.shape != seen.shape or not bool(torch.isfinite(seen).all()):
         return False
-    scale = 1 + gate.double().abs() * (1 if up is None else 1 + up.double().abs())
+    scale = 1 + wanted.abs() + gate.double().abs() * (1 if up is None else 1 + up.double().abs())
     distance = float(((seen - wanted).abs() / scale).max())
     return not math.isnan(distance) and distance <= PROBE_TOLERANCE
