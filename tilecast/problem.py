@@ -20,7 +20,47 @@ DTYPES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai", "identity")
 """Names of the activations between the two GEMMs; `swiglu_oai` is gpt-oss's clamped form, `identity` none at all."""
 
-WEIGHT_FORMATS = ("dense",)
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """What a weight format's name says; `kernels/formats.py` holds weights in it.
+
+    kind: `dense`, `awq` (4 bits with zero points), `int4`, `int8` (symmetric) or `fp8` (e4m3). group: elements of K
+    that share a scale, 0 for all. rows: weight rows that share one, 0 for all. bits: of one code, 0 if dense.
+    """
+
+    kind: str
+    group: int = 0
+    rows: int = 1
+    bits: int = 0
+
+    @property
+    def codes_per_byte(self) -> int:
+        """How many codes a byte holds."""
+        return 2 if self.bits == 4 else 1
+
+
+_FORMATS: dict[str, WeightFormat] = {
+    "dense": WeightFormat("dense"),
+    **{f"{kind}_g{group}": WeightFormat(kind, group, 1, 4) for kind in ("awq", "int4") for group in GROUPS},
+    **{f"int8_g{group}": WeightFormat("int8", group, 1, 8) for group in GROUPS},
+    "int8_channel": WeightFormat("int8", 0, 1, 8),
+    "fp8_block128": WeightFormat("fp8", 128, 128, 8),
+    "fp8_channel": WeightFormat("fp8", 0, 1, 8),
+    "fp8_tensor": WeightFormat("fp8", 0, 0, 8),
+}
+WEIGHT_FORMATS = tuple(_FORMATS)
+"""Names of the formats that expert weights are held in."""
+
+
+def weight_format(name: str) -> WeightFormat:
+    """Return what a format's name says. Raises InputError."""
+    check_name("weight format", name, WEIGHT_FORMATS)
+    return _FORMATS[name]
+
+
 MAX_DIMENSION = 1 << 24
 """Upper bound of every size and token count; far above any model, far below int32 overflow."""
 
@@ -155,7 +195,14 @@ class ExpertGemm:
     def weight_bytes(self, experts: int | None = None) -> int:
         """Bytes of the weights of `experts` experts (default: all of the layer's)."""
         count = self.layer.experts if experts is None else experts
-        return count * self.n * self.k * DTYPES[self.layer.dtype]
+        form = _FORMATS[self.layer.weight_format]
+        if form.kind == "dense":
+            return count * self.n * self.k * DTYPES[self.layer.dtype]
+        columns = -(-self.k // form.group) if form.group else 1
+        rows = self.n if form.rows == 1 else -(-self.n // form.rows) if form.rows else 1
+        # Scales of 16 bits where they belong to a row's group, of 32 elsewhere; a zero point is a byte.
+        scale = (3 if form.kind == "awq" else 2) if form.kind != "fp8" else 4
+        return count * (self.n * self.k * form.bits // 8 + rows * columns * scale)
 
 
 @dataclass(frozen=True, order=False)

@@ -1,0 +1,88 @@
+"""Weight formats: what codes stand for, which sizes they take, how near rounding comes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tilecast.errors import InputError
+from tilecast.kernels.formats import QuantizedStack, check_sizes, quantize, scale_rows, scale_shape
+from tilecast.problem import WEIGHT_FORMATS, ExpertGemm, ExpertLayer, weight_format
+
+QUANTIZED = WEIGHT_FORMATS[1:]
+
+
+def layer(form: str, **changes: object) -> ExpertLayer:
+    sizes: dict[str, object] = {"hidden": 256, "intermediate": 128, "experts": 2, "top_k": 1, "dtype": "fp16"}
+    return ExpertLayer(**{**sizes, "weight_format": form, **changes})  # type: ignore[arg-type]
+
+
+def dense(gemm: ExpertGemm) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn((gemm.layer.experts, gemm.n, gemm.k), generator=generator) / 8
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_rounding_to_a_format_errs_by_half_a_step_at_most(form: str, name: str) -> None:
+    gemm = getattr(layer(form), name)
+    weights = dense(gemm)
+    stack = quantize(weights, gemm, torch.float32)
+    stack.check(gemm)
+    assert stack.nbytes <= 1.4 * gemm.weight_bytes()
+    for expert in range(gemm.layer.experts):
+        error = (stack.dequantized(gemm, expert) - weights[expert].double()).abs()
+        step = stack.row_scales(gemm, expert, torch.float64)
+        if weight_format(form).kind == "fp8":
+            step = step * stack.integers(expert).abs().double().clamp(min=2**-6) / 8
+        assert (error <= 0.501 * step + 1e-9).all()
+
+
+def test_a_nibble_is_where_it_is_said_to_be() -> None:
+    gemm = layer("awq_g32", hidden=32, intermediate=32, gated=False, experts=1).up
+    codes = torch.zeros((1, 32, 16), dtype=torch.uint8)
+    codes[0, 3, 5] = 0x9C
+    zeros = torch.full((1, 32, 1), 2, dtype=torch.uint8)
+    stack = QuantizedStack(format="awq_g32", codes=codes, scales=torch.full((1, 32, 1), 0.5), zeros=zeros)
+    row = stack.dequantized(gemm, 0)[3]
+    assert row[10] == (0xC - 2) * 0.5 and row[11] == (0x9 - 2) * 0.5 and row[12] == -1.0
+
+
+def test_gate_and_up_share_no_scale() -> None:
+    gemm = layer("fp8_block128", intermediate=200).up
+    assert scale_shape(gemm) == (4, 2)
+    assert scale_rows(gemm).tolist() == [0] * 128 + [1] * 72 + [2] * 128 + [3] * 72
+    assert scale_shape(layer("fp8_tensor").up) == (2, 1) and scale_shape(layer("fp8_tensor").down) == (1, 1)
+
+
+def test_sizes_that_cut_a_group_are_refused_with_those_that_work() -> None:
+    with pytest.raises(InputError, match=r"intermediate size I is 96.*multiples of 64, such as 64 or 128"):
+        check_sizes(layer("awq_g64", intermediate=96).down)
+    check_sizes(layer("fp8_block128", intermediate=96).down)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zeros": None}, "needs zero points"),
+        ({"codes": torch.zeros(2, 8, 16)}, "codes are torch.float32"),
+        ({"scales": torch.ones(2, 256)}, "scales are"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
+    good = {
+        "codes": torch.zeros((2, 256, 128), dtype=torch.uint8),
+        "scales": torch.ones(2, 256, 2),
+        "zeros": torch.zeros((2, 256, 2), dtype=torch.uint8),
+    }
+    QuantizedStack(format="awq_g128", **good).check(layer("awq_g128").up)
+    with pytest.raises(InputError, match=message):
+        QuantizedStack(format="awq_g128", **{**good, **change})
+
+
+def test_weights_of_another_shape_or_format_are_refused() -> None:
+    stack = quantize(dense(layer("int8_g64").up), layer("int8_g64").up)
+    with pytest.raises(InputError, match="expected int4_g64"):
+        stack.check(layer("int4_g64").up)
+    with pytest.raises(InputError, match="expected int8_g64"):
+        stack.check(layer("int8_g64").down)

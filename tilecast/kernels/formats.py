@@ -1,0 +1,192 @@
+"""Weight formats: how a stack of quantised expert weights is held, and the numbers that it stands for.
+
+A weight is (code - zero) · scale. `awq_g128` holds 4-bit codes with a zero point and a scale for every 128 elements of
+K of every weight row; `int4_g128` and `int8_g128` are symmetric; `fp8_block128` holds e4m3 codes with one scale for
+every block of 128 rows and 128 elements of K, `fp8_channel` one for every row, `fp8_tensor` one for every expert (and
+for gate and up apart). Whatever a checkpoint stores, it is brought into the one form here without a dequantised copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tilecast.errors import InputError
+from tilecast.problem import ExpertGemm, WeightFormat, weight_format
+
+CODE_DTYPES = {"awq": torch.uint8, "int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+SYMMETRIC_ZERO = {"int4": 8, "int8": 0}
+"""What a symmetric format subtracts from its codes: int4 ones are held unsigned."""
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedStack:
+    """The weights of all experts of one GEMM: [E, N, K] in a format other than dense.
+
+    codes: uint8 [E, N, K/2] for 4-bit formats, the even k in the low half of a byte; int8 [E, N, K]; float8_e4m3fn
+    [E, N, K]. scales: [E, N, K/group] for grouped formats, else [E, scale rows, scale columns] as `scale_shape` says.
+    zeros: uint8 [E, N, K/group] with `awq`, else None. All contiguous and on one device.
+    """
+
+    format: str
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on the GEMM; raises InputError."""
+        kind = weight_format(self.format).kind
+        if kind == "dense" or self.codes.dtype is not CODE_DTYPES[kind] or self.codes.dim() != 3:
+            raise InputError(f"codes are {self.codes.dtype} {tuple(self.codes.shape)}, not those of {self.format}")
+        if self.scales.dim() != 3 or self.scales.dtype not in SCALE_DTYPES:
+            raise InputError(f"scales are {self.scales.dtype} {tuple(self.scales.shape)}, expected floats [E, …, …]")
+        if (self.zeros is None) == (kind == "awq"):
+            raise InputError(f"{self.format} {'needs' if kind == 'awq' else 'has no'} zero points")
+        for name, tensor in (("codes", self.codes), ("scales", self.scales), ("zeros", self.zeros)):
+            if tensor is not None and (not tensor.is_contiguous() or tensor.device != self.codes.device):
+                raise InputError(f"{name} are not contiguous, or not on {self.codes.device} like the codes")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape [E, N, K] of the weights."""
+        experts, rows, width = self.codes.shape
+        return experts, rows, width * weight_format(self.format).codes_per_byte
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros) if t is not None)
+
+    def check(self, gemm: ExpertGemm) -> None:
+        """Raise InputError unless these can be the weights of `gemm`."""
+        wanted = (gemm.layer.experts, gemm.n, gemm.k)
+        if self.format != gemm.layer.weight_format or self.shape != wanted:
+            raise InputError(
+                f"weights are {self.format} {self.shape}, expected {gemm.layer.weight_format} {wanted} for {gemm.name}"
+            )
+        scales = (gemm.layer.experts, *scale_shape(gemm))
+        for name, tensor in (("scales", self.scales), ("zeros", self.zeros)):
+            if tensor is not None and tensor.shape != scales:
+                raise InputError(
+                    f"{name} are {tuple(tensor.shape)}, expected {scales} for {gemm.layer.label} {gemm.name}"
+                )
+
+    def integers(self, expert: int) -> torch.Tensor:
+        """Return one expert's codes [N, K] less their zero points, as float32 (exact)."""
+        form = weight_format(self.format)
+        codes = self.codes[expert]
+        if form.kind == "fp8":
+            return codes.to(torch.float32)
+        values = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2) if form.codes_per_byte == 2 else codes
+        found = values.to(torch.float32)
+        if self.zeros is not None:
+            return found - self.zeros[expert].to(torch.float32).repeat_interleave(form.group, dim=1)
+        return found - SYMMETRIC_ZERO[form.kind]
+
+    def row_scales(self, gemm: ExpertGemm, expert: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return one expert's scales for each row and element of K: [N, K]."""
+        form = weight_format(self.format)
+        scales = self.scales[expert].to(dtype).index_select(0, scale_rows(gemm).to(self.device))
+        if form.group:
+            scales = scales.repeat_interleave(form.group, dim=1)[:, : gemm.k]
+        return scales.expand(gemm.n, gemm.k)
+
+    def dequantized(self, gemm: ExpertGemm, expert: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Return one expert's weights [N, K]: (code - zero) · scale, computed in `dtype`."""
+        return self.integers(expert).to(dtype) * self.row_scales(gemm, expert, dtype)
+
+
+def scale_shape(gemm: ExpertGemm) -> tuple[int, int]:
+    """Return how many scales an expert's weights have: [rows, columns].
+
+    Gate and up projections are quantised apart, so blocks and tensors of them never mix.
+    """
+    form = weight_format(gemm.layer.weight_format)
+    parts = 2 if gemm.name == "up" and gemm.layer.gated else 1
+    columns = -(-gemm.k // form.group) if form.group else 1
+    if form.rows == 1:
+        return gemm.n, columns
+    width = gemm.n // parts
+    return parts * (-(-width // form.rows) if form.rows else 1), columns
+
+
+def scale_rows(gemm: ExpertGemm) -> torch.Tensor:
+    """Return, for each of the N weight rows, which row of the scales is its: int64 [N]."""
+    form = weight_format(gemm.layer.weight_format)
+    rows = torch.arange(gemm.n)
+    if form.rows == 1:
+        return rows
+    parts = 2 if gemm.name == "up" and gemm.layer.gated else 1
+    width = gemm.n // parts
+    each = -(-width // form.rows) if form.rows else 1
+    block = rows % width // form.rows if form.rows else torch.zeros_like(rows)
+    return rows // width * each + block
+
+
+def check_sizes(gemm: ExpertGemm) -> None:
+    """Raise InputError where a layer's sizes do not fit its weight format: a group or a word cut in two."""
+    form = weight_format(gemm.layer.weight_format)
+    if form.kind != "fp8" and form.group and gemm.k % form.group:
+        what = "hidden size H" if gemm.name == "up" else "intermediate size I"
+        below = gemm.k // form.group * form.group
+        raise InputError(
+            f"{what} is {gemm.k}, which cuts a group of {form.group} of {gemm.layer.weight_format} in two; "
+            f"sizes that work are multiples of {form.group}, such as {below or form.group} or {below + form.group}"
+        )
+
+
+def quantize(weights: torch.Tensor, gemm: ExpertGemm, scale_dtype: torch.dtype = torch.float16) -> QuantizedStack:
+    """Return dense weights [E, N, K] rounded to the layer's weight format, to nearest, scales from the extremes."""
+    form = weight_format(gemm.layer.weight_format)
+    check_sizes(gemm)
+    if tuple(weights.shape) != (gemm.layer.experts, gemm.n, gemm.k):
+        raise InputError(f"weights are {tuple(weights.shape)}, expected {(gemm.layer.experts, gemm.n, gemm.k)}")
+    parts = [_quantized(expert.to(torch.float32), gemm, form, scale_dtype) for expert in weights]
+    codes, scales, zeros = (None if p[0] is None else torch.stack(list(p)) for p in zip(*parts, strict=True))
+    assert codes is not None and scales is not None
+    return QuantizedStack(format=gemm.layer.weight_format, codes=codes, scales=scales, zeros=zeros)
+
+
+def _quantized(
+    weight: torch.Tensor, gemm: ExpertGemm, form: WeightFormat, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    if form.kind == "fp8":
+        return (*_to_fp8(weight, gemm, form), None)
+    group = form.group or gemm.k
+    grouped = weight.view(gemm.n, -1, group)
+    if form.kind == "awq":
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scales = ((high - low) / 15).clamp(min=1e-5).to(scale_dtype)
+        zeros = (-low / scales.float()).round().clamp(0, 15)
+        codes = (grouped / scales.float()[..., None]).round() + zeros[..., None]
+        return _packed(codes.clamp(0, 15).view(gemm.n, gemm.k)), scales, zeros.to(torch.uint8)
+    limit = 7 if form.kind == "int4" else 127
+    scales = (grouped.abs().amax(-1) / limit).clamp(min=1e-5).to(scale_dtype)
+    codes = (grouped / scales.float()[..., None]).round().clamp(-limit - 1, limit).view(gemm.n, gemm.k)
+    return (_packed(codes + 8) if form.kind == "int4" else codes.to(torch.int8)), scales, None
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    values = codes.to(torch.uint8)
+    return values[:, ::2] | values[:, 1::2] << 4
+
+
+def _to_fp8(weight: torch.Tensor, gemm: ExpertGemm, form: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    rows, columns = scale_shape(gemm)
+    where = scale_rows(gemm).to(weight.device)
+    width = form.group or gemm.k
+    padded = torch.nn.functional.pad(weight.abs(), (0, columns * width - gemm.k))
+    of_row = padded.view(gemm.n, columns, width).amax(-1)
+    peaks = torch.zeros(rows, columns, device=weight.device)
+    peaks.scatter_reduce_(0, where[:, None].expand(-1, columns), of_row, "amax")
+    scales = (peaks / largest).clamp(min=1e-12)
+    spread = scales.index_select(0, where).repeat_interleave(width, dim=1)[:, : gemm.k]
+    return (weight / spread).clamp(-largest, largest).to(torch.float8_e4m3fn), scales
