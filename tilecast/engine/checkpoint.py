@@ -1,0 +1,146 @@
+"""A checkpoint folder before it is loaded: its files, their headers, and whether all ranks have the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilecast.canonical import Json, canonical_json
+from tilecast.engine.group import Group
+from tilecast.errors import AgreementError, ModelError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
+MAX_HEADER_BYTES = 256 << 20
+MAX_JSON_BYTES = 256 << 20
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""What loading converts to the wanted dtype; other dtypes are quantized, or integers, and keep their size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder with config.json and complete safetensors files.
+
+    `files` are (name, bytes) in order; `numbers` counts its floating-point weights, `other_bytes` is the rest.
+    """
+
+    folder: Path
+    config: Mapping[str, object]
+    files: tuple[tuple[str, int], ...]
+    numbers: int
+    other_bytes: int
+    digest: str
+
+    def needed_bytes(self, item_bytes: int) -> int:
+        """Return how large the weights are in a dtype of `item_bytes`."""
+        return self.numbers * item_bytes + self.other_bytes
+
+
+def inspect_checkpoint(folder: Path | str) -> Checkpoint:
+    """Read a checkpoint folder's config and the headers of its weights, and check that no file is missing or cut off.
+
+    Raises ModelError that names the file. Only safetensors are read: other formats are unpickled, which runs code.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder, expected one with {CONFIG} and *.safetensors")
+    config = _json(folder / CONFIG)
+    digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    files, numbers, other_bytes = [], 0, 0
+    for name in _weight_files(folder):
+        size, header = _header(folder / name)
+        digest.update(header)
+        files.append((name, size))
+        for tensor in json.loads(header).values():
+            if not isinstance(tensor, dict) or "data_offsets" not in tensor:
+                continue  # __metadata__
+            begin, end = tensor["data_offsets"]
+            item = ITEM_BYTES.get(tensor.get("dtype", ""))
+            numbers += (end - begin) // item if item else 0
+            other_bytes += 0 if item else end - begin
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return Checkpoint(
+        folder=folder, config=config, files=tuple(files), numbers=numbers, other_bytes=other_bytes,
+        digest=digest.hexdigest(),
+    )  # fmt: skip
+
+
+def agree_on_checkpoint(group: Group, checkpoint: Checkpoint, orders: Mapping[str, Json]) -> None:
+    """Make sure that all ranks are about to load the same checkpoint in the same way.
+
+    `orders` is what else must be equal, by name. Raises AgreementError, on all ranks, naming what differs.
+    """
+    if group.world_size == 1:
+        return
+    own: dict[str, Json] = {"config.json, weights' headers or tokenizer": checkpoint.digest[:16], **orders}
+    seen = [json.loads(data) for data in group.gather("checkpoint", canonical_json(own).encode("ascii"))]
+    for rank, theirs in enumerate(seen):
+        for name in sorted({*seen[0], *theirs}):
+            if seen[0].get(name) != theirs.get(name):
+                raise AgreementError(
+                    f"rank {rank} has another {name} ({theirs.get(name)}) than rank 0 ({seen[0].get(name)}); start "
+                    f"all ranks with the same checkpoint and options"
+                )
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        names = _json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ModelError(f"{folder / INDEX} has no weight_map that names files")
+        found = sorted(set(names.values()))
+        outside = [name for name in found if Path(name).name != name]
+        if outside:
+            raise ModelError(f"{folder / INDEX} names {outside[0]!r:.80}, expected files of the folder itself")
+        missing = [name for name in found if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of its {len(found)} weight files, {missing[0]} for one; "
+                "copy the whole checkpoint"
+            )
+        return found
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    hint = f"; {others[0]} is of another format, convert it to safetensors" if others else ""
+    raise ModelError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}")
+
+
+def _header(path: Path) -> tuple[int, bytes]:
+    """Return a safetensors file's size and its JSON header, checked to describe exactly the file's bytes."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size, MAX_HEADER_BYTES):
+                raise ValueError("its header is longer than the file")
+            header = file.read(length)
+        tensors = [value for name, value in json.loads(header).items() if name != "__metadata__"]
+        end = max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
+    except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ModelError(f"{path} is not a safetensors file: {error or 'no header'}") from error
+    if 8 + length + end != size:
+        raise ModelError(f"{path} has {size} bytes, its header describes {8 + length + end}; copy it again")
+    return size, header
+
+
+def _json(path: Path) -> dict[str, object]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB")
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return found

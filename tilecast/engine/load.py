@@ -1,0 +1,337 @@
+"""Loading a checkpoint folder into transformers' model, strictly: all weights or none, on all ranks or on none.
+
+transformers fills weights that a checkpoint lacks with random numbers and warns; here that is an error. What one
+rank alone can notice (a missing file, too little memory) is agreed on before the first collective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tilecast.engine.agreement import process_group
+from tilecast.engine.checkpoint import TOKENIZER_FILES, Checkpoint, agree_on_checkpoint, inspect_checkpoint
+from tilecast.engine.group import Group
+from tilecast.engine.watch import is_connection_error, together
+from tilecast.errors import DeviceError, ModelError, TilecastError, UsageError
+from tilecast.settings import Settings, launcher
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""Of torch.distributed: a rank may compile for long; one that died is noticed by the watch, within seconds."""
+
+NAMED = 3
+"""How many of the weights that do not fit an error names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model ready to generate. `tokenizer` is None where the checkpoint has none; `experts` is what runs experts."""
+
+    model: Any
+    tokenizer: Any | None
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    tp: int
+    ep: int
+    experts: str
+    group: Group
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    tp: int = 1,
+    ep: int = 1,
+    policy: str | None = None,
+    table: str | None = None,
+    group: Group | None = None,
+    experts: str = "tilecast",
+    on_stuck: Callable[[TilecastError], None] | None = None,
+) -> Loaded:
+    """Load a checkpoint folder (config.json, safetensors, tokenizer if any) and make its experts ready.
+
+    `dtype` None is the checkpoint's own; `device` None the rank's GPU or the CPU. `tp` ranks split attention, dense
+    layers and every expert's I; `ep` ranks split attention and dense layers alike, but keep whole experts each. One of
+    them is 1, the other the world size. `policy` and `table` replace TM_GEMM_POLICY and TM_GEMM_IMPORT. `experts` is
+    any name that transformers knows as `experts_implementation`. `on_stuck` is as `together` says.
+
+    Raises, on all ranks with one message: UsageError for options that do not fit, ModelError for a checkpoint that
+    is not complete or has weights that the model does not, DeviceError for too little memory, AgreementError for
+    ranks that differ or die, and what start-up raises.
+    """
+    group = group or process_group()
+    with group.guard():
+        transformers = _transformers()
+        check_parallel(group.world_size, tp, ep)
+        settings = _settings(policy, table)
+        checkpoint = inspect_checkpoint(folder)
+        wanted = _dtype(dtype, checkpoint)
+        place = _device(device, group)
+        _check_memory(checkpoint, wanted, place, tp=tp * ep)
+        orders = {
+            "tp": tp,
+            "ep": ep,
+            "dtype": str(wanted),
+            "experts": experts,
+            "transformers": transformers.__version__,
+        }
+        agree_on_checkpoint(group, checkpoint, {**orders, "device": place.type})
+        if group.world_size > 1:
+            _join_collectives(group, place)
+    with together(group, on_stuck):
+        with _quiet(transformers):
+            model = _loaded(transformers, checkpoint, wanted, _distributed(tp, ep))
+            if group.world_size == 1:
+                model = model.to(place)
+            model.eval()
+            tokenizer = _tokenizer(transformers, checkpoint.folder)
+        used = _use_experts(model, experts, settings)
+        # Nobody generates before all have loaded.
+        group.gather("loaded", b"")
+    return Loaded(
+        model=model, tokenizer=tokenizer, folder=checkpoint.folder, device=place, dtype=wanted, tp=tp, ep=ep,
+        experts=used, group=group,
+    )  # fmt: skip
+
+
+def leave(loaded: Loaded) -> None:
+    """End a program's work on several ranks, which torch.distributed and the group want to be told of."""
+    group = loaded.group
+    if group.world_size > 1:
+        group.gather("leaving", b"")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    group.close()
+
+
+def check_parallel(world_size: int, tp: int, ep: int) -> None:
+    """Raise UsageError where tensor and expert parallelism do not fit one another or the number of ranks."""
+    if tp < 1 or ep < 1:
+        raise UsageError(f"tp is {tp} and ep {ep}, expected at least 1")
+    if tp > 1 and ep > 1:
+        raise UsageError(f"tp is {tp} and ep {ep}; transformers splits experts one way or the other, give one of them")
+    ranks = tp * ep
+    if ranks != world_size:
+        start = (
+            f"start with torchrun --nproc-per-node {ranks}" if ranks > 1 else "leave out torchrun, or give --tp or --ep"
+        )
+        raise UsageError(f"tp={tp} and ep={ep} need {ranks} ranks, but there are {world_size}; {start}")
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise UsageError(f"transformers cannot be imported ({error}); install tilecast[hf]") from error
+
+
+def _settings(policy: str | None, table: str | None) -> Settings | None:
+    """Return the environment's settings with what was given instead; None where nothing was."""
+    if policy is None and table is None:
+        return None
+    settings = Settings.from_environment()
+    if policy is not None:
+        settings = dataclasses.replace(settings, policy=policy)
+    return settings if table is None else dataclasses.replace(settings, import_from=table)
+
+
+# Before anything is loaded -----------------------------------------------------------------------------------
+
+
+def _dtype(asked: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    config = checkpoint.config
+    nested = config.get("text_config")
+    name = asked or config.get("dtype") or config.get("torch_dtype")
+    if name is None and isinstance(nested, Mapping):
+        name = nested.get("dtype") or nested.get("torch_dtype")
+    name = "float32" if name is None else str(name).removeprefix("torch.")
+    if name not in DTYPES:
+        where = "dtype" if asked else f"{checkpoint.folder}: the config's dtype"
+        kind = UsageError if asked else ModelError
+        raise kind(f"{where} is {name!r:.40}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(asked: torch.device | str | None, group: Group) -> torch.device:
+    if asked is not None:
+        device = torch.device(asked)
+        if group.world_size > 1 and device.type == "cpu" and torch.cuda.is_available():
+            raise UsageError("several ranks run on the GPUs where there are any; hide them to run on the CPU")
+        return device
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    started = launcher()
+    index = 0 if started is None else started.local_rank
+    if index >= torch.cuda.device_count():
+        raise DeviceError(f"local rank {index} has no GPU of its own: this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, tp: int) -> None:
+    """Raise DeviceError when a rank's share of the weights is larger than what is free."""
+    needed = checkpoint.needed_bytes(dtype.itemsize) // tp
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if free is not None and needed > free:
+        raise DeviceError(
+            f"the weights need {needed / 2**30:.1f} GiB on each rank, {free / 2**30:.1f} GiB are free on {device}; "
+            f"use more ranks or a smaller dtype"
+        )
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Return the bytes of memory that processes can still take, or None where the system does not say."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return None
+
+
+def _join_collectives(group: Group, device: torch.device) -> None:
+    """Make torch.distributed's default process group: transformers' own timeout is two hours."""
+    if dist.is_initialized():
+        return
+    # All ranks have just exchanged what they load, so none is missing here.
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=group.rank,
+        world_size=group.world_size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+# transformers itself -----------------------------------------------------------------------------------------
+
+
+def _distributed(tp: int, ep: int) -> Any | None:
+    """Return transformers' DistributedConfig for what was asked; 5.17 has one switch for expert parallelism."""
+    ranks = tp * ep
+    if ranks == 1:
+        return None
+    if importlib.util.find_spec("accelerate") is None:
+        raise UsageError("transformers needs accelerate to load a model on several ranks; install tilecast[hf]")
+    made = importlib.import_module("transformers.distributed").DistributedConfig
+    if ep == 1:
+        return made(tp_size=ranks, tp_plan="auto")
+    if "ep_size" not in {field.name for field in dataclasses.fields(made)}:
+        return made(tp_size=ranks, tp_plan="auto", enable_expert_parallel=True)
+    return made(tp_size=ranks, ep_size=ranks, tp_plan="auto")
+
+
+def _loaded(transformers: Any, checkpoint: Checkpoint, dtype: torch.dtype, distributed: Any | None) -> Any:
+    folder = checkpoint.folder
+    options: dict[str, Any] = {} if distributed is None else {"distributed_config": distributed}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            # They are an error below, which names them.
+            ignore_mismatched_sizes=True, output_loading_info=True, **options,
+        )  # fmt: skip
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise DeviceError(f"{folder} does not fit into memory: {_line(error)}") from error
+    except TilecastError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
+        if is_connection_error(error):
+            raise
+        raise ModelError(f"{folder}: transformers cannot load it: {type(error).__name__}: {_line(error)}") from error
+    check_loading(folder, info)
+    return model
+
+
+def check_loading(folder: Path | str, info: Mapping[str, Any]) -> None:
+    """Raise ModelError, naming some, where `output_loading_info` tells of weights that did not fit the model."""
+    for what, key in (
+        ("lacks weights that the model needs", "missing_keys"),
+        ("has weights of other shapes than the model's", "mismatched_keys"),
+        ("has weights that the model does not", "unexpected_keys"),
+        ("cannot be loaded", "error_msgs"),
+    ):
+        found = _names(info.get(key) or ())
+        if found:
+            more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+            raise ModelError(f"{folder} {what}: {', '.join(found[:NAMED])}{more}")
+
+
+def _names(found: Iterable[Any]) -> list[str]:
+    """Return weights' names; a mismatched one comes as (name, its shape, the model's)."""
+    texts = []
+    for item in found:
+        if isinstance(item, tuple) and len(item) == 3:
+            texts.append(f"{item[0]} {tuple(item[1])} instead of {tuple(item[2])}")
+        else:
+            texts.append(_line(item))
+    return sorted(texts)
+
+
+def _tokenizer(transformers: Any, folder: Path) -> Any | None:
+    """Return the checkpoint's own tokenizer, None where it has no file of one."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {type(error).__name__}: {_line(error)}") from error
+
+
+def _use_experts(model: Any, experts: str, settings: Settings | None) -> str:
+    """Switch the model's experts over, which for Tilecast's starts up on all ranks; return what runs them."""
+    # Imported here: transformers' own experts need none of it.
+    from tilecast.engine import transformers as adapter
+
+    found = adapter.experts_modules(model)
+    if not found:
+        logger.warning("the model has no experts that transformers lets others run, so its own code runs it")
+        return "its own"
+    if experts == adapter.NAME:
+        adapter.register_transformers(settings=settings)
+    try:
+        model.set_experts_implementation(experts)
+    except ValueError as error:
+        raise UsageError(f"experts are to run on {experts!r:.40}: {_line(error)}") from error
+    return experts
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Keep transformers' progress bars and reports back: what they report is an error here."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _line(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
