@@ -85,6 +85,15 @@ def deciding_run(measurements: Iterable[Measurement], choice: Choice) -> int | N
     return latest
 
 
+def deciding_times(decision: Decision, name: GemmName, measurements: Iterable[Measurement]) -> dict[TileConfig, float]:
+    """Return the times in µs of all configs that ran well in the run that one of a decision's choices was made from."""
+    gemm, tokens = ExpertGemm(layer=decision.layer, name=name), decision.bucket.tokens
+    mine = [m for m in measurements if _belongs(m, decision) and (m.gemm, m.tokens) == (gemm, tokens)]
+    run = deciding_run(mine, decision.choice(name))
+    timings, _ = pool([m for m in mine if m.run == run])
+    return {config: timing.p50_us for config, timing in timings.items()}
+
+
 def deciding_measurements(table: TuningTable, store: Store) -> list[Measurement]:
     """Return what the decisions of a table rest on: their runs' measurements, and every class found broken."""
     found: dict[str, Measurement] = {}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from rich.table import Table
 
-from tilecast.autotune.explain import Explanation, GemmRace
+from tilecast.autotune.explain import GEMMS, Explanation, GemmRace
 from tilecast.autotune.fates import Entrant
 from tilecast.autotune.reproducibility import Cost, ReproducibilityCost
 from tilecast.canonical import Json
 from tilecast.cli._output import Output, add_row, microseconds, percent, plural, table
+from tilecast.cli._peers import PeerTime, peer_lines
 from tilecast.cli._tables import config_text, decision_json, span
 from tilecast.evidence import Choice, Decision, TuningTable
 from tilecast.problem import tokens_text
@@ -24,17 +25,17 @@ Costs = Mapping[tuple[str, ...], ReproducibilityCost]
 """Costs by the series that a decision belongs to, `Decision.sort_key[:4]`."""
 
 
-def show_explanation(output: Output, explanation: Explanation) -> None:
-    """Print an explanation for people."""
+def show_explanation(output: Output, explanation: Explanation, peers: Sequence[PeerTime] = ()) -> None:
+    """Print an explanation for people; `peers` are what other engines would run."""
     decision = explanation.decision
     output.show(f"{decision.layer.label}, {span(decision)} tokens, {decision.policy}, routing {decision.routing}, "
                 f"certificate: {decision.certificate}")  # fmt: skip
     if not explanation.races:
-        for name in ("up", "down"):
-            output.show(*_choice_lines(name, decision.up if name == "up" else decision.down))
+        for name in GEMMS:
+            output.show(*_choice_lines(name, decision.choice(name)), *peer_lines(peers, name))
     for race in explanation.races:
         output.heading(_race_title(race, decision))
-        output.show(*_choice_lines(race.gemm.name, race.choice))
+        output.show(*_choice_lines(race.gemm.name, race.choice), *peer_lines(peers, race.gemm.name))
         output.show(_entrant_table(race))
         if len(race.groups) > 1:
             output.show(_group_table(race))

@@ -92,6 +92,7 @@ def explain(
     from tilecast.autotune.explain import series_of
     from tilecast.cache_store.bundle import open_evidence
     from tilecast.cli._explained import explanation_json, show_explanation
+    from tilecast.cli._peers import peer_times_or_warning, peers_json
     from tilecast.kernels import registry
 
     if policy is not None and policy not in POLICIES:
@@ -112,13 +113,16 @@ def explain(
     explanation = explained(
         decision, series_of(decision, found), measurements, made, registry if ours else None, weights=shares
     )
+    alone = TuningTable((made,), (decision,))
+    peers = peer_times_or_warning(output, alone, measurements, Settings.from_environment())
     origin = next(o for o in origins(found.for_environment(made.digest), here))
     output.line(f"{where}, table {found.digest[:12]}, made on {origin}")
     used: dict[str, Json] = {"usable_here": origin.usable, "hard": list(origin.hard), "soft": list(origin.soft)}
     output.emit(
-        {"command": "cache explain", "source": where, "tokens": tokens, **used, **explanation_json(explanation)}
-    )
-    show_explanation(output, explanation)
+        {"command": "cache explain", "source": where, "tokens": tokens, **used, **explanation_json(explanation),
+         "peers": peers_json(peers)}
+    )  # fmt: skip
+    show_explanation(output, explanation, peers)
 
 
 def _of_layer(table: TuningTable, text: str, source: str, *, tp: int, ep: int) -> list[Decision]:

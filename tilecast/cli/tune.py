@@ -183,9 +183,11 @@ def _report(
 ) -> None:
     from tilecast.autotune.explain import table_costs
     from tilecast.cli._explained import cost_lines, costs_json
+    from tilecast.cli._peers import peer_table, peer_times_or_warning, peers_json
     from tilecast.kernels import registry
 
     costs = table_costs(table, evidence, registry, weights=weights)
+    peers = peer_times_or_warning(output, table, evidence, Settings.from_environment())
     document: dict[str, Json] = {
         "command": "tune",
         "model": None if split is None else split.to_json(),
@@ -194,9 +196,10 @@ def _report(
         "ranks": ranks,
         "table": table_json(table),
         "reproducibility": costs_json(costs, table),
+        "peers": peers_json(peers),
     }
     output.emit(document)
-    output.show(*decision_tables(table.decisions), *cost_lines(costs, table))
+    output.show(*decision_tables(table.decisions), *peer_table(peers), *cost_lines(costs, table))
     uncertified = weak(table.decisions)
     if uncertified:
         output.warn(f"{plural(len(uncertified), 'decision')} could not be certified on this device as reproducible")
