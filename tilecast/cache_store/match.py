@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from tilecast.environment import Environment, Mismatch
@@ -12,6 +12,10 @@ from tilecast.problem import ExpertLayer, tokens_text
 
 RELAXABLE = tuple(name for name in (*Environment.HARD, *Environment.HARD_TO_MINOR) if name != "device_kind")
 """Fields whose difference may be allowed by name; a config of another kind of device means nothing here."""
+
+
+Alike = Callable[[Decision, Decision], bool]
+"""Whether two decisions of a layer may hold side by side: one weight layout and, where wanted, one numerics class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,30 +65,48 @@ def match(
     *,
     relax: Collection[str] = (),
     reach: float | None = None,
+    alike: Alike | None = None,
 ) -> Match:
     """Find the decision for `tokens` rows of `layer` on this device under a policy and routing profile.
 
     The bucket that covers `tokens` holds, whether it was tuned for just that count or for more; past the buckets
     nothing does, and with `reach` neither does one that was tuned for more than `reach` times the tokens. Of several
     environments that fit, the one that differs least is asked first; hard fields named in `relax` may differ.
+    Another one's bucket holds where it fills a gap, overlaps none that hold, and is `alike` them (None: not asked).
     """
     if not table.decisions:
         return Match(reasons=("the table is empty",))
     places = sorted(table.environments, key=lambda there: _distance(environment, there))
     fitting = [there for there in places if not blocking(environment, there, relax)]
-    far: Match | None = None
-    for there in fitting:
-        for decision in table.decisions:
-            if decision.environment != there.digest or not _covers(decision, layer, tokens, policy, routing):
-                continue
-            if reach is None or decision.bucket.tokens <= reach * tokens:
-                return Match(decision=decision, environment=there, differences=environment.compare(there))
-            far = far or _too_far(decision, there, tokens, reach)
-    if far is not None:
-        return far
+    groups: dict[str, list[Decision]] = {there.digest: [] for there in fitting}
+    for decision in table.decisions:
+        asked = decision.policy == policy and decision.routing == routing and decision.layer == layer
+        if asked and decision.environment in groups:
+            groups[decision.environment].append(decision)
+    for decision in side_by_side(groups.values(), alike):
+        if tokens in decision.bucket:
+            there = next(e for e in fitting if e.digest == decision.environment)
+            if reach is not None and decision.bucket.tokens > reach * tokens:
+                return _too_far(decision, there, tokens, reach)
+            return Match(decision=decision, environment=there, differences=environment.compare(there))
     if not fitting:
         return _other_device(environment, places)
     return _near_miss(table, fitting, layer, tokens, policy, routing)
+
+
+def side_by_side(groups: Iterable[Sequence[Decision]], alike: Alike | None = None) -> list[Decision]:
+    """Return the decisions of one layer that hold together, ascending; the groups are environments, the closest first.
+
+    All of the closest hold, and of the others what fills gaps and is `alike` the closest's.
+    """
+    chosen: list[Decision] = []
+    for number, group in enumerate(group for group in groups if group):
+        for decision in group:
+            new = decision.bucket
+            covered = any(new.above < c.bucket.tokens and c.bucket.above < new.tokens for c in chosen)
+            if number == 0 or (not covered and (alike is None or alike(decision, chosen[0]))):
+                chosen.append(decision)
+    return sorted(chosen, key=lambda d: d.bucket.tokens)
 
 
 def blocking(here: Environment, there: Environment, relax: Collection[str] = ()) -> tuple[Mismatch, ...]:
@@ -101,15 +123,6 @@ def covered(decisions: Iterable[Decision]) -> str:
         else:
             joined.append([bucket.above, bucket.tokens])
     return ", ".join(str(high) if low + 1 == high else f"{low + 1}…{high}" for low, high in joined)
-
-
-def _covers(decision: Decision, layer: ExpertLayer, tokens: int, policy: str, routing: str) -> bool:
-    return (
-        tokens in decision.bucket
-        and decision.policy == policy
-        and decision.routing == routing
-        and decision.layer == layer
-    )
 
 
 def _too_far(decision: Decision, there: Environment, tokens: int, reach: float) -> Match:

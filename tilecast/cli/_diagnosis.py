@@ -112,12 +112,15 @@ def coverage(
 ) -> list[Point]:
     """Return for every layer and token count which decision would run, or why none; `found` None: no table."""
     from tilecast.cache_store.match import Match, match
+    from tilecast.engine.table_index import alike_under
+    from tilecast.kernels import registry
 
+    alike = alike_under(registry, here, policy)
     no_table = Match(reasons=("no table is in use",))
     points = []
     for layer in layers:
         for tokens in counts:
-            result = no_table if found is None else match(found, here, layer, tokens, policy)
+            result = no_table if found is None else match(found, here, layer, tokens, policy, alike=alike)
             decision = result.decision
             points.append(
                 Point(

@@ -23,7 +23,7 @@ from tilecast.cli._options import (
 )
 from tilecast.cli._output import Output, add_row, plural, table
 from tilecast.cli._run import use_threads
-from tilecast.cli._stores import read_table, store_location
+from tilecast.cli._stores import check_configs, read_table, store_location
 from tilecast.environment import Environment
 from tilecast.errors import CoverageError, InputError
 from tilecast.evidence import TuningTable
@@ -31,7 +31,7 @@ from tilecast.problem import ExpertLayer
 from tilecast.settings import DEFAULT_TOKENS, Settings
 
 if TYPE_CHECKING:
-    from tilecast.cache_store.match import Match
+    from tilecast.cache_store.match import Alike, Match
 
 Point = tuple[ExpertLayer, int, "Match"]
 
@@ -106,8 +106,9 @@ def coverage(
     found = read_table(where)
     place = _place(found, environment, where)
     profile = _profile(found, chosen, place, relaxed, routing or settings.routing)
+    alike = _check_servable(found, place, chosen, where, here=environment is None)
     points = [
-        (layer, count, match(found, place, layer, count, chosen, profile, relax=relaxed, reach=reach))
+        (layer, count, match(found, place, layer, count, chosen, profile, relax=relaxed, reach=reach, alike=alike))
         for layer in split.layers
         for count in counts
     ]
@@ -156,6 +157,21 @@ def _profile(found: TuningTable, policy: str, place: Environment, relaxed: tuple
     named = routing_named(given)
     fits = frozenset(e.digest for e in found.environments if not blocking(place, e, relaxed))
     return routing_of(found, policy, fits) if named is None else named
+
+
+def _check_servable(found: TuningTable, place: Environment, policy: str, where: str, *, here: bool) -> Alike:
+    """Return which decisions may hold side by side. Raises ConfigError for what serving on this machine would refuse.
+
+    What another machine can run, only that machine knows.
+    """
+    from tilecast.engine.table_index import alike_under
+    from tilecast.kernels import registry
+
+    if here:
+        fits = {e.digest for e in found.environments if place.accepts(e)}
+        usable = TuningTable(found.environments, tuple(d for d in found.decisions if d.environment in fits))
+        check_configs(usable, place, where)
+    return alike_under(registry, place, policy)
 
 
 def _show(output: Output, points: list[Point]) -> None:

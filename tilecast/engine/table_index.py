@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tilecast.cache_store.match import Alike, side_by_side
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, CoverageError
 from tilecast.evidence import Decision, TuningTable
@@ -89,6 +90,11 @@ def index_table(
     return {layer: indexer.series(indexer.closest(layer, places)) for layer, places in layers.items()}
 
 
+def alike_under(registry: Registry, environment: Environment, policy: str) -> Alike:
+    """Return the predicate by which decisions of one layer may run side by side, for `match`."""
+    return _Indexer(environment, registry, policy).alike
+
+
 class _Indexer:
     def __init__(self, environment: Environment, registry: Registry, policy: str) -> None:
         self._environment = environment
@@ -111,16 +117,13 @@ class _Indexer:
 
     def closest(self, layer: ExpertLayer, places: dict[int, list[Decision]]) -> list[Decision]:
         """Return the decisions of the closest environment, and of the others what fills its gaps and fits it."""
-        first, *others = (places[place] for place in sorted(places))
+        groups = [places[place] for place in sorted(places)]
         for gemm in layer.gemms:
-            self._check_uniform(gemm, first)
-        chosen = list(first)
-        for decision in (d for group in others for d in group):
-            new = decision.bucket
-            covered = any(new.above < c.bucket.tokens and c.bucket.above < new.tokens for c in chosen)
-            if not covered and all(self._kind(g, decision) == self._kind(g, first[0]) for g in layer.gemms):
-                chosen.append(decision)
-        return sorted(chosen, key=lambda d: d.bucket.tokens)
+            self._check_uniform(gemm, groups[0])
+        return side_by_side(groups, self.alike)
+
+    def alike(self, decision: Decision, other: Decision) -> bool:
+        return all(self._kind(gemm, decision) == self._kind(gemm, other) for gemm in decision.layer.gemms)
 
     def series(self, decisions: list[Decision]) -> Series:
         entries = tuple(entry_of(self._registry, d.up.config, d.down.config, bucket=d.bucket) for d in decisions)
