@@ -51,8 +51,7 @@ def peer_times(table: TuningTable, measurements: Sequence[Measurement], folder: 
     for d in table.decisions:
         for gemm in d.layer.gemms:
             baselines = peers.baselines_for(gemm, d.bucket.tokens, environments[d.environment])
-            key: tuple[str, str, str, int, str]
-            key = d.environment, d.layer.digest, gemm.name, d.bucket.tokens, d.routing
+            key = d.environment, d.layer.digest, str(gemm.name), d.bucket.tokens, d.routing
             evidence = {key: deciding_times(d, gemm.name, measurements)} if baselines else {}
             found += [PeerTime(decision=d, baseline=b, us=peer_us(b, d, evidence)) for b in baselines]
     return found
