@@ -265,7 +265,7 @@ def tile_shapes(isa: Isa, tokens: int, rows: int, dtype: str) -> tuple[tuple[int
 _Block = ctypes.c_int64 * len(ARGS)
 
 
-class _Plan:
+class Plan:
     """What stays the same between launches of one config on one stack of weights."""
 
     def __init__(self, isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: str) -> None:
@@ -330,13 +330,18 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _plan(isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> _Plan:
+def take_scratch(name: str, size: int) -> torch.Tensor:
+    """Return this Python thread's buffer of a name: at least `size` bytes to be had from a multiple of 64 on."""
+    return _scratch.take(name, size)
+
+
+def _plan(isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> Plan:
     key = (config, out_dtype)
-    plan: _Plan | None = weights.plans.get(key)
+    plan: Plan | None = weights.plans.get(key)
     if plan is None:
         if config["layout"] != weights.layout:
             raise ConfigError(f"{NAME}: the config reads layout {config['layout']}, the weights are {weights.layout}")
-        plan = weights.plans[key] = _Plan(isa, config, weights, DTYPE_NAMES[out_dtype])
+        plan = weights.plans[key] = Plan(isa, config, weights, DTYPE_NAMES[out_dtype])
     return plan
 
 

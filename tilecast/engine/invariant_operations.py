@@ -1,0 +1,345 @@
+"""Torch's operations, sorted by what is known of their bits, and batch-invariant forms of those that need one.
+
+`MOVES` move or compare values; `EXACT` round each result once, as IEEE 754 says, or take integers; `MEASURED` are
+elementwise ones of which a test holds that neither the number of elements nor strides change a bit. `REPLACEMENTS`
+maps the others that models use to forms of their own. An operation in none of these is not covered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tilecast.kernels.attend import attend, multiply
+from tilecast.kernels.ranges import KeyRanges, causal_ranges, full_ranges, ranges_of
+
+aten = torch.ops.aten
+
+PASSES, COMPOSITE, REPLACED, UNKNOWN = "passes", "composite", "replaced", "unknown"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SUM_CHUNK = 1 << 14
+"""Longest sum that torch is given whole: it cuts longer ones over threads where there are few rows."""
+
+SCORES_RANK = 4
+"""Rank of attention scores written out: their softmax runs over padding too, so it depends on the batch."""
+
+MOVES = frozenset(
+    """alias view _unsafe_view _reshape_alias reshape expand expand_as permute transpose t slice select unsqueeze
+    squeeze split split_with_sizes chunk unbind narrow detach clone contiguous copy _to_copy cat stack index
+    _unsafe_index index_select index_put _index_put_impl index_copy index_fill gather take take_along_dim repeat
+    repeat_interleave roll flip tril triu where masked_fill masked_scatter masked_select nonzero embedding empty
+    empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like new_ones full
+    full_like new_full fill zero arange scalar_tensor lift_fresh lift_fresh_copy lift as_strided constant_pad_nd
+    unfold _local_scalar_dense item equal set resize diagonal diag_embed eye tril_indices triu_indices slice_scatter
+    select_scatter is_pinned record_stream _pin_memory sym_size sym_stride sym_numel movedim swapaxes view_as_real
+    view_as_complex real imag one_hot bucketize searchsorted scatter is_nonzero
+    _has_compatible_shallow_copy_type _assert_async _assert_tensor_metadata broadcast_tensors view_as resolve_conj
+    resolve_neg _conj_physical unsafe_split unsafe_chunk meshgrid hstack vstack""".split()  # noqa: SIM905
+)
+EXACT = frozenset(
+    """add sub rsub mul div neg abs sqrt reciprocal maximum minimum clamp clamp_min clamp_max relu eq ne lt le gt ge
+    logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor
+    bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__ any all amax amin max min
+    argmax argmin topk sort argsort isin isnan isinf isfinite isneginf floor ceil round trunc sign sgn remainder fmod
+    floor_divide bincount histc unique square unique_dim _unique2 unique_consecutive unique_dim_consecutive
+    heaviside leaky_relu threshold hardtanh relu6 bitwise_count nan_to_num fmin fmax""".split()  # noqa: SIM905
+)
+MEASURED = frozenset(("exp", "exp2", "expm1", "log", "log1p", "tanh", "erf", "sin", "cos", "pow", "cumsum"))
+
+
+def name_of(func: Any) -> str:
+    """Return the name that `uncovered` has an overload under: `aten::conv1d`."""
+    return str(func.name()).split(".")[0]
+
+
+def kind_of(func: Any) -> str:
+    """Return what is to be done with an overload."""
+    space, _, name = name_of(func).partition("::")
+    if space in ("tilecast", "prim", "prims", "profiler"):
+        return PASSES
+    if space != "aten":
+        return UNKNOWN
+    if func.overloadpacket in REPLACEMENTS:
+        return REPLACED
+    base = _base(name)
+    if base in LOOKED_AT or "reduce" in func._overloadname:
+        return UNKNOWN
+    if base in MOVES or base in EXACT or func.is_view:
+        return PASSES
+    decomposes = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return COMPOSITE if decomposes and base not in MEASURED else UNKNOWN
+
+
+def _base(name: str) -> str:
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+def matters(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that has no invariant form may depend on the batch for these operands."""
+    name = _base(name_of(func).partition("::")[2])
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    floats = [t for t in tensors if t.dtype.is_floating_point or t.dtype.is_complex]
+    if name in ("add", "sub", "rsub"):
+        # Another alpha multiplies and adds in one step, fused or not by where the element lies.
+        return bool(floats) and kwargs.get("alpha", 1) != 1
+    if name in ("index_put", "_index_put_impl"):
+        return bool(floats) and bool(kwargs.get("accumulate", len(args) > 3 and args[3]))
+    if name == "topk":
+        return any(t.device.type != "cpu" for t in tensors)
+    if name in MEASURED and tensors and "reduce" not in func._overloadname:
+        return any(t.device.type != "cpu" or t.is_complex() for t in floats)
+    # Sums of integers are exact in any order.
+    return bool(floats) or not tensors or name in RANDOM
+
+
+LOOKED_AT = frozenset(("add", "sub", "rsub", "index_put", "_index_put_impl", "topk"))
+"""Operations that `matters` judges by their operands."""
+
+RANDOM = frozenset(
+    ("multinomial", "bernoulli", "normal", "uniform", "exponential", "random", "rand", "randn", "randint", "randperm")
+)
+
+
+# Products -----------------------------------------------------------------------------------------------------
+
+
+def multiplies(tensor: torch.Tensor) -> bool:
+    """Whether the kernels take a tensor: its dtype, and a device that they run on."""
+    return tensor.dtype in KERNEL_DTYPES and tensor.device.type == "cpu"
+
+
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Do what `F.linear` does: rows [..., K], weight [N, K], bias [N]."""
+    flat = rows.reshape(1, -1, rows.shape[-1])
+    out = multiply(flat, weight.detach().unsqueeze(0), None if bias is None else bias.detach().unsqueeze(0))
+    return out.view(*rows.shape[:-1], weight.shape[0])
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    """Return a [B, M, K] · b [B, K, N], or NotImplemented for dtypes that the kernels lack."""
+    if not multiplies(a) or a.dtype != b.dtype or (bias is not None and bias.dtype != a.dtype):
+        return NotImplemented
+    if a.shape[-1] == 1 and bias is None:
+        # One product an element, rounded once: rotary embeddings come this way.
+        return a * b
+    return multiply(a, b.transpose(1, 2), bias)
+
+
+def _mm(func: Any, a: torch.Tensor, b: torch.Tensor, **kwargs: Any) -> Any:
+    if kwargs:
+        return NotImplemented
+    out = _product(a.unsqueeze(0), b.unsqueeze(0))
+    return out if out is NotImplemented else out.squeeze(0)
+
+
+def _bmm(func: Any, a: torch.Tensor, b: torch.Tensor, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else _product(a, b)
+
+
+def _addmm(func: Any, added: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **kwargs: Any) -> Any:
+    if any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta")) or set(kwargs) - {"alpha", "beta"}:
+        return NotImplemented
+    if added.dim() == 1:
+        out = _product(a.unsqueeze(0), b.unsqueeze(0), added.expand(b.shape[1]).unsqueeze(0))
+        return out if out is NotImplemented else out.squeeze(0)
+    return _added(_mm(func, a, b), added)
+
+
+def _baddbmm(func: Any, added: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **kwargs: Any) -> Any:
+    if kwargs.get("beta", 1) == 0 and not set(kwargs) - {"alpha", "beta"}:
+        out = _product(a, b)
+        alpha = kwargs.get("alpha", 1)
+        return out if out is NotImplemented or alpha == 1 else out * alpha
+    if any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+        return NotImplemented
+    return _added(_product(a, b), added)
+
+
+def _added(product: Any, added: torch.Tensor) -> Any:
+    return product if product is NotImplemented else product + added
+
+
+def _mv(func: Any, a: torch.Tensor, b: torch.Tensor) -> Any:
+    out = _product(a.unsqueeze(0), b.view(1, -1, 1))
+    return out if out is NotImplemented else out.view(a.shape[0])
+
+
+def _linear(func: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    if not multiplies(rows) or rows.dtype != weight.dtype or (bias is not None and bias.dtype != rows.dtype):
+        return NotImplemented
+    return linear(rows, weight, bias)
+
+
+# Reductions over the last dimension -----------------------------------------------------------------------------
+
+
+def _row_sum(rows: torch.Tensor) -> torch.Tensor:
+    """Return float sums over the last dimension of contiguous rows, in an order set by their length alone."""
+    length = rows.shape[-1]
+    if length > SUM_CHUNK:
+        chunks = -(-length // SUM_CHUNK)
+        padded = F.pad(rows, (0, chunks * SUM_CHUNK - length))
+        return padded.view(*rows.shape[:-1], chunks, SUM_CHUNK).sum(-1).sum(-1)
+    return rows.sum(-1)
+
+
+def _rows_last(tensor: torch.Tensor, dims: Any) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Return (contiguous rows with the reduced dimensions last and joined, the reduced and the kept dimensions)."""
+    rank = tensor.dim()
+    chosen = list(range(rank)) if not dims and dims != 0 else [dims] if isinstance(dims, int) else list(dims)
+    reduced = sorted(d % rank for d in chosen) if rank else []
+    kept = [d for d in range(rank) if d not in reduced]
+    rows = tensor.permute(*kept, *reduced).contiguous() if rank else tensor
+    return rows.reshape([tensor.shape[d] for d in kept] + [-1]), reduced, kept
+
+
+def _sum(func: Any, tensor: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    floats = tensor.dtype.is_floating_point and (dtype is None or dtype.is_floating_point)
+    if not floats or tensor.numel() == 0 or tensor.device.type != "cpu":
+        return NotImplemented
+    wanted = dtype or tensor.dtype
+    rows, reduced, _ = _rows_last(tensor, dim)
+    out = _row_sum(rows.float() if wanted in KERNEL_DTYPES else rows.to(wanted)).to(wanted)
+    if keepdim:
+        for d in reduced:
+            out = out.unsqueeze(d)
+    return out
+
+
+def _mean(func: Any, tensor: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    wanted = dtype or tensor.dtype
+    computed = torch.float32 if wanted in KERNEL_DTYPES else wanted
+    total = _sum(func, tensor, dim, keepdim, dtype=computed)
+    if total is NotImplemented:
+        return total
+    return (total / (tensor.numel() // max(1, total.numel()))).to(wanted)
+
+
+def _softmax_parts(tensor: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (scores less the largest, their exp, the exp's sum), all float32 with the dimension last."""
+    rows = tensor.movedim(dim, -1).contiguous().float()
+    lowered = rows - rows.amax(-1, keepdim=True)
+    weights = lowered.exp()
+    return lowered, weights, _row_sum(weights).unsqueeze(-1)
+
+
+def _softmax(func: Any, tensor: torch.Tensor, dim: int, half_to_float: bool) -> Any:
+    if not multiplies(tensor) or tensor.dim() in (0, SCORES_RANK) or tensor.numel() == 0:
+        return NotImplemented
+    _, weights, total = _softmax_parts(tensor, dim)
+    wanted = torch.float32 if half_to_float else tensor.dtype
+    return (weights / total).to(wanted).movedim(-1, dim)
+
+
+def _log_softmax(func: Any, tensor: torch.Tensor, dim: int, half_to_float: bool) -> Any:
+    if not multiplies(tensor) or tensor.dim() in (0, SCORES_RANK) or tensor.numel() == 0:
+        return NotImplemented
+    lowered, _, total = _softmax_parts(tensor, dim)
+    wanted = torch.float32 if half_to_float else tensor.dtype
+    return (lowered - total.log()).to(wanted).movedim(-1, dim)
+
+
+def _layer_norm(func: Any, tensor: torch.Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+    if not multiplies(tensor) or len(shape) != 1 or tensor.numel() == 0:
+        return NotImplemented
+    rows = tensor.contiguous().float()
+    mean = _row_sum(rows).unsqueeze(-1) / shape[0]
+    centred = rows - mean
+    scale = 1 / (_row_sum(centred * centred).unsqueeze(-1) / shape[0] + eps).sqrt()
+    out = centred * scale
+    out = out if weight is None else out * weight.float()
+    out = out if bias is None else out + bias.float()
+    return out.to(tensor.dtype), mean, scale
+
+
+def _rms_norm(func: Any, tensor: torch.Tensor, shape: Any, weight: Any, eps: float | None) -> Any:
+    if not multiplies(tensor) or len(shape) != 1 or tensor.numel() == 0:
+        return NotImplemented
+    rows = tensor.contiguous().float()
+    least = torch.finfo(tensor.dtype).eps if eps is None else eps
+    scale = 1 / (_row_sum(rows * rows).unsqueeze(-1) / shape[0] + least).sqrt()
+    out = rows * scale
+    return (out if weight is None else out * weight.float()).to(tensor.dtype), scale
+
+
+# Elementwise ------------------------------------------------------------------------------------------------------
+
+
+def _elementwise(compute: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """Return a replacement that computes in float32, from operations that no element's place in memory changes."""
+
+    def replacement(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not multiplies(tensor):
+            return NotImplemented
+        out = compute(tensor.float(), *args, **kwargs).to(tensor.dtype)
+        return tensor.copy_(out) if str(func.name()).partition(".")[0].endswith("_") else out
+
+    return replacement
+
+
+def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    if approximate == "tanh":
+        inner = (x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)
+        return x * 0.5 * (inner.tanh() + 1)
+    return x * 0.5 * ((x * math.sqrt(0.5)).erf() + 1)
+
+
+def _softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> torch.Tensor:
+    scaled = x * beta
+    return torch.where(scaled > threshold, x, scaled.clamp(max=threshold).exp().log1p() / beta)
+
+
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    aten.mm: _mm, aten.bmm: _bmm, aten.addmm: _addmm, aten.baddbmm: _baddbmm, aten.mv: _mv, aten.linear: _linear,
+    aten.sum: _sum, aten.mean: _mean, aten._softmax: _softmax, aten._log_softmax: _log_softmax,
+    aten.native_layer_norm: _layer_norm, aten._fused_rms_norm: _rms_norm,
+    aten.sigmoid: _elementwise(lambda x: 1 / ((-x).exp() + 1)),
+    aten.sigmoid_: _elementwise(lambda x: 1 / ((-x).exp() + 1)),
+    aten.silu: _elementwise(lambda x: x / ((-x).exp() + 1)), aten.silu_: _elementwise(lambda x: x / ((-x).exp() + 1)),
+    aten.gelu: _elementwise(_gelu), aten.gelu_: _elementwise(_gelu), aten.softplus: _elementwise(_softplus),
+    aten.rsqrt: _elementwise(lambda x: 1 / x.sqrt()), aten.rsqrt_: _elementwise(lambda x: 1 / x.sqrt()),
+}  # fmt: skip
+"""Invariant forms, by operator. Each takes the overload and its operands, and returns NotImplemented for operands that
+it has no form for."""
+
+
+# Attention ----------------------------------------------------------------------------------------------------------
+
+_ranges: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Ranges by mask: all layers of a model get the same mask, and reading it costs as much as using it."""
+
+
+def ranges_for(mask: torch.Tensor, batch: int, queries: int, keys: int) -> KeyRanges:
+    """Return `ranges_of` a mask, kept as long as the mask is and stays as it is. Raises InputError."""
+    key = (batch, queries, keys, mask.data_ptr(), 0 if mask.is_inference() else mask._version)
+    known: Any = _ranges.get(mask)  # type: ignore[no-untyped-call]
+    if known is None or known[0] != key or mask.is_inference():
+        known = _ranges[mask] = (key, ranges_of(mask, batch, queries, keys))
+    found: KeyRanges = known[1]
+    return found
+
+
+def scaled_dot_product(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Do what `F.scaled_dot_product_attention` does without dropout, of [..., H, T, D]. Raises InputError."""
+    batch = query.shape[:-3]
+    query, key, value = (t.reshape(-1, *t.shape[-3:]) if t.dim() > 2 else t[None, None] for t in (query, key, value))
+    if attn_mask is not None:
+        mask = attn_mask.reshape(-1, *attn_mask.shape[-3:]) if attn_mask.dim() > 4 else attn_mask
+        ranges = ranges_for(mask, query.shape[0], query.shape[2], key.shape[2])
+    else:
+        ranges = causal_ranges(query, key) if is_causal else full_ranges(query, key)
+    out = attend(query, key, value, ranges, scale=query.shape[-1] ** -0.5 if scale is None else scale)
+    return out.reshape(*batch, *out.shape[-3:])
