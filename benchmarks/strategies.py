@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -59,6 +59,20 @@ class Outcome:
     def regret(self) -> float:
         """How much slower the chosen config is than the best, as a fraction."""
         return self.chosen_us / self.best_us - 1
+
+
+class _Remembered:
+    """A ranker that is asked the same of every seed and strategy, and works it out once."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        self._ranker = ranker
+        self._said: dict[tuple[ExpertGemm, int, tuple[TileConfig, ...]], Mapping[TileConfig, float]] = {}
+
+    def rank(self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig]) -> Mapping[TileConfig, float]:
+        key = gemm, tokens, tuple(configs)
+        if key not in self._said:
+            self._said[key] = self._ranker.rank(gemm, tokens, configs)
+        return self._said[key]
 
 
 def replay(
@@ -175,7 +189,7 @@ def compare(
     for path in sweep_files(folder):
         sweeps = load_sweeps(path)
         truth = {(sweep.gemm, sweep.tokens): true_times(sweep) for sweep in sweeps}
-        ranker = ranker_for(sweeps[0].environment, registry) if ranker_for else NoRanker()
+        ranker = _Remembered(ranker_for(sweeps[0].environment, registry) if ranker_for else NoRanker())
         for name in names:
             for seed in range(seeds):
                 found, took = replay(sweeps, truth, name, seed, registry, ranker, file=path.stem, policy=policy)

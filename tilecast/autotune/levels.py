@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
+from itertools import islice
 from statistics import median
 from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 Config = TypeVar("Config", bound=Hashable)
 Moment = tuple[int, ...]
@@ -25,36 +29,68 @@ TOLERANCE = 1e-4
 def levelled(samples: Mapping[Config, Mapping[Moment, float]]) -> dict[Config, list[float]]:
     """Return each config's samples (µs, above 0) in the order of moments, without the levels of the moments.
 
-    Their spread is that of the config's own noise.
+    With few configs in a moment its level takes over a part of their noise: the spread that is left is too small by
+    what was estimated, as any residual's is, while the centres are as sharp as those of differences between configs.
     """
-    logs = {config: {moment: math.log(us) for moment, us in of_config.items()} for config, of_config in samples.items()}
-    by_moment: dict[Moment, list[Config]] = {}
-    for config, of_config in logs.items():
-        for moment in of_config:
-            by_moment.setdefault(moment, []).append(config)
-    shared = [moment for moment in sorted(by_moment) if len(by_moment[moment]) >= MIN_TOGETHER]
-    level = dict.fromkeys(by_moment, 0.0)
-    own: dict[Config, float] = {}
+    configs = list(samples)
+    moments = sorted({moment for of_config in samples.values() for moment in of_config})
+    place = {moment: i for i, moment in enumerate(moments)}
+    # Flat, config after config and in the order of moments. Not NumPy's logarithm: it depends on the CPU it runs on.
+    ordered = [sorted(samples[config]) for config in configs]
+    logs = np.array([math.log(samples[c][m]) for c, mine in zip(configs, ordered, strict=True) for m in mine])
+    of_config = np.repeat(np.arange(len(configs)), [len(mine) for mine in ordered])
+    of_moment = np.array([place[moment] for mine in ordered for moment in mine], dtype=np.int64)
+    together = np.bincount(of_moment, minlength=len(moments))
+    shared = together >= MIN_TOGETHER
+    if not shared.any():
+        return {c: [samples[c][m] for m in mine] for c, mine in zip(configs, ordered, strict=True)}
+    level, own = _polished(logs, of_config, of_moment, shared)
+    # The level to compare at: that of the median moment, so that times stay those of this device.
+    usual = median(level[shared].tolist())
+    rest = logs - level[of_moment] - own[of_config]
+    plain = (us for c, mine in zip(configs, ordered, strict=True) for us in map(samples[c].__getitem__, mine))
+    values = iter(
+        [
+            math.exp(log) if among else us
+            for log, among, us in zip((own[of_config] + usual + rest).tolist(), shared[of_moment], plain, strict=True)
+        ]
+    )
+    return {config: list(islice(values, len(mine))) for config, mine in zip(configs, ordered, strict=True)}
+
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
+
+
+def _polished(
+    logs: Floats, of_config: Integers, of_moment: Integers, shared: NDArray[np.bool_]
+) -> tuple[Floats, Floats]:
+    """Return each moment's level, 0 where it is not `shared`, and each config's own log time."""
+    configs, moments = _Groups(of_config), _Groups(of_moment)
+    level = np.zeros(len(shared))
     for _ in range(SWEEPS):
-        own = {config: median(log - level[m] for m, log in values.items()) for config, values in logs.items()}
-        moved = 0.0
-        for moment in shared:
-            new = median(logs[config][moment] - own[config] for config in by_moment[moment])
-            moved = max(moved, abs(new - level[moment]))
-            level[moment] = new
+        own = configs.medians(logs - level[of_moment])
+        new = np.where(shared, moments.medians(logs - own[of_config]), 0.0)
+        moved = float(np.abs(new - level).max())
+        level = new
         if moved < TOLERANCE:
             break
-    # The level to compare at: that of the median moment, so that times stay those of this device.
-    usual = median(level[moment] for moment in shared) if shared else 0.0
-    found: dict[Config, list[float]] = {}
-    for config, values in logs.items():
-        found[config] = []
-        for moment in sorted(values):
-            together = len(by_moment[moment])
-            if together < MIN_TOGETHER:
-                found[config].append(samples[config][moment])
-                continue
-            # The level took over a part of each config's own noise: of n configs, all but (n - 1) / n is left.
-            rest = (values[moment] - level[moment] - own[config]) * together / (together - 1)
-            found[config].append(math.exp(own[config] + usual + rest))
-    return found
+    return level, own
+
+
+class _Groups:
+    """Values by group, each of which has at least one."""
+
+    def __init__(self, of: Integers) -> None:
+        """Take each value's group, from 0."""
+        self._of = of
+        counts = np.bincount(of)
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        self._low, self._high = starts + (counts - 1) // 2, starts + counts // 2
+
+    def medians(self, values: Floats) -> Floats:
+        """Return each group's median."""
+        ordered = values[np.lexsort((values, self._of))]
+        found: Floats = (ordered[self._low] + ordered[self._high]) / 2
+        return found

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from tilecast.problem import TileConfig
 
@@ -52,45 +54,52 @@ def expect(
     logs = [math.log(predicted[c]) if c in predicted else math.nan for c in configs]
     known = sorted(value for value in logs if not math.isnan(value))
     middle = known[int(UNKNOWN_QUANTILE * (len(known) - 1))] if known else 0.0
-    base = torch.tensor([middle if math.isnan(value) else value for value in logs], dtype=torch.float64)
-    residuals: list[float] = []
-    weights: list[float] = []
-    seen: list[TileConfig] = []
+    base = np.array([middle if math.isnan(value) else value for value in logs])
+    # Summed for each config: the same ones run in task after task, and a kernel has far fewer than all tasks timed.
+    weights: dict[TileConfig, float] = {}
+    residuals: dict[TileConfig, float] = {}
     for neighbour in neighbours:
         differences = {c: math.log(us) - math.log(neighbour.predicted.get(c, 1.0)) for c, us in neighbour.times.items()}
         if len(differences) < 2:
             continue
         level = median(differences.values())
         for config, difference in differences.items():
-            seen.append(config)
-            residuals.append(difference - level)
-            weights.append(neighbour.weight)
-    if not seen:
+            weights[config] = weights.get(config, 0.0) + neighbour.weight
+            residuals[config] = residuals.get(config, 0.0) + neighbour.weight * (difference - level)
+    if not weights:
         return Expectation(log_time=dict(zip(configs, base.tolist(), strict=True)), doubt=DOUBT_OF_MODEL)
-    weight = torch.exp(-_distances(configs, seen)) * torch.tensor(weights, dtype=torch.float64)
-    total = weight.sum(1)
-    correction = (weight @ torch.tensor(residuals, dtype=torch.float64)) / (total + SHRINK)
-    trust = float((total / (total + SHRINK)).median())
+    likeness = np.exp(-_distances(configs, list(weights)))
+    total = likeness @ np.array(list(weights.values()))
+    correction = (likeness @ np.array(list(residuals.values()))) / (total + SHRINK)
+    trust = float(np.sort(total / (total + SHRINK))[(len(configs) - 1) // 2])
     doubt = DOUBT_OF_NEIGHBOUR + (1 - trust) * (DOUBT_OF_MODEL - DOUBT_OF_NEIGHBOUR)
     return Expectation(log_time=dict(zip(configs, (base + correction).tolist(), strict=True)), doubt=doubt)
 
 
-def _distances(rows: Sequence[TileConfig], columns: Sequence[TileConfig]) -> torch.Tensor:
-    """Return [rows, columns] distances: infinite between kernels, else a sum over parameters."""
-    found = torch.full((len(rows), len(columns)), math.inf, dtype=torch.float64)
+def _distances(rows: Sequence[TileConfig], columns: Sequence[TileConfig]) -> NDArray[np.float64]:
+    """Return float64 [rows, columns] distances: infinite between kernels, else a sum over parameters."""
+    found = np.full((len(rows), len(columns)), math.inf)
     for kernel in {config.kernel for config in rows} & {config.kernel for config in columns}:
         own = [i for i, config in enumerate(rows) if config.kernel == kernel]
         other = [i for i, config in enumerate(columns) if config.kernel == kernel]
-        names = sorted({name for i in own for name, _ in rows[i].params})
-        a, b = (_coordinates([side[i] for i in chosen], names) for side, chosen in ((rows, own), (columns, other)))
-        apart = (STEP * (a[:, None, :] - b[None, :, :]).abs()).clamp(max=FARTHEST).sum(2)
-        found[torch.tensor(own)[:, None], torch.tensor(other)[None, :]] = apart
+        names = tuple(sorted({name for i in own for name, _ in rows[i].params}))
+        a, b = (
+            np.array([_coordinates(side[i], names) for i in chosen]).reshape(len(chosen), len(names))
+            for side, chosen in ((rows, own), (columns, other))
+        )
+        # Most parameters are the same in all configs, and add nothing.
+        varied = [i for i in range(len(names)) if np.ptp(np.concatenate([a[:, i], b[:, i]])) > 0]
+        apart = np.zeros((len(own), len(other)))
+        for i in varied:
+            apart += np.minimum(STEP * np.abs(a[:, i, None] - b[None, :, i]), FARTHEST)
+        found[np.ix_(own, other)] = apart
     return found
 
 
-def _coordinates(configs: Sequence[TileConfig], names: Sequence[str]) -> torch.Tensor:
-    values = [[_coordinate(dict(config.params).get(name, 0)) for name in names] for config in configs]
-    return torch.tensor(values, dtype=torch.float64).reshape(len(configs), len(names))
+@lru_cache(maxsize=1 << 14)
+def _coordinates(config: TileConfig, names: tuple[str, ...]) -> tuple[float, ...]:
+    params = dict(config.params)
+    return tuple(_coordinate(params.get(name, 0)) for name in names)
 
 
 def _coordinate(value: int | str | bool) -> float:

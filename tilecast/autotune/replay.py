@@ -265,7 +265,8 @@ class ReplayMeasurer:
 
     def __init__(self, sweeps: Iterable[Sweep], *, seed: int = 0) -> None:
         """Play back `sweeps`, one for each (GEMM, tokens)."""
-        self._sweeps = {(sweep.gemm, sweep.tokens): sweep for sweep in sweeps}
+        self._recorded = {(s.gemm, s.tokens): {r.config: r for r in s.recorded} for s in sweeps}
+        self._rounds = {key: max(len(r.samples_us) for r in of.values()) for key, of in self._recorded.items()}
         self._seed = seed
         self.samples = 0
         self.checks = 0
@@ -288,17 +289,16 @@ class ReplayMeasurer:
         found = self._find(gemm, tokens, config)
         parts = (self._seed, tokens, round, int(gemm.layer.digest[:8], 16), len(gemm.name))
         generator = random.Random(hash_seed(*parts))
-        rounds = max(len(r.samples_us) for r in self._sweeps[gemm, tokens].recorded)
+        rounds = self._rounds[gemm, tokens]
         drawn = tuple(found.samples_us[generator.randrange(rounds) % len(found.samples_us)] for _ in range(count))
         self.samples += count
         self.elapsed_us += sum(drawn)
         return drawn
 
     def _find(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> Recorded:
-        sweep = self._sweeps.get((gemm, tokens))
-        if sweep is None:
+        recorded = self._recorded.get((gemm, tokens))
+        if recorded is None:
             raise InputError(f"no sweep of {gemm.layer.label} {gemm.name} at {tokens} tokens was recorded")
-        for recorded in sweep.recorded:
-            if recorded.config == config:
-                return recorded
-        raise InputError(f"{config.label} is not in the sweep of {gemm.layer.label} {gemm.name} at {tokens} tokens")
+        if config not in recorded:
+            raise InputError(f"{config.label} is not in the sweep of {gemm.layer.label} {gemm.name} at {tokens} tokens")
+        return recorded[config]

@@ -10,6 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tilecast.autotune.levels import Moment, levelled
 from tilecast.evidence import Measurement, percentile
@@ -21,15 +25,18 @@ CENTRE_FACTOR = 1.05
 """Standard error of a Hodges-Lehmann estimate over that of a mean, for normal samples (Lehmann, "Nonparametrics")."""
 ONE_SIDED_95 = 1.645
 """Standard errors that a win must exceed to be one with 95% confidence."""
-P80_P20_SIGMAS = 1.6832
-"""Distance of the 80th from the 20th percentile of a normal distribution, in standard deviations."""
+P90_P10_SIGMAS = 2.5631
+"""Distance of the 90th from the 10th percentile of a normal distribution, in standard deviations."""
 SHARED_SAMPLES = 8
 """The spread that a task's configs have in common counts like so many samples of a config's own."""
 OWN_SAMPLES = 4
 """Fewer say nothing about a config's own spread."""
 UNKNOWN_SPREAD = 0.05
 """Relative spread of samples where too few were taken of any config to see it."""
-FEWEST_RESIDUALS = 6
+FEWEST_FREE = 6
+"""With fewer degrees of freedom left, residuals say nothing about the spread."""
+FEW_PAIRED = 12
+"""Below, a list of all pairs is made faster than an array."""
 MAX_PAIRED = 64
 """Samples of which all pairs are made; of more the median is sharp enough."""
 
@@ -58,48 +65,97 @@ def pool(
     `anywhere`, for ranks that divide the work, a config needs to have run on one of them: times are compared as if all
     ranks were equally fast, which is good enough to go on with, and not to decide.
     """
-    samples, failures, ranks = _by_rank(measurements, one=anywhere)
+    samples, failures, ranks, moments = _by_rank(measurements, one=anywhere)
     counted = {
-        config: by_rank[_slowest(by_rank)]
+        config: _centred(by_rank[_slowest(by_rank)])
         for config, by_rank in samples.items()
         if config not in failures and (anywhere or set(by_rank) == ranks)
     }
-    shared = shared_spread(counted.values())
-    return {config: _timing(config, values, shared) for config, values in counted.items()}, failures
+    spread = _Spread.of(list(counted.values()), moments)
+    return {config: _timing(config, centred, spread) for config, centred in counted.items()}, failures
 
 
 def centre(samples: Sequence[float]) -> float:
     """Return the Hodges-Lehmann estimate of at least one sample's centre: the median of the means of all pairs."""
     ordered = sorted(samples)
-    if len(ordered) > MAX_PAIRED:
+    count = len(ordered)
+    if count > MAX_PAIRED:
         return percentile(ordered, 50)
-    return percentile([(a + b) / 2 for i, a in enumerate(ordered) for b in ordered[i:]], 50)
+    if count < FEW_PAIRED:
+        return percentile([(a + b) / 2 for i, a in enumerate(ordered) for b in ordered[i:]], 50)
+    values = np.array(ordered)
+    first, second = _pairs(count)
+    means = (values[first] + values[second]) / 2
+    # An odd number of means has one in the middle, which then is taken twice.
+    low, high = (len(means) - 1) // 2, len(means) // 2
+    means.partition((low, high))
+    a, b = float(means[low]), float(means[high])
+    return a + (b - a) * ((len(means) - 1) / 2 - low)
 
 
-def shared_spread(samples: Iterable[Sequence[float]]) -> float:
-    """Return the relative standard deviation that several configs' samples have around their centres."""
-    residuals: list[float] = []
-    for values in samples:
-        if len(values) > 1:
-            # A centre lies nearer to its own samples than to others: of n, all but (n - 1) / n of the variance is left.
-            grown = math.sqrt(len(values) / (len(values) - 1))
-            middle = centre(values)
-            residuals += [(value / middle - 1) * grown for value in values]
-    if len(residuals) < FEWEST_RESIDUALS:
-        return UNKNOWN_SPREAD
-    return (percentile(residuals, 80) - percentile(residuals, 20)) / P80_P20_SIGMAS
+@cache
+def _pairs(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the places of all pairs among `count`, each with itself included."""
+    first, second = np.triu_indices(count)
+    return first, second
+
+
+@dataclass(frozen=True)
+class _Centred:
+    """A config's samples and their centre."""
+
+    samples: Sequence[float]
+    centre: float
+
+
+def _centred(samples: Sequence[float]) -> _Centred:
+    return _Centred(samples, centre(samples))
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """The relative standard deviation that a task's samples have in common.
+
+    `grown` is by how much residuals understate it: each config's centre and each moment's level are fitted to the same
+    samples. `doubt` is what not knowing it exactly adds to an error.
+    """
+
+    shared: float
+    grown: float
+    doubt: float
+
+    @classmethod
+    def of(cls, configs: Sequence[_Centred], moments: int) -> _Spread:
+        residuals = [value / one.centre - 1 for one in configs for value in one.samples]
+        free = len(residuals) - len(configs) - max(0, moments - 1)
+        if free < FEWEST_FREE:
+            return cls(UNKNOWN_SPREAD, 1.0, _student(FEWEST_FREE))
+        grown = math.sqrt(len(residuals) / free)
+        return cls(_width(residuals) * grown, grown, _student(free))
+
+
+def _student(free: int) -> float:
+    """Return Student's 95% quantile over the normal one, for so many degrees of freedom (to 1% from three on)."""
+    return 1 + 1.0 / free + 1.2 / free**2
+
+
+def _width(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    # Wide enough to feel the long tails that times have.
+    return (percentile(ordered, 90) - percentile(ordered, 10)) / P90_P10_SIGMAS
 
 
 def pooled_samples(measurements: Iterable[Measurement]) -> dict[TileConfig, tuple[int, tuple[float, ...]]]:
     """Return for each config with samples the rank whose time counts, and that rank's samples in µs."""
-    samples, _, _ = _by_rank(measurements)
+    samples, _, _, _ = _by_rank(measurements)
     slowest = {config: _slowest(by_rank) for config, by_rank in samples.items()}
     return {config: (rank, tuple(samples[config][rank])) for config, rank in slowest.items()}
 
 
 def _by_rank(
     measurements: Iterable[Measurement], *, one: bool = False
-) -> tuple[dict[TileConfig, dict[int, list[float]]], dict[TileConfig, str], set[int]]:
+) -> tuple[dict[TileConfig, dict[int, list[float]]], dict[TileConfig, str], set[int], int]:
+    """Return the levelled samples by config and rank, the failures, the ranks, and how many levels a rank had."""
     timed: dict[int, dict[TileConfig, dict[Moment, float]]] = {}
     failures: dict[TileConfig, str] = {}
     ranks: set[int] = set()
@@ -113,22 +169,27 @@ def _by_rank(
         moments = timed.setdefault(0 if one else m.rank, {}).setdefault(m.config, {})
         moments.update({(m.rank, m.round, number): us for number, us in enumerate(m.samples_us)})
     samples: dict[TileConfig, dict[int, list[float]]] = {}
+    levels = 0
     for rank, of_rank in timed.items():
+        levels = max(levels, len({moment for moments in of_rank.values() for moment in moments}))
         for config, values in levelled(of_rank).items():
             samples.setdefault(config, {})[rank] = values
-    return samples, failures, ranks
+    return samples, failures, ranks, levels
 
 
 def _slowest(by_rank: Mapping[int, Sequence[float]]) -> int:
+    if len(by_rank) == 1:
+        return next(iter(by_rank))
     return max(by_rank, key=lambda rank: (centre(by_rank[rank]), rank))
 
 
-def _timing(config: TileConfig, samples: Sequence[float], shared: float) -> Timing:
-    middle, count = centre(samples), len(samples)
+def _timing(config: TileConfig, centred: _Centred, spread: _Spread) -> Timing:
+    middle, count = centred.centre, len(centred.samples)
     known = count if count >= OWN_SAMPLES else 0
-    own = (percentile(list(samples), 80) - percentile(list(samples), 20)) / P80_P20_SIGMAS / middle
-    spread = math.sqrt((known * own**2 + SHARED_SAMPLES * shared**2) / (known + SHARED_SAMPLES))
-    return Timing(config=config, p50_us=middle, error=CENTRE_FACTOR * spread / math.sqrt(count), samples=count)
+    own = _width(centred.samples) * spread.grown / middle
+    pooled = math.sqrt((known * own**2 + SHARED_SAMPLES * spread.shared**2) / (known + SHARED_SAMPLES))
+    error = CENTRE_FACTOR * spread.doubt * pooled / math.sqrt(count)
+    return Timing(config=config, p50_us=middle, error=error, samples=count)
 
 
 def noise(a: Timing, b: Timing) -> float:

@@ -21,6 +21,10 @@ LAST_GROUP_WITHIN = 1.06
 """In the last rounds, groups whose best is farther behind are known well enough."""
 
 
+SETTLED_SAMPLES = 4
+"""Before so many, nothing is settled: a burst that hit two samples of one config looks like a fact."""
+
+
 @dataclass(frozen=True)
 class Ranked:
     """Model-ranked start, elimination, refinement, and a duel of the last few with the default.
@@ -47,7 +51,8 @@ class Ranked:
         spent = sum(timing.samples for timing in view.timings.values())
         if view.round >= self.rounds or spent >= budget:
             return None
-        alive = [c for c in view.candidates if c.config in view.measured]
+        measured = view.measured
+        alive = [c for c in view.candidates if c.config in measured]
         last = view.round >= len(self.finalists)
         few = self.finalists[min(view.round, len(self.finalists)) - 1]
         within = LAST_GROUP_WITHIN if last else GROUP_WITHIN
@@ -75,7 +80,8 @@ class Ranked:
             return []
         leader = fastest(view.timings.values())
         bar = view.expected[leader.config] + view.doubt / 2
-        fresh = [c for c in view.drawn if c not in view.measured and c not in view.failed and view.expected[c] <= bar]
+        measured = view.measured
+        fresh = [c for c in view.drawn if c not in measured and c not in view.failed and view.expected[c] <= bar]
         return sorted(fresh, key=lambda c: view.expected[c])[: self.joining[view.round - 1]]
 
 
@@ -84,6 +90,8 @@ def _settled(view: View, kept: list[TileConfig]) -> bool:
     timings = [view.timings[config] for config in kept if config in view.timings]
     best = fastest(timings)
     others = [t for t in timings if t.config != best.config]
+    if any(t.samples < SETTLED_SAMPLES for t in timings):
+        return False
     known = all(2 * math.hypot(t.error, best.error) <= 2 * NOISE_FLOOR for t in others)
     apart = all(t.p50_us > best.p50_us * (1 + noise(t, best)) for t in others)
     return known or apart
