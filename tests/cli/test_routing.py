@@ -113,3 +113,17 @@ def test_a_record_without_misses_leaves_the_table_as_it_is(cli: Command, tmp_pat
 )
 def test_wrong_profiles_and_records_are_one_line(cli: Command, line: tuple[str, ...], code: int, words: str) -> None:
     cli(*line).failed(code, words)
+
+
+def test_doctor_says_when_serving_routes_otherwise_than_the_table_was_tuned_for(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, path = tmp_path / "table.db", tmp_path / "seen.json"
+    assert cli("tune", SPEC, "--tokens", "2", "--export", table, *BUDGET).code == 0
+    monkeypatch.setenv("TM_GEMM_RECORD", str(path))
+    assert json.loads(cli("doctor", "--table", table, "--json").out)["routing_drift"] is None
+    hot = LayerRecord(layer=LAYER, tokens={2: Calls(9, 0)}, loads=(Load((970, 10, 10, 10)),))
+    path.write_text(json.dumps(ServingRecord(layers=(hot,)).to_json()))
+    done = cli("doctor", "--table", table)
+    assert done.code == 0 and "97.0%, expected 25.0%" in done.err
+    assert f"--routing {path}" in json.loads(cli("doctor", "--table", table, "--json").out)["routing_drift"]

@@ -73,6 +73,9 @@ def doctor(
         check_configs(found, here, source)
     document["settings"] = _settings(output, settings, chosen)
     document["table"] = _table(output, source, found, here)
+    document["routing_drift"] = drift = None if found is None else _drift(found, here, settings)
+    if drift is not None:
+        output.warn(drift)
     missing = 0
     if split is not None:
         split.explain(output)
@@ -152,6 +155,13 @@ def _table(output: Output, source: str | None, found: TuningTable | None, here: 
             for o in where
         ],
     }
+
+
+def _drift(found: TuningTable, here: Environment, settings: Settings) -> str | None:
+    from tilecast.autotune.drift import drift_from_file
+
+    usable = {o.environment.digest for o in origins(found, here) if o.usable}
+    return drift_from_file([d for d in found.decisions if d.environment in usable], settings.record_to)
 
 
 def _coverage(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tilecast import environment as environments
+from tilecast.autotune.drift import drift_from_file
 from tilecast.autotune.routing_profiles import load_profile
 from tilecast.engine import recording
 from tilecast.engine.table_index import Entry, default_pair, entry_of, index_table, spans, usable_environments
@@ -324,6 +325,9 @@ def use_table(
         warn_miss=chosen.warn_cache_miss if warn_miss is None else warn_miss,
     )
     made.log_differences()
+    drift = drift_from_file(used.decisions, chosen.record_to)
+    if drift is not None:
+        logger.warning("%s", drift)
     recording.start(chosen.record_to)
     return use_runtime(made)
 
