@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import LAYER, SPEC, Command, choice_of, table_of
+from tilecast.autotune.routing_profiles import load_profile
 from tilecast.cache_store.bundle import adopt, export_table, import_table, read_bundle
 from tilecast.cache_store.store import open_store
 from tilecast.environment import cpu_environment
@@ -159,6 +160,22 @@ def test_verify_measures_again(cli: Command, tmp_path: Path) -> None:
     assert all(0 < r["p50_us"] < 1e8 for r in document["results"])
 
 
+def test_verify_measures_under_a_recorded_routing(cli: Command, tmp_path: Path) -> None:
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps({"counts": [5, *[1] * (LAYER.global_experts - 1)]}))
+    profile = load_profile(str(counts))
+    base = measured_table(1e8, 1e8)
+    skewed = tuple(replace(d, routing=profile.name) for d in base.decisions)
+    path = tmp_path / "skewed.db"
+    export_table(TuningTable(base.environments, (*base.decisions, *skewed)), path)
+    cli("cache", "verify", path).failed(4, profile.name, "--routing FILE")
+    cli("cache", "verify", path, "--routing", "zipf:1.2").failed(4, "no decision for routing zipf:1.2", "uniform")
+    for given, name in ((counts, profile.name), ("uniform", "uniform")):
+        done = cli("cache", "verify", path, "--rounds", "2", "--routing", given, "--json")
+        assert done.code == 0, done.err
+        assert {r["routing"] for r in json.loads(done.out)["results"]} == {name}
+
+
 def test_verify_says_what_drifted(cli: Command, tmp_path: Path) -> None:
     path = tmp_path / "fast.db"
     # Nothing is that fast.
@@ -220,6 +237,29 @@ def test_import_refuses_measured_configs_outside_their_domain(cli: Command, tmp_
     path = tmp_path / "hostile.db"
     export_table(base, path, [made])
     cli("cache", "import", path, "--store", tmp_path / "store.db").failed(3, "hostile.db", "impossible")
+
+
+def test_merge_refuses_what_import_refuses(cli: Command, table: Path, impossible: Path, tmp_path: Path) -> None:
+    base, out = table_of(), tmp_path / "out.db"
+    config = base.decisions[0].up.config.with_params(mr=-3)
+    made = Measurement(
+        environment=base.environments[0].digest, gemm=LAYER.up, tokens=1, config=config, samples_us=(1.0,)
+    )  # fmt: skip
+    path = tmp_path / "hostile.db"
+    export_table(base, path, [made])
+    for sources in ((table, path), (path, table)):
+        cli("cache", "merge", *sources, "--out", out).failed(3, "hostile.db", "a measured config", "impossible")
+    cli("cache", "merge", table, impossible, "--out", out).failed(3, impossible.name, "impossible")
+    assert not out.exists()
+    # Without its measurements the file is sound.
+    assert cli("cache", "merge", table, path, "--out", out, "--no-measurements").code == 0
+
+
+def test_import_of_other_engines_files_takes_no_options_about_decisions(cli: Command, tmp_path: Path) -> None:
+    file = tmp_path / "E=8,N=3584,device_name=NVIDIA_H200.json"
+    file.write_text("{}")
+    for option in (("--policy", "best"), ("--relax", "torch")):
+        cli("cache", "import", "--format", "vllm", file, *option).failed(2, "--policy and --relax", "hints only")
 
 
 def test_export_takes_the_measurements_of_its_part_along(cli: Command, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_an_impossible_config_is_an_error_that_names_the_entry(
 
 def test_an_impossible_config_is_not_imported(cli: Command, impossible: Path, tmp_path: Path) -> None:
     store = tmp_path / "store.db"
-    cli("cache", "import", impossible, "--store", store).failed(3, "nothing was imported")
+    cli("cache", "import", impossible, "--store", store).failed(3, "nothing of the file is used")
     assert not store.exists()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,8 @@ from tilecast.problem import ExpertLayer, TileConfig
 CACHE_KIB = 128 << 10
 """SQLite's page cache while a file is built: the index of keys of a million measurements fits."""
 
+Check = Callable[[str, TuningTable, Iterable[tuple[str, TileConfig]]], None]
+"""Raises for an input of this name that has decisions, or measured configs by environment, that must not be used."""
 Select = Callable[[TuningTable], TuningTable]
 """Returns the part of a table that is wanted."""
 
@@ -61,20 +63,26 @@ class Merged:
 
 
 def merge_files(
-    sources: Sequence[str | Path], out: str | Path, *, policy: str = "best", measurements: bool = True
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    policy: str = "best",
+    measurements: bool = True,
+    check: Check | None = None,
 ) -> Merged:
     """Write the decisions and measurements of exported files, stores or URLs to one file, whole or not at all.
 
     The first input is `ours`, and what it gives with the second is ours to the third. Measurements with one natural
     key are kept once, the first of them. Raises CacheError for an input that cannot be trusted, for an output that
-    is an input or something else than an export, and under `error` for a conflict; UsageError for an unknown policy.
+    is an input or something else than an export, and under `error` for a conflict; UsageError for an unknown policy;
+    and what `check` raises, which is asked of every input.
     """
     check_merge_policy(policy)
     if not sources:
         raise UsageError("there is nothing to merge; name a table")
     out = Path(out).expanduser()
     _check_apart(sources, out)
-    return _built(sources, out, policy, measurements=measurements, select=None)
+    return _built(sources, out, policy, measurements=measurements, check=check)
 
 
 def copy_file(source: str | Path, out: str | Path, *, select: Select | None = None) -> Merged:
@@ -87,19 +95,28 @@ def copy_file(source: str | Path, out: str | Path, *, select: Select | None = No
 
 
 def _built(
-    sources: Sequence[str | Path], out: Path, policy: str, *, measurements: bool, select: Select | None
+    sources: Sequence[str | Path],
+    out: Path,
+    policy: str,
+    *,
+    measurements: bool,
+    select: Select | None = None,
+    check: Check | None = None,
 ) -> Merged:
     check_exportable(out)
     with replacing(out) as path, _building(path, out) as connection:
-        builder = _Builder(connection, measurements=measurements, select=select)
+        builder = _Builder(connection, measurements=measurements, select=select, check=check)
         for source in sources:
             builder.add(source, policy)
         return builder.finish()
 
 
 class _Builder:
-    def __init__(self, connection: Connection, *, measurements: bool, select: Select | None) -> None:
+    def __init__(
+        self, connection: Connection, *, measurements: bool, select: Select | None, check: Check | None
+    ) -> None:
         self._connection = connection
+        self._check = check
         self._select = select
         self._sink = MeasurementSink(connection)
         self._measurements = measurements
@@ -116,6 +133,8 @@ class _Builder:
         table = read_bundle(source).table
         if self._select is not None:
             table = self._select(table)
+        if self._check is not None:
+            self._check(name, table, ())
         places, seen, new = self._read(source, table) if self._measurements or policy == "newest" else ({}, 0, 0)
         ages = {d: places[place] for d in table.decisions if (place := place_of(d)) in places}
         if self._table is None:
@@ -172,6 +191,9 @@ class _Builder:
             raise error if named else CacheError(f"{database.name}: {error}; do not use it, export it again") from error
         finally:
             database.close()
+        if self._check is not None and self._measurements:
+            whole = TuningTable(tuple((stream.environments | {e.digest: e for e in table.environments}).values()))
+            self._check(str(source), whole, ((place, stream.configs[config]) for place, config in stream.measured))
         if self._measurements:
             self._environments |= stream.environments
             self._layers |= stream.layers

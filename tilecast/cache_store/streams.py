@@ -60,8 +60,8 @@ class MeasurementStream:
     """The measurements of one database, every one checked as `rows.measurement_from_row` checks it.
 
     `ages` grows as they are read: the time of the latest one, in seconds since 1970, by place. So do `layers`,
-    `configs` and `environments`, what they refer to. Once all are read, `seal` has gone over every row of the
-    database as it is stored.
+    `configs` and `environments`, what they refer to, and `measured`, the digests of environments and of configs
+    measured there. Once all are read, `seal` has gone over every row of the database as it is stored.
     """
 
     def __init__(self, connection: Connection, *, environments: Set[str] | None = None) -> None:
@@ -77,6 +77,7 @@ class MeasurementStream:
         self.environments: dict[str, Environment] = {}
         self.layers: dict[str, ExpertLayer] = {}
         self.configs: dict[str, TileConfig] = {}
+        self.measured: set[tuple[str, str]] = set()
         self.ages: dict[Place, float] = {}
         self.count = 0
         self.seal = Seal()
@@ -109,6 +110,7 @@ class MeasurementStream:
             values = self._the_long_way(values)
         else:
             line = plain_line(values)
+        self.measured.add((environment, config))
         measured_at, place = values[16], (environment, layer, routing, tokens)
         if measured_at > self.ages.get(place, -math.inf):
             self.ages[place] = measured_at

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tilecast.environment import Environment, kernel_source_digest
 from tilecast.errors import CacheError, ConfigError
-from tilecast.evidence import Measurement, TuningTable
+from tilecast.evidence import TuningTable
 from tilecast.problem import ExpertGemm, TileConfig, tokens_text
 from tilecast.settings import Settings
 
@@ -74,17 +74,19 @@ def origins(of: TuningTable, here: Environment) -> tuple[Origin, ...]:
     return tuple(found)
 
 
-def check_configs(of: TuningTable, here: Environment, source: str, measurements: Sequence[Measurement] = ()) -> int:
+def check_configs(
+    of: TuningTable, here: Environment, source: str, measured: Iterable[tuple[str, TileConfig]] = ()
+) -> int:
     """Check every config that the kernels of this Tilecast know about and return how many decided ones were checked.
 
     What was tuned for a machine like this one must be able to run here. What was tuned on another device, and
     what was only measured, must lie within its kernel's domain; whether that device can run it, only that device
     knows. Left alone are other kernel sources, whose configs follow rules unknown here and are never used here.
-    Raises ConfigError that names the entry.
+    `measured` is what else was measured, by the environment's digest. Raises ConfigError that names the entry.
     """
     environments = {e.digest: e for e in of.environments if _has_our_kernels(e)}
     checked = 0
-    _check_domains(of, environments.keys(), source, measurements)
+    _check_domains(of, environments.keys(), source, measured)
     for decision in of.decisions:
         there = environments.get(decision.environment)
         if there is None:
@@ -94,8 +96,8 @@ def check_configs(of: TuningTable, here: Environment, source: str, measurements:
             if reason is not None:
                 place = f"{decision.layer.label} at {tokens_text(decision.bucket.tokens)}"
                 raise ConfigError(
-                    f"{source}: the {gemm.name} config for {place} is impossible: {reason}; nothing was "
-                    f"imported, tune this layer again"
+                    f"{source}: the {gemm.name} config for {place} is impossible: {reason}; nothing of "
+                    f"the file is used, tune this layer again"
                 )
             checked += 1
     return checked
@@ -106,7 +108,7 @@ def _has_our_kernels(there: Environment) -> bool:
     return there.device_kind in ("cpu", "cuda") and there.kernel_source == kernel_source_digest(there.device_kind)
 
 
-def _check_domains(of: TuningTable, known: Set[str], source: str, measurements: Sequence[Measurement]) -> None:
+def _check_domains(of: TuningTable, known: Set[str], source: str, measured: Iterable[tuple[str, TileConfig]]) -> None:
     """Check what decisions were compared with, and what was measured, each config once. Raises ConfigError."""
     configs: dict[TileConfig, str] = {}
     for decision in of.decisions:
@@ -116,13 +118,13 @@ def _check_domains(of: TuningTable, known: Set[str], source: str, measurements: 
                 configs.setdefault(choice.default, f"a default config for {place}")
                 if choice.runner_up is not None:
                     configs.setdefault(choice.runner_up, f"a runner-up for {place}")
-    for kept in measurements:
-        if kept.environment in known:
-            configs.setdefault(kept.config, "a measured config")
+    for environment, config in measured:
+        if environment in known:
+            configs.setdefault(config, "a measured config")
     for config, what in configs.items():
         reason = _outside_domain(config)
         if reason is not None:
-            raise ConfigError(f"{source}: {what} is impossible: {reason}; nothing was imported, do not use this file")
+            raise ConfigError(f"{source}: {what} is impossible: {reason}; nothing of it is used, do not use this file")
 
 
 def _impossible(gemm: ExpertGemm, config: TileConfig, here: Environment | None) -> str | None:

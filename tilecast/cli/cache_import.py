@@ -75,7 +75,7 @@ def import_(
     bundle = read_file(file)
     relaxed = relax_table(bundle.table, here, fields)
     table = relaxed.table
-    checked = check_configs(table, here, file, bundle.measurements)
+    checked = check_configs(table, here, file, ((m.environment, m.config) for m in bundle.measurements))
     adopted = adopt_under(replace(bundle, table=table), where, policy)
     found = origins(table, here)
     output.emit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,10 @@ from tilecast.canonical import Json
 from tilecast.cli._cache_options import MergePolicyOption
 from tilecast.cli._options import JsonOption, check_writable
 from tilecast.cli._output import Output, plural
+from tilecast.cli._stores import check_configs
 from tilecast.cli._tables import table_json
+from tilecast.evidence import TuningTable
+from tilecast.problem import TileConfig
 
 if TYPE_CHECKING:
     from tilecast.cache_store.merge import Merged
@@ -32,6 +36,7 @@ def merge(
 
     Measurements are united. Where two tables decide the same token counts differently, --policy says which is kept,
     and a line says which and why; best compares times within one environment only, and believes no win within noise.
+    A table with a config that its kernel does not know is refused, as import refuses it.
 
     Examples:
 
@@ -39,13 +44,19 @@ def merge(
 
         tilecast cache merge fleet.db new.db --out next.db --policy newest --json
     """  # fmt: skip
+    from tilecast import environment
     from tilecast.cache_store.merge import merge_files
     from tilecast.cache_store.resolve import check_merge_policy
 
     check_merge_policy(policy)
     check_writable("--out", out)
     output = Output(json_wanted=json_)
-    merged = merge_files(sources, out, policy=policy, measurements=measurements)
+    here = environment.here()
+
+    def check(name: str, found: TuningTable, measured: Iterable[tuple[str, TileConfig]]) -> None:
+        check_configs(found, here, name, measured)
+
+    merged = merge_files(sources, out, policy=policy, measurements=measurements, check=check)
     output.emit(_document(merged, out, policy))
     for source, conflict in merged.conflicts:
         output.line(f"{source}: {conflict}")

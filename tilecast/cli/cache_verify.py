@@ -19,6 +19,7 @@ from tilecast.evidence import POLICIES, Decision, TuningTable
 from tilecast.problem import ExpertGemm
 
 if TYPE_CHECKING:
+    from tilecast.autotune.routing_profiles import RoutingProfile
     from tilecast.autotune.verify import Verified
 
 COLUMNS = ("layer", "tokens", "GEMM", "stored µs", "now µs", "default now µs", "noise", "verdict", "config")
@@ -37,34 +38,48 @@ def verify(
         str | None,
         typer.Option("--policy", metavar="POLICY", help="Only decisions of this policy.", show_default=False),
     ] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            "--routing",
+            metavar="PROFILE",
+            help="Only decisions of this routing profile: a name, or the file that a histogram was recorded in.",
+            show_default=False,
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Measure some decided configs again beside the default, on this device, and say what has drifted.
 
     A config has drifted if it is slower than stored beyond the noise, if its win over the default is gone, or if it
-    fails; the command then exits with 4. Whether bits are still right, check and certify say.
+    fails; the command then exits with 4. Whether bits are still right, check and certify say. A table holds the name
+    of a recorded routing only, so what was tuned for one is measured with --routing FILE.
 
-    Example:
+    Examples:
 
         tilecast cache verify mixtral.db --sample 20
+
+        tilecast cache verify skewed.db --routing record.json
     """
     from tilecast import environment
     from tilecast.autotune.device_lock import device_lock
+    from tilecast.autotune.routing_profiles import load_profile
     from tilecast.autotune.verify import sample_decided
 
     if policy is not None and policy not in POLICIES:
         raise UsageError(f"--policy is {policy!r:.40}, expected one of {', '.join(POLICIES)}")
     output = Output(json_wanted=json_)
     use_threads(threads)
+    profile = None if routing is None else load_profile(routing)
     found = read_table(source)
     here = environment.here()
-    decisions = _usable(found, here, source, policy)
+    decisions = _of_routing(_usable(found, here, source, policy), profile, source)
     check_configs(TuningTable(found.environments, tuple(decisions)), here, source)
     drawn = sample_decided(decisions, sample, seed)
     output.note(f"measuring {plural(len(drawn), 'config')} of {2 * len(decisions)} that fit this machine")
     with resumable("no results"), device_lock(here):
-        results = _measured(output, drawn, here, rounds)
+        results = _measured(output, drawn, here, rounds, profile)
     drifted = [result for result in results if result.drifted]
     output.emit(
         {
@@ -101,8 +116,29 @@ def _usable(found: TuningTable, here: Environment, source: str, policy: str | No
     raise CoverageError(f"{source} was tuned in another environment, so times do not compare here: {fields}")
 
 
+def _of_routing(decisions: list[Decision], profile: RoutingProfile | None, source: str) -> list[Decision]:
+    """Return the decisions of a profile, or all. Raises CoverageError for none, and where routing cannot be rebuilt."""
+    names = sorted({d.routing for d in decisions})
+    if profile is None:
+        unknown = [name for name in names if name.startswith("histogram:")]
+        if unknown:
+            raise CoverageError(
+                f"{source} has decisions for routing {', '.join(unknown)}, of which it holds the name only; "
+                f"give the file that was recorded, --routing FILE, or the name of another profile"
+            )
+        return decisions
+    kept = [d for d in decisions if d.routing == profile.name]
+    if not kept:
+        raise CoverageError(f"{source} has no decision for routing {profile.name}; it has: {', '.join(names)}")
+    return kept
+
+
 def _measured(
-    output: Output, drawn: list[tuple[Decision, ExpertGemm]], here: Environment, rounds: int
+    output: Output,
+    drawn: list[tuple[Decision, ExpertGemm]],
+    here: Environment,
+    rounds: int,
+    profile: RoutingProfile | None,
 ) -> list[Verified]:
     from tilecast.autotune.measure import DeviceMeasurer
     from tilecast.autotune.verify import verify as measure_again
@@ -110,7 +146,7 @@ def _measured(
 
     results: list[Verified] = []
     measurers = {
-        routing: DeviceMeasurer(here, registry, routing=routing)
+        routing: DeviceMeasurer(here, registry, routing=profile or routing)
         for routing in dict.fromkeys(decision.routing for decision, _ in drawn)
     }
     with output.progress("measuring") as reporter:
