@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.store_contract import CONFIG, HERE, LAYER, THERE, decision, measurement
+from tests.store_contract import CONFIG, HERE, LAYER, OTHER, THERE, decision, measurement
+from tilecast.autotune.explain import deciding_run
 from tilecast.cache_store import gc
 from tilecast.cache_store.gc import Collected, Unwanted, collect
 from tilecast.cache_store.store import open_store
 from tilecast.environment import Environment
 from tilecast.errors import CacheError, InputError, UsageError
-from tilecast.evidence import Decision, Measurement
+from tilecast.evidence import Choice, Decision, Measurement
 
 UPGRADED = replace(HERE, torch="2.14.0")
 
@@ -80,6 +82,40 @@ def test_the_superseded_goes(tmp_path: Path) -> None:
     assert sorted(left(path)[0], key=lambda d: d.sort_key) == sorted(kept, key=lambda d: d.sort_key)
     # The measurements at 4 tokens are also what the fastest decision rests on.
     assert left(path)[1] == evidence
+
+
+def test_runs_before_the_deciding_one_go(tmp_path: Path) -> None:
+    def run(number: int, us: float, **changes: object) -> list[Measurement]:
+        at_tokens = {"environment": HERE.digest, "run": number, **changes}
+        return [
+            measurement(gemm=gemm, config=config, samples_us=(us,), **at_tokens)
+            for gemm in LAYER.gemms
+            for config in (CONFIG, OTHER)
+        ]
+
+    first, second, third = run(0, 3.0), run(1, 2.5), run(2, 9.0)
+    broken = measurement(round=7, status="unstable", samples_us=())
+    elsewhere = [*run(0, 3.0, tokens=8), *run(1, 2.5, tokens=8), *run(0, 3.0, routing="zipf:1.2")]
+    whole = [*first, broken, *second, *third, *elsewhere]
+    path = made(tmp_path / "store.db", [decision(), decision(policy="fastest")], whole)
+    asked = []
+
+    def deciding(held: Sequence[Measurement], choice: Choice) -> int | None:
+        asked.append((sorted({m.run for m in held}), choice))
+        return 1 if len(asked) % 2 else 2
+
+    # Earlier than what any policy's decision rests on; where nothing is decided, or in one run only, all stays.
+    wanted = Unwanted(superseded=True)
+    assert collect(path, wanted).measurements == 0
+    assert collect(path, wanted, deciding=deciding, dry_run=True).measurements == len(first)
+    assert [runs for runs, _ in asked] == [[0, 1, 2]] * 4
+    assert collect(path, wanted, deciding=lambda held, choice: None).measurements == 0
+    assert collect(path, wanted, deciding=deciding).measurements == len(first)
+    kept = left(path)[1]
+    assert {m.key for m in kept} == {m.key for m in [broken, *second, *third, *elsewhere]}
+    # The real rule: the latest run that gives the stored times, or the latest at all.
+    assert collect(path, wanted, deciding=deciding_run).measurements == 0
+    assert left(path)[1] == kept
 
 
 def test_measurements_of_the_superseded_go_with_it(tmp_path: Path) -> None:

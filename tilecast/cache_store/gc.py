@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, make_url, or_, select
 
 from tilecast.cache_store import models
-from tilecast.cache_store.queries import read_environments, read_table
+from tilecast.cache_store.queries import read_environments, read_measurements, read_table
 from tilecast.cache_store.resolve import covers_bucket
 from tilecast.cache_store.rows import decision_row
 from tilecast.cache_store.session import BUSY_TIMEOUT_S, Database, open_server, open_sqlite, translate
@@ -22,7 +22,8 @@ from tilecast.cache_store.store import open_store, sqlite_path
 from tilecast.cache_store.streams import Place, latest_times, place_of
 from tilecast.environment import Environment
 from tilecast.errors import CacheError, InputError, UsageError
-from tilecast.evidence import Decision, TuningTable
+from tilecast.evidence import Choice, Decision, Measurement, TuningTable
+from tilecast.problem import ExpertGemm
 
 ROWS_AT_ONCE = 5000
 """Measurements deleted in one transaction: some ten milliseconds."""
@@ -34,13 +35,18 @@ SAME_MACHINE = ("device_kind", "device", "arch", "features", "units", "llc_bytes
 """Fields that are alike in the environments of one machine before and after an upgrade."""
 
 
+Deciding = Callable[[Sequence[Measurement], Choice], int | None]
+"""Returns the run that a choice was made from, of its GEMM's measurements at its tokens; None if it is not there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unwanted:
     """What goes: everything that meets all of the conditions given. At least one must be.
 
     older_than: measured before this time, in seconds since 1970; a decision is as old as its latest measurement.
     environment: made there, by the start of its digest. superseded: another environment of the same machine,
-    measured later, decides the same token counts.
+    measured later, decides the same token counts; and what a decision's GEMM was measured at its tokens and routing
+    in runs before the one that the decision rests on, except what was found unstable, which counts for good.
     """
 
     older_than: float | None = None
@@ -82,11 +88,14 @@ class _Doomed:
     undated: int = 0
 
 
-def collect(where: str | Path, unwanted: Unwanted, *, dry_run: bool = False) -> Collected:
+def collect(
+    where: str | Path, unwanted: Unwanted, *, dry_run: bool = False, deciding: Deciding | None = None
+) -> Collected:
     """Take what is unwanted out of the store at a path or URL, and give the space back to the file system.
 
     Stopped at any instant it has taken out a part, and goes on when called again; a decision that is put anew
-    meanwhile stays. With `dry_run` nothing is changed. Raises CacheError, and InputError for an unknown environment.
+    meanwhile stays. With `dry_run` nothing is changed. Without `deciding` earlier runs are left alone. Raises
+    CacheError, and InputError for an unknown environment.
     """
     # Says what is wrong with the path, and upgrades an older schema.
     open_store(where, create=False, read_only=dry_run).close()
@@ -94,7 +103,7 @@ def collect(where: str | Path, unwanted: Unwanted, *, dry_run: bool = False) -> 
     database = open_database(where, read_only=dry_run)
     with contextlib.closing(database):
         with database.reading() as connection:
-            doomed = _doomed(connection, unwanted, database.name)
+            doomed = _doomed(connection, unwanted, database.name, deciding)
             count = sum(_count(connection, condition) for condition in doomed.conditions)
         before, note = _size(path), ""
         if not dry_run:
@@ -114,7 +123,7 @@ def open_database(where: str | Path, *, read_only: bool = False) -> Database:
     return open_server(make_url(str(where))) if path is None else open_sqlite(path, read_only=read_only)
 
 
-def _doomed(connection: Connection, unwanted: Unwanted, name: str) -> _Doomed:
+def _doomed(connection: Connection, unwanted: Unwanted, name: str, deciding: Deciding | None) -> _Doomed:
     environments = read_environments(connection)
     chosen = None if unwanted.environment is None else _named(environments, unwanted.environment, name)
     table = read_table(connection, environment=None if chosen is None else chosen.digest)
@@ -134,6 +143,9 @@ def _doomed(connection: Connection, unwanted: Unwanted, name: str) -> _Doomed:
         decisions = [d for d in decisions if d in over]
         places = sorted({place_of(d) for d in over} - {place_of(d) for d in whole.decisions if d not in over})
         every = [and_(*conditions, condition) for condition in _at_places(places)]
+        if deciding is not None:
+            kept = [d for d in table.decisions if d not in over]
+            every += [and_(*conditions, condition) for condition in _earlier_runs(connection, kept, deciding)]
     return _Doomed(decisions, every, [] if chosen is None else [chosen], undated)
 
 
@@ -181,6 +193,28 @@ def _at_places(places: list[Place]) -> Iterator[ColumnElement[bool]]:
                 for environment, layer, routing, tokens in places[start : start + PLACES_AT_ONCE]
             )
         )  # fmt: skip
+
+
+def _earlier_runs(
+    connection: Connection, decisions: Iterable[Decision], deciding: Deciding
+) -> Iterator[ColumnElement[bool]]:
+    """Yield what is measured of each decided GEMM in runs before those that its decisions, of all policies, rest on."""
+    c = models.measurement.c
+    columns = (c.environment, c.layer, c.gemm, c.tokens, c.routing)
+    several = select(*columns).group_by(*columns).having(func.min(c.run) < func.max(c.run))
+    found = {tuple(row) for row in connection.execute(several)}
+    choices: dict[tuple[str, ExpertGemm, int, str], list[Choice]] = {}
+    for d in decisions:
+        for gemm in d.layer.gemms:
+            if (d.environment, d.layer.digest, gemm.name, d.bucket.tokens, d.routing) in found:
+                choices.setdefault((d.environment, gemm, d.bucket.tokens, d.routing), []).append(d.choice(gemm.name))
+    for (environment, gemm, tokens, routing), chosen in choices.items():
+        held = read_measurements(connection, environment=environment, gemm=gemm, tokens=tokens, routing=routing)
+        runs = [run for run in (deciding(held, choice) for choice in chosen) if run is not None]
+        if len(runs) == len(chosen):
+            place = (environment, gemm.layer.digest, gemm.name, tokens, routing)
+            alike = [column == value for column, value in zip(columns, place, strict=True)]
+            yield and_(*alike, c.run < min(runs), c.status != "unstable")
 
 
 def _count(connection: Connection, condition: ColumnElement[bool]) -> int:

@@ -43,7 +43,9 @@ def gc(
     superseded: Annotated[
         bool,
         typer.Option(
-            "--superseded", help="What a later environment of the same machine (another toolchain) decides, too."
+            "--superseded",
+            help="What a later environment of the same machine (another toolchain) decides, too, "
+            "and measurements of runs before the ones that decisions rest on.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; change nothing.")] = False,
@@ -59,6 +61,7 @@ def gc(
 
         tilecast cache gc postgresql+psycopg://host/fleet --environment 3f9a12c4
     """  # fmt: skip
+    from tilecast.autotune.explain import deciding_run
     from tilecast.cache_store.gc import Unwanted, collect
 
     unwanted = Unwanted(
@@ -68,7 +71,7 @@ def gc(
     )
     output = Output(json_wanted=json_)
     where = store_location(store, Settings.from_environment())
-    found = collect(where, unwanted, dry_run=dry_run)
+    found = collect(where, unwanted, dry_run=dry_run, deciding=deciding_run)
     output.emit(_document(found, where, dry_run))
     gone = "would go" if dry_run else "gone"
     for decision in found.decisions:
