@@ -1,0 +1,122 @@
+"""How long a tuning takes beside its forecast, and whether a second one chooses as fast a table.
+
+`python -m benchmarks.tune MODEL [--tp 8] [--tokens 1,16,64] [--efforts quick,standard] [--runs 2] [--out FILE.json]`
+For every effort and run, in an empty cache folder: `tilecast tune --dry-run`, then `tilecast tune --fresh`, as
+processes that are timed from start to end. Prints JSON: forecast and real seconds and real ÷ forecast of each run; then,
+for each layer, bucket and GEMM, the time of every run's chosen config, how far apart they are, and the largest noise
+that the decisions state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tilecast.canonical import Json
+from tilecast.environment import here
+from tilecast.settings import child_environment
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One forecast and the tuning that followed it: seconds, and the document that `tune --json` printed."""
+
+    forecast_s: float
+    real_s: float
+    tuned: Document
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the seconds and their ratio."""
+        return {"forecast_s": self.forecast_s, "real_s": self.real_s, "ratio": self.real_s / self.forecast_s}
+
+
+def run_once(arguments: Sequence[str], effort: str) -> Run:
+    """Forecast and tune in an empty cache folder. Raises CalledProcessError where a command fails."""
+    with tempfile.TemporaryDirectory(prefix="tilecast-benchmark-") as folder:
+        line = [*arguments, "--effort", effort]
+        forecast, _ = tilecast([*line, "--dry-run"], Path(folder))
+        tuned, real_s = tilecast([*line, "--fresh"], Path(folder))
+    return Run(forecast_s=forecast["seconds"], real_s=real_s, tuned=tuned)
+
+
+def tilecast(arguments: Sequence[str], cache: Path) -> tuple[Document, float]:
+    """Run `tilecast tune` and return what it printed, and its seconds from start to end."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "tilecast", "tune", *arguments, "--json"],
+        env=child_environment({"TILECAST_CACHE_DIR": str(cache)}), stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    seconds = time.monotonic() - start
+    document: Document = json.loads(done.stdout)
+    return document, seconds
+
+
+def compared(documents: Sequence[Document]) -> list[Json]:
+    """Return each layer's, bucket's and GEMM's chosen times over the runs, slowest ÷ fastest - 1, and the noise."""
+    found: list[Json] = []
+    for decisions in zip(*(document["table"]["decisions"] for document in documents), strict=True):
+        first = decisions[0]
+        for gemm in ("up", "down"):
+            choices = [decision[gemm] for decision in decisions]
+            times = [choice["p50_us"] for choice in choices]
+            difference, noise = max(times) / min(times) - 1, max(choice["noise"] for choice in choices)
+            found.append(
+                {
+                    "layer": first["layer"], "tokens": first["tokens"], "gemm": gemm, "chosen_us": times,
+                    "difference": difference, "noise": noise, "within_noise": difference <= noise,
+                    "same_config": all(choice["config"] == choices[0]["config"] for choice in choices),
+                }
+            )  # fmt: skip
+    return found
+
+
+def measure(arguments: Sequence[str], efforts: Sequence[str], runs: int) -> dict[str, Json]:
+    """Return the report on all efforts, each run as often."""
+    environment = here()
+    document: dict[str, Json] = {
+        "command": ["python", "-m", "benchmarks.tune", *sys.argv[1:]],
+        "environment": environment.to_json(),
+    }
+    for effort in efforts:
+        made = []
+        for number in range(runs):
+            made.append(run_once(arguments, effort))
+            print(f"{effort} {number + 1} of {runs}: {made[-1].real_s:.1f} s", file=sys.stderr, flush=True)
+        document[effort] = {
+            "runs": [run.to_json() for run in made], "choices": compared([run.tuned for run in made]),
+        }  # fmt: skip
+    return document
+
+
+def main() -> None:
+    """Print the report, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="as `tilecast tune` takes it")
+    parser.add_argument("--tp", default="1")
+    parser.add_argument("--tokens", default="1,16,64,256,1024")
+    parser.add_argument("--threads", help="CPU threads; none: torch's")
+    parser.add_argument("--efforts", default="quick,standard", help="comma-separated")
+    parser.add_argument("--runs", type=int, default=2, choices=range(1, 21), metavar="N")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    arguments = [options.model, "--tp", options.tp, "--tokens", options.tokens]
+    if options.threads:
+        arguments += ["--threads", options.threads]
+    text = json.dumps(measure(arguments, options.efforts.split(","), options.runs), indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
