@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
@@ -143,6 +144,17 @@ def save_tiny(
 ) -> Path:
     """Save a random checkpoint (config.json, safetensors; no tokenizer) into `folder` and return it."""
     tiny_model(family, dtype, seed, **changes).save_pretrained(folder)
+    return Path(folder)
+
+
+def save_tokenizer(folder: Path | str) -> Path:
+    """Save a tokenizer of one token a byte, 256 being the end token; a model needs `vocab_size` of at least 257."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bytes_alone = tokenizers.models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[])
+    made = tokenizers.Tokenizer(bytes_alone)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(folder)
     return Path(folder)
 
 

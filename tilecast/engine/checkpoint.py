@@ -18,6 +18,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
 MAX_HEADER_BYTES = 256 << 20
+SAMPLES, SAMPLE_BYTES = 64, 512
 MAX_JSON_BYTES = 256 << 20
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """What loading converts to the wanted dtype; other dtypes are quantized, or integers, and keep their size."""
@@ -55,7 +56,7 @@ def inspect_checkpoint(folder: Path | str) -> Checkpoint:
     files, numbers, other_bytes = [], 0, 0
     for name in _weight_files(folder):
         size, header = _header(folder / name)
-        digest.update(header)
+        digest.update(header + _sampled(folder / name, size))
         files.append((name, size))
         for tensor in json.loads(header).values():
             if not isinstance(tensor, dict) or "data_offsets" not in tensor:
@@ -80,7 +81,7 @@ def agree_on_checkpoint(group: Group, checkpoint: Checkpoint, orders: Mapping[st
     """
     if group.world_size == 1:
         return
-    own: dict[str, Json] = {"config.json, weights' headers or tokenizer": checkpoint.digest[:16], **orders}
+    own: dict[str, Json] = {"checkpoint": checkpoint.digest[:16], **orders}
     seen = [json.loads(data) for data in group.gather("checkpoint", canonical_json(own).encode("ascii"))]
     for rank, theirs in enumerate(seen):
         for name in sorted({*seen[0], *theirs}):
@@ -89,6 +90,25 @@ def agree_on_checkpoint(group: Group, checkpoint: Checkpoint, orders: Mapping[st
                     f"rank {rank} has another {name} ({theirs.get(name)}) than rank 0 ({seen[0].get(name)}); start "
                     f"all ranks with the same checkpoint and options"
                 )
+
+
+def agree_on_table_file(group: Group, path: str | None) -> None:
+    """Make sure that ranks which can read a table's file read the same: rank 0's will be used, whatever others have.
+
+    Raises AgreementError, on all ranks, naming the first one that differs.
+    """
+    if group.world_size == 1:
+        return
+    own = b""
+    if path is not None and Path(path).is_file():
+        own = hashlib.sha256(Path(path).read_bytes()).hexdigest().encode("ascii")
+    seen = group.gather("table file", own)
+    for rank, theirs in enumerate(seen):
+        if seen[0] and theirs and theirs != seen[0]:
+            raise AgreementError(
+                f"rank {rank} was given another table ({theirs[:12].decode()}) than rank 0 ({seen[0][:12].decode()}); "
+                "give all ranks the same"
+            )
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -130,6 +150,17 @@ def _header(path: Path) -> tuple[int, bytes]:
     if 8 + length + end != size:
         raise ModelError(f"{path} has {size} bytes, its header describes {8 + length + end}; copy it again")
     return size, header
+
+
+def _sampled(path: Path, size: int) -> bytes:
+    """Return parts of a file that differ for other weights of the same shapes, without reading all of it."""
+    step = max(1, size // SAMPLES)
+    with path.open("rb") as file:
+        found = []
+        for place in range(0, size, step):
+            file.seek(place)
+            found.append(file.read(SAMPLE_BYTES))
+    return b"".join(found)
 
 
 def _json(path: Path) -> dict[str, object]:

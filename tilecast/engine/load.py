@@ -21,7 +21,13 @@ import torch
 import torch.distributed as dist
 
 from tilecast.engine.agreement import process_group
-from tilecast.engine.checkpoint import TOKENIZER_FILES, Checkpoint, agree_on_checkpoint, inspect_checkpoint
+from tilecast.engine.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    agree_on_checkpoint,
+    agree_on_table_file,
+    inspect_checkpoint,
+)
 from tilecast.engine.group import Group
 from tilecast.engine.watch import is_connection_error, together
 from tilecast.errors import DeviceError, ModelError, TilecastError, UsageError
@@ -93,6 +99,7 @@ def load_model(
             "transformers": transformers.__version__,
         }
         agree_on_checkpoint(group, checkpoint, {**orders, "device": place.type})
+        agree_on_table_file(group, (settings or Settings.from_environment()).import_from)
         if group.world_size > 1:
             _join_collectives(group, place)
     with together(group, on_stuck):

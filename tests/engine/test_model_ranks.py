@@ -1,0 +1,135 @@
+"""Models on several ranks as real processes: the same tokens as in one process, and every way in which it may fail."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import table_of
+from tests.tiny_models import FAMILIES, NAMED_FAMILIES, save_tiny
+from tests.torchrun.launch import ROOT, Ended, environment, processes
+from tilecast.cache_store.bundle import export_table
+
+pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
+
+RUNS = {
+    # Every family on two ranks; on four, those whose sharding differs in kind.
+    ("tp", 2): tuple(FAMILIES),
+    ("ep", 2): tuple(family for family in FAMILIES if family != "llama4_text"),  # transformers has no plan for it
+    ("tp", 4): ("mixtral", "deepseek_v3", "gpt_oss", "jamba", "qwen3_next"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for family in FAMILIES:
+        save_tiny(family, folder / family)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(RUNS), ids=lambda run: f"{run[0]}{run[1]}")
+def run(request: pytest.FixtureRequest, checkpoints: Path) -> list[dict]:  # type: ignore[type-arg]
+    mode, ranks = request.param
+    launch = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    script = ["-m", "tests.torchrun.models", str(checkpoints), mode, *RUNS[request.param]]
+    done = subprocess.run(
+        [sys.executable, *launch, *script],
+        cwd=ROOT, env=environment(checkpoints), timeout=280, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    reports = [json.loads((checkpoints / f"{mode}{ranks}-rank{rank}.json").read_text()) for rank in range(ranks)]
+    assert [set(report) for report in reports] == [set(RUNS[request.param])] * ranks
+    return reports
+
+
+def test_all_families_give_the_tokens_of_one_process(run) -> None:  # type: ignore[no-untyped-def]
+    for report in run:
+        for family, seen in report.items():
+            assert "error" not in seen, (family, seen)
+            assert seen["tokens"] == seen["wanted"], family
+            assert seen["experts"] == ("its own" if family == "llama4_text" else "tilecast")
+
+
+def test_all_ranks_have_the_same_logits_near_those_of_one_process(run) -> None:  # type: ignore[no-untyped-def]
+    for report in run:
+        for family, seen in report.items():
+            assert seen["bits"] == run[0][family]["bits"], family
+            assert seen["difference"] < 1e-3, family
+
+
+def test_the_promised_families_are_among_them() -> None:
+    assert all(set(NAMED_FAMILIES) <= set(RUNS[key]) for key in (("tp", 2), ("ep", 2)))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, models that are not quite it, and two tables."""
+    folder = tmp_path_factory.mktemp("faults")
+    save_tiny("mixtral", folder / "model")
+    save_tiny("mixtral", folder / "other", seed=1)
+    for name in ("incomplete", "damaged"):
+        shutil.copytree(folder / "model", folder / name)
+    (folder / "incomplete" / "model.safetensors").unlink()
+    (folder / "damaged" / "tokenizer.json").write_text("{}")
+    export_table(table_of(tokens=(1,)), folder / "one.db")
+    export_table(table_of(tokens=(1, 4)), folder / "other.db")
+    return folder
+
+
+RANKS = 2
+ENDINGS = ("kill in generate", "kill in load", "error in generate")
+
+
+@pytest.fixture(scope="module")
+def ended(prepared: Path) -> dict[str, list[Ended]]:
+    return {ending: processes("model_faults", prepared, RANKS, ENDING=ending) for ending in ENDINGS}
+
+
+FAILURES = {
+    "missing": ("ModelError", r"^rank 1: .*incomplete has neither model\.safetensors nor"),
+    "another_checkpoint": ("AgreementError", r"^rank 1 has another checkpoint \(\w{16}\) than rank 0 \(\w{16}\)"),
+    "another_dtype": (
+        "AgreementError",
+        r"^rank 1 has another dtype \(torch\.bfloat16\) than rank 0 \(torch\.float32\)",
+    ),
+    "another_table": ("AgreementError", r"^rank 1 was given another table \(\w{12}\) than rank 0 \(\w{12}\)"),
+    "too_many_ranks": ("UsageError", r"^rank 1: tp=3 and ep=1 need 3 ranks, but there are 2"),
+    "damaged_tokenizer": ("AgreementError", "^rank 1 has another checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_one_rank_notices_ends_all_with_one_message(prepared: Path, ended, name: str) -> None:  # type: ignore[no-untyped-def]
+    kind, pattern = FAILURES[name]
+    reports = [json.loads((prepared / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+    for report in reports:
+        seen, message, seconds = report[name]
+        assert (seen, message) == (kind, reports[0][name][1])
+        assert re.search(pattern, message) and "\n" not in message
+        assert seconds < 60
+
+
+@pytest.mark.parametrize("ending", ENDINGS[:2])
+def test_a_killed_rank_ends_the_others_with_one_message(ended, ending: str) -> None:  # type: ignore[no-untyped-def]
+    *living, dead = ended[ending]
+    assert dead.code == -signal.SIGKILL
+    for rank in living:
+        assert rank.code == 5, rank.errors[-2000:]
+        (line,) = re.findall("^tilecast: .*", rank.errors, re.MULTILINE)
+        assert line == f"tilecast: rank {RANKS - 1} died: no sign of life for 10 s; start all ranks again"
+        assert "Traceback" not in rank.errors and float(rank.errors.strip().splitlines()[-1]) < 60
+
+
+def test_an_error_on_one_rank_while_generating_ends_all_with_it(ended) -> None:  # type: ignore[no-untyped-def]
+    for rank in ended["error in generate"]:
+        assert rank.code == 1, rank.errors[-2000:]
+        (line,) = re.findall("^tilecast: .*", rank.errors, re.MULTILINE)
+        assert line == f"tilecast: rank {RANKS - 1}: OSError: the network file system went away"
