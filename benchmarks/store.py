@@ -105,7 +105,7 @@ def explain(path: Path) -> None:
 
 
 def apart(work: Callable[..., object], *arguments: object) -> dict[str, Json]:
-    """Call `work` in a new process; return its seconds and the process's largest memory in MiB, Python included."""
+    """Call `work` in a new process; return its seconds, those on a CPU, and the process's largest memory in MiB, Python included."""
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     process = context.Process(target=_timed, args=(answers, work, arguments))
@@ -113,15 +113,15 @@ def apart(work: Callable[..., object], *arguments: object) -> dict[str, Json]:
     process.join()
     if process.exitcode or answers.empty():
         raise SystemExit(f"{getattr(work, '__name__', work)} ended with exit code {process.exitcode}")
-    seconds, peak_mib = answers.get()
-    return {"seconds": round(seconds, 3), "peak_mib": round(peak_mib)}
+    seconds, cpu_seconds, peak_mib = answers.get()
+    return {"seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3), "peak_mib": round(peak_mib)}
 
 
 def _timed(answers: Any, work: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     work(*arguments)
-    seconds = time.perf_counter() - start
-    answers.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    answers.put((seconds, cpu_seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
 def _explain_warm(small: Path, path: Path) -> float:
