@@ -2,9 +2,10 @@
 
 `python -m benchmarks.tune MODEL [--tp 8] [--tokens 1,16,64] [--efforts quick,standard] [--runs 2] [--out FILE.json]`
 For every effort and run, in an empty cache folder: `tilecast tune --dry-run`, then `tilecast tune --fresh`, as
-processes that are timed from start to end. Prints JSON: forecast and real seconds and real ÷ forecast of each run; then,
-for each layer, bucket and GEMM, the time of every run's chosen config, how far apart they are, and the largest noise
-that the decisions state.
+processes that are timed from start to end; a tuning that waits for another one has that in its time, so let nothing
+else run. Prints JSON: forecast and real seconds and real ÷ forecast of each run, and what limits the forecast went by;
+then, for each layer, bucket and GEMM, the time of every run's chosen config, how far apart they are, and the largest
+noise that the decisions state.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One forecast and the tuning that followed it: seconds, and the document that `tune --json` printed."""
+    """One forecast and the tuning that followed it: seconds, the limits' source, and what `tune --json` printed."""
 
     forecast_s: float
+    limits: str
     real_s: float
     tuned: Document
 
     def to_json(self) -> dict[str, Json]:
         """Return the seconds and their ratio."""
-        return {"forecast_s": self.forecast_s, "real_s": self.real_s, "ratio": self.real_s / self.forecast_s}
+        ratio = self.real_s / self.forecast_s
+        return {"forecast_s": self.forecast_s, "limits": self.limits, "real_s": self.real_s, "ratio": ratio}
 
 
 def run_once(arguments: Sequence[str], effort: str) -> Run:
@@ -46,7 +49,8 @@ def run_once(arguments: Sequence[str], effort: str) -> Run:
         line = [*arguments, "--effort", effort]
         forecast, _ = tilecast([*line, "--dry-run"], Path(folder))
         tuned, real_s = tilecast([*line, "--fresh"], Path(folder))
-    return Run(forecast_s=forecast["seconds"], real_s=real_s, tuned=tuned)
+    source = forecast["calibration"]["source"]
+    return Run(forecast_s=forecast["seconds"], limits=source, real_s=real_s, tuned=tuned)
 
 
 def tilecast(arguments: Sequence[str], cache: Path) -> tuple[Document, float]:
