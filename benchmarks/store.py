@@ -105,7 +105,7 @@ def explain(path: Path) -> None:
 
 
 def apart(work: Callable[..., object], *arguments: object) -> dict[str, Json]:
-    """Call `work` in a new process; return its seconds, its CPU seconds, and its largest memory in MiB, Python included."""
+    """Call `work` in a new process; return its seconds, its CPU seconds, and its largest memory in MiB."""
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     process = context.Process(target=_timed, args=(answers, work, arguments))
