@@ -10,7 +10,8 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ from tilecast.engine.compare_invariance import (
 )
 from tilecast.engine.compare_reference import Reference, ReferenceReport, compare_to, reference_of
 from tilecast.engine.group import Group
+from tilecast.engine.invariant import invariant
 from tilecast.engine.load import Loaded, load_model
 from tilecast.errors import ModelError, UsageError
 from tilecast.settings import child_environment
@@ -60,8 +62,10 @@ Report = Callable[[str], None]
 class Request:
     """What to compare: a checkpoint folder whose experts run on `experts`, against the same on `against`.
 
-    `prompts` None are random ids (and texts, where there is a tokenizer); dtype, device, policy and table None are
-    what `load_model` takes then. `against` None leaves the reference out. `edges` are token counts of buckets.
+    `prompts` and `texts` (which need the checkpoint's tokenizer) go together; without both, prompts are random ids,
+    and texts where there is a tokenizer. dtype, device, policy and table None are what `load_model` takes then.
+    `against` None leaves the reference out. With `reproducible` the model under test runs inside `invariant()`.
+    `edges` are token counts of buckets.
     """
 
     folder: str
@@ -74,6 +78,8 @@ class Request:
     policy: str | None = None
     table: str | None = None
     prompts: Prompts | None = None
+    texts: tuple[str, ...] = ()
+    reproducible: bool = False
     checks: tuple[str, ...] = tuple(CHECKS)
     edges: tuple[int, ...] = EDGES
     seed: int = 0
@@ -87,7 +93,10 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a comparison found. `wide` names the dtype of the exact results, None without any."""
+    """What a comparison found. `wide` names the dtype of the exact results, None without any.
+
+    `uncovered` names operations that ran inside `invariant()` and that it has no form free of the batch for.
+    """
 
     experts: str
     against: str | None
@@ -97,6 +106,8 @@ class Comparison:
     ranks: int
     reference: ReferenceReport | None
     invariance: tuple[Invariance, ...]
+    reproducible: bool = False
+    uncovered: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON form."""
@@ -105,6 +116,7 @@ class Comparison:
             "ranks": self.ranks, "prompts": [list(ids) for ids in self.prompts.ids],
             "reference": None if self.reference is None else self.reference.to_json(),
             "invariance": [one.to_json() for one in self.invariance],
+            "reproducible": self.reproducible, "uncovered": list(self.uncovered),
         }  # fmt: skip
 
 
@@ -115,7 +127,8 @@ def compare(request: Request, report: Report = lambda _text: None) -> Comparison
     """
     group = process_group()
     reference: Reference | None = None
-    prompts, wide = request.prompts, None
+    prompts: Prompts | None = None
+    wide: torch.dtype | None = None
     if request.against is not None:
         report(f"runs the reference ({request.against})")
         loaded = _load(request, request.against, group)
@@ -126,25 +139,41 @@ def compare(request: Request, report: Report = lambda _text: None) -> Comparison
         gc.collect()
     report(f"runs the model on {request.experts}")
     loaded = _load(request, request.experts, group)
-    prompts = prompts_for(loaded, replace(request, prompts=prompts))
-    found = None if reference is None else compare_to(reference, loaded.model)
+    prompts = prompts_for(loaded, request) if prompts is None else prompts
+    request = replace(request, prompts=prompts, texts=())
+    with _surroundings(request) as uncovered:
+        found = None if reference is None else compare_to(reference, loaded.model)
+        checks = tuple(_checks(request, loaded, prompts, group, report))
     return Comparison(
         experts=loaded.experts, against=request.against, dtype=_name(loaded.dtype),
         wide=None if wide is None else _name(wide), prompts=prompts, ranks=group.world_size, reference=found,
-        invariance=tuple(_checks(request, loaded, prompts, group, report)),
+        invariance=checks, reproducible=request.reproducible, uncovered=tuple(sorted(uncovered)),
     )  # fmt: skip
+
+
+@contextmanager
+def _surroundings(request: Request) -> Iterator[Mapping[str, int]]:
+    """Run the block inside `invariant()` if that is asked for; yield what it could not vouch for, filled as it runs."""
+    if not request.reproducible:
+        yield {}
+        return
+    with invariant() as context:
+        yield context.uncovered
 
 
 def prompts_for(loaded: Loaded, request: Request) -> Prompts:
     """Return the prompts that were asked for, or the default ones. Raises ModelError for ids it does not have."""
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
     vocabulary = min(vocabulary, int(getattr(loaded.model.config.get_text_config(), "vocab_size", vocabulary)))
-    prompts = request.prompts
-    if prompts is None:
-        prompts = random_prompts(vocabulary, seed=request.seed)
-        if loaded.tokenizer is not None:
-            texts = tuple(tuple(map(int, loaded.tokenizer(text)["input_ids"])) for text in TEXTS)
-            prompts = Prompts((*prompts.ids, *(ids for ids in texts if ids)))
+    prompts, texts = request.prompts, request.texts
+    if prompts is None and not texts:
+        prompts, texts = random_prompts(vocabulary, seed=request.seed), TEXTS if loaded.tokenizer is not None else ()
+    if texts:
+        if loaded.tokenizer is None:
+            raise ModelError(f"{request.folder} has no tokenizer for prompts of text; give token ids")
+        known = tuple(tuple(map(int, loaded.tokenizer(text)["input_ids"])) for text in texts)
+        prompts = Prompts((*(() if prompts is None else prompts.ids), *known))
+    assert prompts is not None
     if not prompts.ids or not all(prompts.ids):
         raise UsageError("a prompt has no token, expected at least one")
     foreign = next((token for ids in prompts.ids for token in ids if not 0 <= token < vocabulary), None)
@@ -153,23 +182,26 @@ def prompts_for(loaded: Loaded, request: Request) -> Prompts:
     return prompts
 
 
-def unmet(comparison: Comparison, expected: Sequence[str]) -> str | None:
-    """Return in one line which expectation does not hold, or None. Raises UsageError for an unknown name."""
-    found = comparison.reference
+def check_expected(request: Request, expected: Sequence[str]) -> None:
+    """Raise UsageError for an expectation that is unknown, or that the request cannot answer."""
     for name in expected:
         if name not in EXPECTATIONS and name not in CHECKS:
             raise UsageError(f"expectation is {name!r:.40}, expected some of {', '.join([*EXPECTATIONS, *CHECKS])}")
-        if name in ("close", "equal", "routing", "tokens"):
-            if found is None:
-                raise UsageError(f"{name!r} is expected, but there is no reference to compare with")
-            if (text := _unmet_reference(found, name)) is not None:
-                return text
+        if name in EXPECTATIONS and name != "invariant" and request.against is None:
+            raise UsageError(f"{name!r} is expected, but there is no reference to compare with")
+        if name in CHECKS and name not in request.checks:
+            raise UsageError(f"{name!r} is expected, but that check is not asked for")
+
+
+def unmet(comparison: Comparison, expected: Sequence[str]) -> str | None:
+    """Return in one line which expectation does not hold, or None."""
+    for name in expected:
+        if comparison.reference is not None and (text := _unmet_reference(comparison.reference, name)) is not None:
+            return text
         for check in comparison.invariance:
             if check.verdict != "equal" and name in ("invariant", check.check):
                 where = check.detail if check.first is None else f"first at {check.first.operation.label}"
                 return f"{check.check}: bits {'differ' if check.first else 'were not compared'}, {where}"
-        if name in CHECKS and all(check.check != name for check in comparison.invariance):
-            raise UsageError(f"{name!r} is expected, but that check was not asked for")
     return None
 
 
@@ -252,10 +284,11 @@ def digests_of(order: dict[str, Any]) -> dict[str, list[str]]:
     """Do what `check_restart` asks the new process for."""
     torch.set_num_threads(order.pop("threads"))
     prompts = Prompts(tuple(map(tuple, order.pop("prompts")["ids"])))
-    lists: dict[str, Any] = {name: tuple(order.pop(name)) for name in ("checks", "edges")}
+    lists: dict[str, Any] = {name: tuple(order.pop(name)) for name in ("checks", "edges", "texts")}
     request = Request(**order, **lists, prompts=prompts)
     loaded = _load(request, request.experts, process_group())
-    return digests(run(loaded.model, prompts, alone(prompts)))
+    with _surroundings(request):
+        return digests(run(loaded.model, prompts, alone(prompts)))
 
 
 def check_policy(request: Request, loaded: Loaded, prompts: Prompts, group: Group) -> Invariance:

@@ -10,15 +10,17 @@ trace's outputs. What an operation gives in a forced run is its own doing: nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from tilecast.engine.compare_collectives import Collectives
 from tilecast.engine.compare_operations import Operation, operations
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -118,6 +120,8 @@ class Watcher:
         self._places = torch.empty(0, dtype=torch.long)
         self._calls: dict[str, int] = {}
         self._inputs: dict[str, list[torch.Tensor]] = {}
+        self._running: list[Operation] = []
+        self.collectives = Collectives(self.exchanged)
 
     def expect(self, places: torch.Tensor) -> None:
         """Say which row each token [batch, length] of the coming forward has; -1 for padding."""
@@ -145,10 +149,14 @@ class Watcher:
             assert flat is not None
             kept.append(flat.detach().clone())
         self._inputs[operation.name] = kept
+        self.collectives.flush()
+        self._running.append(operation)
         return tuple(args), kwargs
 
     def after(self, operation: Operation, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """Keep the outputs; return those of the forced trace in their place."""
+        self.collectives.flush()
+        self._running.pop()
         key = self._key(operation)
         self._calls[operation.name] = self._calls.get(operation.name, 0) + 1
         known = None if self._forced is None else self._forced.get(key)
@@ -163,6 +171,17 @@ class Watcher:
             parts[index] = self._replaced(parts[index], stored)
         return tuple(parts) if isinstance(output, tuple) else parts[0]
 
+    def exchanged(self, share: torch.Tensor, result: torch.Tensor) -> None:
+        """Keep a collective of the running operation as an operation of its own, inside that one."""
+        around = self._running[-1] if self._running else None
+        given, got = self._flat(share), self._flat(result)
+        if around is None or given is None or got is None:
+            return
+        operation = Operation(name=f"{around.name}.collective", kind="collective", layer=around.layer)
+        key = self._key(operation)
+        self._calls[operation.name] = self._calls.get(operation.name, 0) + 1
+        self.keep(operation, key, [given], [got])
+
     def keep(
         self, operation: Operation, key: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
     ) -> None:
@@ -171,7 +190,7 @@ class Watcher:
         places = self._places[real]
         record = self.trace.get(key)
         if record is None:
-            record = Record(operation=operation, seen=torch.zeros(self._rows, dtype=torch.bool))
+            record = Record(operation=replace(operation, name=key), seen=torch.zeros(self._rows, dtype=torch.bool))
             self.trace[key] = record
         record.seen[places] = True
         for into, values in ((record.inputs, inputs), (record.outputs, outputs)):
@@ -216,7 +235,10 @@ def watched(model: nn.Module, rows: int, forced: Trace | None = None) -> Iterato
             after: Callable[..., Any] = partial(watcher.after, operation)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
-        yield watcher
+        # A mode slows every operation down, so it is there only where ranks have something to exchange.
+        exchange = dist.is_initialized() and dist.get_world_size() > 1
+        with watcher.collectives if exchange else nullcontext():
+            yield watcher
     finally:
         for handle in handles:
             handle.remove()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from tilecast.canonical import Json
-from tilecast.engine.compare_capture import Record, bits
+from tilecast.engine.compare_capture import Record, Trace, bits
 
 SLACK = 4.0
 """An operation may be so many times as far from the exact result as the reference is …"""
@@ -74,6 +75,29 @@ def difference(ours: Record, theirs: Record) -> Difference:
         values=values, equal_values=equal_values, rows=len(rows), equal_rows=len(rows) - int(unequal.sum()),
         max_absolute=absolute, max_relative=relative, first_row=first,
     )  # fmt: skip
+
+
+def same_inputs(ours: Record, theirs: Record) -> bool:
+    """Whether two records' inputs have equal bits, over the rows that both have."""
+    rows = ours.seen & theirs.seen
+    return len(ours.inputs) == len(theirs.inputs) and all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a[rows]), bits(b[rows]))
+        for a, b in zip(ours.inputs, theirs.inputs, strict=True)
+    )
+
+
+def not_guilty(ours: Trace, theirs: Trace, differing: Iterable[str]) -> set[str]:
+    """Return which of the operations that differ in a forced run do so because of a collective, or are none's cause.
+
+    A collective's inputs are not forced: where ranks' shares differ, it is the operation around it that does; where
+    they are equal and the result is not, it is the collective, and the operation around it only hands that on.
+    """
+    innocent = set()
+    for name in differing:
+        if ours[name].operation.kind == "collective":
+            guilty = same_inputs(ours[name], theirs[name])
+            innocent.add(name.partition("#")[0].removesuffix(".collective") if guilty else name)
+    return innocent
 
 
 def comparable(record: Record) -> list[torch.Tensor]:

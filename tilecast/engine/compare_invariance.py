@@ -15,8 +15,9 @@ from torch import nn
 
 from tilecast.canonical import Json
 from tilecast.engine.compare_capture import Pass, Prompts, Trace, alone, run
-from tilecast.engine.compare_difference import difference
+from tilecast.engine.compare_difference import difference, not_guilty
 from tilecast.engine.compare_operations import Operation
+from tilecast.problem import tokens_text
 
 CHECKS = {
     "batch": "alone, or beside others of the same length",
@@ -136,7 +137,7 @@ def _around_edges(lengths: Sequence[int], edges: Sequence[int]) -> list[Arrangem
             copies = -(-count // lengths[longest])
             found[copies * lengths[longest]] = Pass(prompts=(longest,) * copies, last_only=True)
     return [
-        Arrangement(words=f"{count} tokens", passes=(single,), baseline=baseline) for count, single in found.items()
+        Arrangement(words=tokens_text(count), passes=(single,), baseline=baseline) for count, single in found.items()
     ]
 
 
@@ -163,7 +164,7 @@ def check_arrangements(
             differing = places(prompts, baseline, run(model, prompts, arrangement.passes))
             if anywhere(bool(differing)):
                 forced = run(model, prompts, arrangement.passes, forced=baseline)
-                causes = tuple(places(prompts, baseline, forced))
+                causes = tuple(_causes(prompts, baseline, forced))
                 words, first = arrangement.words, differing[0] if differing else None
                 return Invariance(check=check, verdict="differs", detail=words, first=first, causes=causes)
         except CANNOT as error:
@@ -189,6 +190,13 @@ def places(prompts: Prompts, expected: Trace, found: Trace) -> list[Place]:
                 )
             )  # fmt: skip
     return result
+
+
+def _causes(prompts: Prompts, expected: Trace, forced: Trace) -> list[Place]:
+    """Return the operations whose bits differ in a forced run by their own doing."""
+    differing = places(prompts, expected, forced)
+    innocent = not_guilty(forced, expected, [place.operation.name for place in differing])
+    return [place for place in differing if place.operation.name not in innocent]
 
 
 def check_traces(check: str, detail: str, prompts: Prompts, expected: Trace, found: Trace) -> Invariance:

@@ -9,7 +9,7 @@ rounding that any order of sums has is held against it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from tilecast.engine.compare_difference import (
     comparable,
     difference,
     finite,
+    not_guilty,
     precision,
     routing,
     row_errors,
@@ -153,8 +154,13 @@ def compare_to(reference: Reference, model: nn.Module) -> ReferenceReport:
     ours = run(model, prompts, alone(prompts))
     forced = run(model, prompts, alone(prompts), forced=theirs)
     common = [name for name in ours if name in theirs]
+    judged = [_judged(reference, ours[name], theirs[name], forced[name]) for name in common]
+    differing = [one.operation.name for one in judged if not one.given_equal.equal]
+    innocent = not_guilty(forced, theirs, differing)
     return ReferenceReport(
-        operations=tuple(_judged(reference, ours[name], theirs[name], forced[name]) for name in common),
+        operations=tuple(
+            replace(one, verdict="carried", reason="") if one.operation.name in innocent else one for one in judged
+        ),
         routers=routing_reports(prompts, ours, theirs, forced, reference.wide_forced),
         outcome=_outcome(prompts, ours, theirs, reference.wide_free),
     )
