@@ -89,6 +89,9 @@ class _Anchored:
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         return self._kernel.pack(weights, layout)
 
+    def unpack(self, weights: GemmWeights) -> GemmWeights:
+        return self._kernel.unpack(weights)
+
     def up(
         self,
         config: TileConfig,
