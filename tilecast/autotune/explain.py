@@ -13,7 +13,7 @@ from tilecast.autotune.fates import Entrant, Standing, entrants
 from tilecast.autotune.prescreen import Candidate, describe
 from tilecast.autotune.reproducibility import ReproducibilityCost, reproducibility_cost
 from tilecast.autotune.select import Evidence, Group, bucket_weights, choose_pair, group_call_us
-from tilecast.autotune.timing import breaks_class, pool
+from tilecast.autotune.timing import Timing, breaks_class, pool
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, CoverageError, DeviceError, InputError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable
@@ -23,6 +23,7 @@ from tilecast.store import Store
 
 SAME = 1e-9
 """Relative difference within which a stored time is the one computed again."""
+Pooled = tuple[dict[TileConfig, Timing], dict[TileConfig, str]]
 GEMMS: tuple[GemmName, GemmName] = ("up", "down")
 
 
@@ -71,17 +72,23 @@ def deciding_run(measurements: Iterable[Measurement], choice: Choice) -> int | N
 
     The latest that gives the stored times; else the latest in which the default ran on every rank, None without.
     """
+    return _deciding(measurements, choice)[0]
+
+
+def _deciding(measurements: Iterable[Measurement], choice: Choice) -> tuple[int | None, list[Measurement], Pooled]:
+    """Return what `deciding_run` does, that run's measurements, and them pooled."""
     runs: dict[int, list[Measurement]] = {}
     for m in measurements:
         runs.setdefault(m.run, []).append(m)
-    latest = None
+    latest: tuple[int | None, list[Measurement], Pooled] = (None, [], ({}, {}))
     for run in sorted(runs, reverse=True):
-        timings, _ = pool(runs[run])
+        pooled = pool(runs[run])
+        timings, _ = pooled
         if choice.default not in timings:
             continue
         if choice.config in timings and _same(timings[choice.config].p50_us, choice.p50_us):
-            return run
-        latest = run if latest is None else latest
+            return run, runs[run], pooled
+        latest = (run, runs[run], pooled) if latest[0] is None else latest
     return latest
 
 
@@ -89,8 +96,7 @@ def deciding_times(decision: Decision, name: GemmName, measurements: Iterable[Me
     """Return the times in µs of all configs that ran well in the run that one of a decision's choices was made from."""
     gemm, tokens = ExpertGemm(layer=decision.layer, name=name), decision.bucket.tokens
     mine = [m for m in measurements if _belongs(m, decision) and (m.gemm, m.tokens) == (gemm, tokens)]
-    run = deciding_run(mine, decision.choice(name))
-    timings, _ = pool([m for m in mine if m.run == run])
+    _, _, (timings, _) = _deciding(mine, decision.choice(name))
     return {config: timing.p50_us for config, timing in timings.items()}
 
 
@@ -209,10 +215,8 @@ class _Side:
         for decision in series:
             held = [m for m in mine if m.tokens == decision.bucket.tokens]
             choice = decision.choice(name)
-            run = deciding_run(held, choice)
-            of_run = [m for m in held if m.run == run]
+            run, of_run, (timings, failures) = _deciding(held, choice)
             raced.append(of_run)
-            timings, failures = pool(of_run)
             evidence.append(
                 None
                 if run is None or choice.config not in timings

@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilecast.autotune.levels import Moment, levelled
-from tilecast.evidence import Measurement, percentile
+from tilecast.evidence import Measurement
 from tilecast.problem import TileConfig
 
 NOISE_FLOOR = 0.01
 """No win below 1% is believed."""
 CENTRE_FACTOR = 1.05
 """Standard error of a Hodges-Lehmann estimate over that of a mean, for normal samples (Lehmann, "Nonparametrics")."""
-ONE_SIDED_95 = 1.645
-"""Standard errors that a win must exceed to be one with 95% confidence."""
+ONE_SIDED_90 = 1.2816
+"""Standard errors that a win must exceed to be one with 90% confidence."""
 P90_P10_SIGMAS = 2.5631
 """Distance of the 90th from the 10th percentile of a normal distribution, in standard deviations."""
 SHARED_SAMPLES = 8
@@ -80,9 +80,9 @@ def centre(samples: Sequence[float]) -> float:
     ordered = sorted(samples)
     count = len(ordered)
     if count > MAX_PAIRED:
-        return percentile(ordered, 50)
+        return _quantile(ordered, 0.5)
     if count < FEW_PAIRED:
-        return percentile([(a + b) / 2 for i, a in enumerate(ordered) for b in ordered[i:]], 50)
+        return _quantile(sorted([(a + b) / 2 for i, a in enumerate(ordered) for b in ordered[i:]]), 0.5)
     values = np.array(ordered)
     first, second = _pairs(count)
     means = (values[first] + values[second]) / 2
@@ -140,9 +140,16 @@ def _student(free: int) -> float:
 
 
 def _width(values: Sequence[float]) -> float:
-    ordered = sorted(values)
     # Wide enough to feel the long tails that times have.
-    return (percentile(ordered, 90) - percentile(ordered, 10)) / P90_P10_SIGMAS
+    ordered = sorted(values)
+    return (_quantile(ordered, 0.9) - _quantile(ordered, 0.1)) / P90_P10_SIGMAS
+
+
+def _quantile(ordered: Sequence[float], part: float) -> float:
+    position = (len(ordered) - 1) * part
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def pooled_samples(measurements: Iterable[Measurement]) -> dict[TileConfig, tuple[int, tuple[float, ...]]]:
@@ -193,8 +200,8 @@ def _timing(config: TileConfig, centred: _Centred, spread: _Spread) -> Timing:
 
 
 def noise(a: Timing, b: Timing) -> float:
-    """Return the relative difference that a win must exceed to be one, with 95% confidence."""
-    return max(NOISE_FLOOR, ONE_SIDED_95 * math.hypot(a.error, b.error))
+    """Return the relative difference that a win must exceed to be one, with 90% confidence."""
+    return max(NOISE_FLOOR, ONE_SIDED_90 * math.hypot(a.error, b.error))
 
 
 def within_noise(a: Timing, best: Timing) -> bool:

@@ -21,7 +21,7 @@ LAST_GROUP_WITHIN = 1.06
 """In the last rounds, groups whose best is farther behind are known well enough."""
 
 
-SETTLED_SAMPLES = 4
+SETTLED_SAMPLES = 6
 """Before so many, nothing is settled: a burst that hit two samples of one config looks like a fact."""
 
 
@@ -34,12 +34,12 @@ class Ranked:
     at most, round by round. rounds: the most rounds.
     """
 
-    samples_each: float = 1.25
+    samples_each: float = 1.2
     least: int = 24
     most: int = 150
     start: float = 0.2
-    joining: tuple[int, ...] = (3, 3, 2)
-    finalists: tuple[int, ...] = (6, 5, 4, 3)
+    joining: tuple[int, ...] = (2, 2, 2)
+    finalists: tuple[int, ...] = (4, 3, 2, 2)
     rounds: int = 16
     explore: int = 1
 
