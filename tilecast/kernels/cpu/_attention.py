@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from tilecast.kernels.cpu._build import F32, I8, I32, I64, PTR, VOID, Emit, Value, i32, i64, vector
+from tilecast.kernels.cpu._build import F32, I8, I32, I64, PTR, VOID, Emit, Value, i32, i64, load_one, vector
 from tilecast.kernels.cpu._math import const, exp
 from tilecast.kernels.cpu._micro import Micro, emit_micro
-from tilecast.kernels.cpu._stage import _one, emit_stage_plain
+from tilecast.kernels.cpu._stage import emit_stage_plain
 from tilecast.problem import DTYPES
 
 VALUE_CHAIN = 256
@@ -165,7 +165,7 @@ class Attention:
                 value = emit.load_floats(source, emit.imul(i, self.size), v.dtype)
                 emit.store(value, target, emit.imul(i, 4), align=4)
             with emit.loop(whole, args["depth"]) as i:
-                emit.store(_one(emit, source, emit.imul(i, self.size), v.dtype, pairs=False), target, emit.imul(i, 4))
+                emit.store(load_one(emit, source, emit.imul(i, self.size), v.dtype), target, emit.imul(i, 4))
             at = emit.iadd(emit.imul(self.sequence, args["range_b"]), emit.imul(head, args["range_h"]))
             at = emit.iadd(at, emit.imul(query, 4))
             first, stop = (emit.zext(emit.load(args[name], at, I32), I64) for name in ("first", "stop"))

@@ -230,6 +230,16 @@ class Emit:
                     self.store(self.load(buffer, at, element), base, self.iadd(offset, at), align=itemsize)
 
 
+def load_one(emit: Emit, base: Value, offset: Value, dtype: str) -> Value:
+    """Load one element of a dtype and widen it to float32, exactly."""
+    if dtype == "bf16":
+        bits = emit.zext(emit.load(base, offset, I16, align=2), I32)
+        return emit.bitcast(emit.shl(bits, i32(16)), F32)
+    if dtype == "fp16":
+        return emit.fpext(emit.load(base, offset, F16, align=2), F32)
+    return emit.load(base, offset, F32, align=4)
+
+
 def transpose(emit: Emit, rows: list[Value]) -> list[Value]:
     """Transpose a square of 32-bit lanes (as many rows as lanes, a power of two) in registers."""
     lanes, step = len(rows), 1

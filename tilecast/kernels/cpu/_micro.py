@@ -6,14 +6,16 @@ shape, so tiles of all shapes give the same bits. The chunk's sum is then added 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from llvmlite import ir
 
 from tilecast.kernels.cpu._build import BF16, F16, F32, I32, I64, PTR, VOID, Emit, Value, i64, vector
+from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes, decode, emit_group_end
 
-Source = Literal["f32", "f16", "pairs"]
+Source = Literal["f32", "f16", "pairs", "int4", "int8", "fp8"]
 
 CACHE_LINE = 64
 
@@ -23,9 +25,10 @@ class Micro:
     """The shape of a micro-kernel.
 
     nv: vectors of columns; unroll: k steps per turn of the loop; source: how the weights lie: float32 or fp16
-    rows of columns, or words of two bf16 (k, k + 1); panel: columns of one panel; dot: use the bf16 dot product
-    ("native"), the same pairing without the instruction ("emulated", for tests), or none (""); prefetch: cache
-    lines of later weights touched a turn.
+    rows of columns, words of two bf16 (k, k + 1), or words of codes; panel: columns of one panel; dot: use the bf16
+    dot product ("native"), the same pairing without the instruction ("emulated", for tests), or none ("");
+    prefetch: cache lines of later weights touched a turn; codes: how groups of quantised weights, whether still
+    codes or staged to floats, enter the totals.
     """
 
     nv: int
@@ -35,11 +38,12 @@ class Micro:
     lanes: int
     dot: str = ""
     prefetch: int = 0
+    codes: Codes | None = None
 
     @property
     def step(self) -> int:
-        """k advanced at once: 2 where words hold pairs."""
-        return 2 if self.source == "pairs" else 1
+        """k advanced at once: as many as a word holds."""
+        return 2 if self.source == "pairs" else CODES_PER_WORD.get(self.source, 1)
 
     @property
     def panels(self) -> int:
@@ -64,17 +68,22 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
     panel_stride: bytes between neighbouring panels; steps: steps in the chunk; c: float32 totals, rows c_stride
     bytes apart; first: 1 if the totals are to be set, not added to; later: where to prefetch from, in each of
     the panels that lie later_stride bytes apart.
+
+    Quantised weights have five more: (…, scales, scale_stride, zeros, zero_stride, sums): the chunk's first scales and
+    zero points in the first panel, bytes from panel to panel, and where in a row its groups' sums lie.
     """
-    kind = ir.FunctionType(VOID, [PTR, I64, PTR, I64, I64, PTR, I64, I64, PTR, I64])
+    words = [PTR, I64, PTR, I64, I64, PTR, I64, I64, PTR, I64]
+    kind = ir.FunctionType(VOID, words if micro.codes is None else [*words, PTR, I64, PTR, I64, I64])
     function = ir.Function(module, kind, name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     function.attributes.add("nounwind")
     emit = Emit(function, micro.lanes, fma)
-    a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first, later, later_stride = function.args
+    a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first, later, later_stride = function.args[:10]
 
     a_size = 4 * (micro.step if not micro.dot else 1)
-    rows = [emit.at(emit.load(a_pointers, 8 * m, PTR), a_offset) for m in range(mr)]
+    starts = [emit.load(a_pointers, 8 * m, PTR) for m in range(mr)]
+    rows = [emit.at(start, a_offset) for start in starts]
     bases = [emit.at(b, emit.imul(panel_stride, p)) for p in range(micro.panels)]
     zero = emit.splat(0.0)
     acc = [[emit.slot(emit.floats, zero) for _ in range(micro.nv)] for _ in range(mr)]
@@ -89,16 +98,23 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
             step = emit.iadd(index, u)
             _step(emit, micro, rows, bases, acc, emit.imul(step, a_size), emit.imul(step, pitch))
 
-    whole = emit.imul(emit.idiv(steps, micro.unroll), micro.unroll)
-    with emit.loop(0, whole, micro.unroll) as index:
-        turn(index, micro.unroll)
-    if micro.unroll > 1:
-        with emit.loop(whole, steps) as index:
-            turn(index, 1)
+    def turns(start: Value, stop: Value) -> None:
+        count = emit.isub(stop, start)
+        whole = emit.iadd(start, emit.imul(emit.idiv(count, micro.unroll), micro.unroll))
+        with emit.loop(start, whole, micro.unroll) as index:
+            turn(index, micro.unroll)
+        if micro.unroll > 1:
+            with emit.loop(whole, stop) as index:
+                turn(index, 1)
 
     is_first = emit.icmp_unsigned("!=", first, i64(0))
-    for m in range(mr):
-        row = emit.at(c, emit.imul(c_stride, m))
+    totals = [emit.at(c, emit.imul(c_stride, m)) for m in range(mr)]
+    if micro.codes is not None:
+        _groups(emit, micro, micro.codes, starts, acc, totals, is_first, turns)
+        emit.finish()
+        return function
+    turns(i64(0), steps)
+    for m, row in enumerate(totals):
         for v in range(micro.nv):
             value = emit.get(acc[m][v], emit.floats)
             offset = 4 * v * micro.lanes
@@ -106,6 +122,31 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
             emit.store(emit.select(is_first, value, total), row, offset, align=4)
     emit.finish()
     return function
+
+
+def _groups(
+    emit: Emit, micro: Micro, codes: Codes, starts: list[Value], acc: list[list[Value]], totals: list[Value],
+    is_first: Value, turns: Callable[[Value, Value], None],
+) -> None:  # fmt: skip
+    """Run the chunk's groups one after the other, each from zero, and add what they come to to the totals."""
+    steps = emit.function.args[4]
+    scales, scale_stride, zeros, zero_stride, sums = emit.function.args[10:]
+    length = codes.group // micro.step
+    with emit.loop(0, emit.ceil_div(steps, length)) as group:
+        for slot in (slot for row in acc for slot in row):
+            emit.set(slot, emit.splat(0.0))
+        start = emit.imul(group, length)
+        turns(start, emit.imin(steps, emit.iadd(start, length)))
+        fresh = emit.and_(is_first, emit.icmp_unsigned("==", group, i64(0)))
+        row_sums = []
+        if codes.zero:
+            at = emit.iadd(sums, emit.imul(group, 4))
+            row_sums = [emit.splat(emit.load(start, at, F32, align=4)) for start in starts]
+        emit_group_end(
+            emit, codes, [[emit.get(slot, emit.floats) for slot in row] for row in acc], row_sums, totals, fresh,
+            (emit.at(scales, emit.imul(group, codes.scale_pitch(emit.lanes))), scale_stride),
+            (emit.at(zeros, emit.imul(group, codes.panel)), zero_stride),
+        )  # fmt: skip
 
 
 def _step(
@@ -120,6 +161,8 @@ def _step(
         return
     if micro.source == "pairs":
         columns = [_halves(emit, word[0]) for word in columns]
+    elif micro.source in CODES_PER_WORD:
+        columns = [decode(emit, micro.source, word[0]) for word in columns]
     for k in range(micro.step):
         for m, row in enumerate(rows):
             a = emit.splat(emit.load(row, emit.iadd(a_at, 4 * k), F32, align=4))

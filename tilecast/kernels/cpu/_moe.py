@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from tilecast.kernels.cpu._build import F32, I32, I64, PTR, VOID, Emit, Value, i64
+from tilecast.kernels.cpu._build import F32, I32, I64, PTR, VOID, Emit, Value, i64, load_one
+from tilecast.kernels.cpu._codes import Codes, emit_widen_row
 from tilecast.kernels.cpu._math import activate
 from tilecast.kernels.cpu._micro import CACHE_LINE, Micro, Source, emit_micro
-from tilecast.kernels.cpu._stage import _one, emit_stage_packed, emit_stage_plain
+from tilecast.kernels.cpu._stage import emit_stage_codes, emit_stage_packed, emit_stage_plain
 from tilecast.problem import DTYPES
 
 FLUSH_K = 256
@@ -33,6 +34,8 @@ ARGS = (
     "source", "widened", "weights", "bias", "scale", "partial", "out",
     # sizes in elements, strides in bytes
     "rows", "k", "k_padded", "row_stride", "columns", "width", "expert_stride", "panel_stride",
+    # of quantised weights: scales and zero points in panels, and their strides in bytes
+    "scales", "zeros", "scale_expert_stride", "scale_panel_stride", "zero_expert_stride", "zero_panel_stride",
     # blocking
     "block_m", "block_n", "block_k",
     # scratch of one thread
@@ -56,7 +59,8 @@ class Variant:
     """Everything that the generated code depends on; sizes and blocking are run-time arguments.
 
     mr, nv: the register tile; jobs of few rows use tiles of up to max_nv vectors instead, with as many sums in
-    flight. panel is 0 for plain weights; out is the dtype that `down` rounds its sums to.
+    flight. panel is 0 for plain weights; out is the dtype that `down` rounds its sums to; codes says how quantised
+    weights lie.
     """
 
     gemm: str
@@ -75,6 +79,7 @@ class Variant:
     dot: str
     lanes: int
     fma: bool
+    codes: Codes | None = None
 
     @property
     def widest(self) -> int:
@@ -99,11 +104,13 @@ class Variant:
     @property
     def widens(self) -> bool:
         """Whether rows are first widened to float32."""
-        return self.dtype != "fp32" and not self.dot
+        return self.codes is not None or (self.dtype != "fp32" and not self.dot)
 
     @property
     def packed_source(self) -> Source:
         """How packed weights lie."""
+        if self.codes is not None:
+            return self.codes.kind  # type: ignore[return-value]
         return {"fp32": "f32", "fp16": "f16", "bf16": "pairs"}[self.dtype]  # type: ignore[return-value]
 
     def micro(self, nv: int) -> Micro:
@@ -114,8 +121,14 @@ class Variant:
             source, panel = ("pairs" if self.dot else "f32"), nv * self.lanes
         return Micro(
             nv=nv, unroll=self.unroll, source=source, panel=panel, lanes=self.lanes, dot=self.dot,
-            prefetch=self.prefetch,
+            prefetch=self.prefetch, codes=self.codes,
         )  # fmt: skip
+
+    def k_bytes(self, k: Value | int, emit: Emit) -> Value:
+        """Return the bytes of `k` elements of one column."""
+        if self.codes is not None:
+            return emit.idiv(emit.imul(k, 4), self.codes.per_word)
+        return emit.imul(k, DTYPES[self.dtype])
 
     def scratch_layout(self, block_m: int, block_n: int) -> tuple[int, int, int, int]:
         """Return byte offsets of the stage, row pointers and totals in a thread's scratch, and its size."""
@@ -136,13 +149,15 @@ class Gemm:
             for tile in v.tiles
             for m in range(tile.least, tile.most + 1)
         }
+        codes = v.codes
+        self.widen_row = emit_widen_row(module, "widen_row", codes, v.dtype, v.fma) if codes is not None else None
         self.stages = {tile.nr: self._stage(tile.micro) for tile in v.tiles} if v.stage else {}
         function = ir.Function(module, ir.FunctionType(VOID, [PTR]), ENTRY)
         function.attributes.add("nounwind")
         self.emit = Emit(function, v.lanes, v.fma)
         self.block = function.args[0]
         pointers = {"ids", "slots", "offsets", "source", "widened", "weights", "bias", "scale", "partial", "out"}
-        pointers.add("scratch")
+        pointers |= {"scratch", "scales", "zeros"}
         self.args = {
             name: self.emit.load(self.block, 8 * i, PTR if name in pointers else I64) for i, name in enumerate(ARGS)
         }
@@ -151,6 +166,8 @@ class Gemm:
         v, name = self.variant, f"stage_{micro.nv}"
         if v.panel:
             return emit_stage_packed(self.module, name, micro, v.packed_source, v.panel, v.fma)
+        if v.codes is not None:
+            return emit_stage_codes(self.module, name, micro, v.codes.kind, v.fma)
         return emit_stage_plain(self.module, name, micro, v.dtype, v.fma)
 
     def build(self) -> None:
@@ -182,21 +199,27 @@ class Gemm:
 
     def _widen(self) -> None:
         """Copy the rows to float32, threads taking turns; an odd K gets a zero behind it."""
-        emit, args, dtype = self.emit, self.args, self.variant.dtype
-        size, lanes = DTYPES[dtype], self.variant.lanes
-        k = args["k"]
-        whole = emit.imul(emit.idiv(k, lanes), lanes)
+        emit, args = self.emit, self.args
+        size, k = DTYPES[self.variant.dtype], args["k"]
         with emit.loop(self.thread, args["rows"], args["threads"]) as row:
             source = emit.at(args["source"], emit.imul(emit.imul(row, k), size))
             target = emit.at(args["widened"], emit.imul(row, args["row_stride"]))
-            with emit.loop(0, whole, lanes) as i:
-                value = emit.load_floats(source, emit.imul(i, size), dtype)
-                emit.store(value, target, emit.imul(i, 4), align=4)
-            with emit.loop(whole, k) as i:
-                value = _one(emit, source, emit.imul(i, size), dtype, pairs=False)
-                emit.store(value, target, emit.imul(i, 4), align=4)
-            with emit.loop(k, args["k_padded"]) as i:
-                emit.store(ir.Constant(F32, 0.0), target, emit.imul(i, 4), align=4)
+            if self.widen_row is not None:
+                emit.builder.call(self.widen_row, [source, target, k, args["k_padded"]])
+            else:
+                self._widen_row(source, target, k)
+
+    def _widen_row(self, source: Value, target: Value, k: Value) -> None:
+        emit, dtype, lanes = self.emit, self.variant.dtype, self.variant.lanes
+        size = DTYPES[dtype]
+        whole = emit.imul(emit.idiv(k, lanes), lanes)
+        with emit.loop(0, whole, lanes) as i:
+            value = emit.load_floats(source, emit.imul(i, size), dtype)
+            emit.store(value, target, emit.imul(i, 4), align=4)
+        with emit.loop(whole, k) as i:
+            emit.store(load_one(emit, source, emit.imul(i, size), dtype), target, emit.imul(i, 4), align=4)
+        with emit.loop(k, self.args["k_padded"]) as i:
+            emit.store(ir.Constant(F32, 0.0), target, emit.imul(i, 4), align=4)
 
     def _jobs(self) -> None:
         emit, args = self.emit, self.args
@@ -253,12 +276,12 @@ class Gemm:
                 this, other = (emit.function.append_basic_block(name) for name in ("tile", "narrower"))
                 emit.cbranch(emit.icmp_unsigned("<=", rows, i64(tile.most)), this, other)
                 emit.position_at_end(this)
-            self._product(tile, weights, column0, columns, rows)
+            self._product(tile, expert, weights, column0, columns, rows)
             emit.branch(after)
             emit.position_at_end(other or after)
         self._epilogue(expert, first_slot, rows, column0, columns)
 
-    def _product(self, tile: Tile, weights: Value, column0: Value, columns: Value, rows: Value) -> None:
+    def _product(self, tile: Tile, expert: Value, weights: Value, column0: Value, columns: Value, rows: Value) -> None:
         """Multiply a job's rows with its columns, tile by tile, into the totals."""
         emit, args = self.emit, self.args
         with emit.loop(0, args["k_padded"], args["block_k"]) as k0:
@@ -269,15 +292,36 @@ class Gemm:
                 with emit.loop(k0, k1, FLUSH_K) as k:
                     length = emit.imin(i64(FLUSH_K), emit.isub(k1, k))
                     b, raw = self._chunk(tile, weights, emit.iadd(column0, column), k, length)
-                    self._row_blocks(tile, b, raw, column, k, length, rows)
+                    groups = self._groups(expert, emit.iadd(column0, column), k)
+                    self._row_blocks(tile, b, raw, column, k, length, rows, groups)
+
+    def _groups(self, expert: Value, column: Value, k: Value) -> list[Value]:
+        """Return the micro-kernel's operands about groups of quantised weights at a column and a chunk."""
+        emit, args, codes, lanes = self.emit, self.args, self.variant.codes, self.variant.lanes
+        if codes is None:
+            return []
+        group, panel = emit.idiv(k, codes.group), emit.idiv(column, codes.panel)
+        within = emit.urem(column, i64(codes.panel))
+        at = emit.iadd(emit.imul(expert, args["scale_expert_stride"]), emit.imul(panel, args["scale_panel_stride"]))
+        at = emit.iadd(at, emit.imul(group, codes.scale_pitch(lanes)))
+        each = emit.imul(emit.idiv(within, lanes), 4) if codes.shared else emit.imul(within, DTYPES[codes.scale])
+        scales = emit.at(args["scales"], emit.iadd(at, each))
+        at = emit.iadd(emit.imul(expert, args["zero_expert_stride"]), emit.imul(panel, args["zero_panel_stride"]))
+        at = emit.iadd(at, emit.iadd(emit.imul(group, codes.panel), within))
+        zeros = emit.at(args["zeros"], at)
+        sums = emit.imul(emit.iadd(args["k_padded"], group), 4)
+        return [scales, args["scale_panel_stride"], zeros, args["zero_panel_stride"], sums]
 
     def _chunk(self, tile: Tile, weights: Value, column: Value, k: Value, length: Value) -> tuple[Value, Value]:
         """Return the address of a chunk of weights, staged if the variant stages, and the unstaged one."""
         emit, v = self.emit, self.variant
         if not v.panel:
-            size = DTYPES[v.dtype]
-            steps = emit.idiv(length, tile.micro.step)
-            operands = [self.weight_rows, emit.imul(k, size), steps, self.staged]
+            at = v.k_bytes(k, emit)
+            if v.codes is not None:
+                left = emit.isub(self._row_bytes(), at)
+                operands = [self.weight_rows, at, emit.idiv(length, v.codes.per_word), left, self.staged]
+            else:
+                operands = [self.weight_rows, at, emit.idiv(length, tile.micro.step), self.staged]
             emit.builder.call(self.stages[tile.nr], operands)
             return self.staged, self.staged
         packed = Micro(nv=1, unroll=1, source=v.packed_source, panel=v.panel, lanes=v.lanes)
@@ -291,8 +335,21 @@ class Gemm:
         emit.builder.call(self.stages[tile.nr], operands)
         return self.staged, b
 
+    def _row_bytes(self) -> Value:
+        """Return the bytes of one plain weight row; 8-bit rows may end within a word."""
+        v, k = self.variant, self.args["k"]
+        return k if v.codes is not None and v.codes.per_word == 4 else v.k_bytes(k, self.emit)
+
     def _row_blocks(
-        self, tile: Tile, b: Value, raw: Value, column: Value, k: Value, length: Value, rows: Value
+        self,
+        tile: Tile,
+        b: Value,
+        raw: Value,
+        column: Value,
+        k: Value,
+        length: Value,
+        rows: Value,
+        groups: list[Value],
     ) -> None:
         """Run the micro-kernel over the rows, cut into blocks whose sizes differ by at most one."""
         emit, v, args = self.emit, self.variant, self.args
@@ -301,7 +358,7 @@ class Gemm:
         first = emit.zext(emit.icmp_unsigned("==", k, i64(0)), I64)
         # Each block of rows prefetches its part of the chunk that follows in each panel, until all is asked for.
         part = emit.imul(emit.ceil_div(steps, v.unroll), CACHE_LINE * tile.micro.lines_per_panel)
-        chunk = emit.imul(length, v.panel * DTYPES[v.dtype])
+        chunk = emit.imul(v.k_bytes(length, emit), v.panel)
         blocks = emit.ceil_div(rows, tile.most)
         with emit.loop(0, blocks) as i:
             start = emit.udiv(emit.imul(i, rows), blocks)
@@ -311,7 +368,7 @@ class Gemm:
             done = emit.imul(i, part)
             ahead = emit.select(emit.icmp_unsigned("<", done, chunk), emit.iadd(chunk, done), i64(0))
             operands = [a, a_offset, b, args["panel_stride"], steps, c, self.totals_stride, first]
-            operands += [emit.at(raw, ahead), args["panel_stride"]]
+            operands += [emit.at(raw, ahead), args["panel_stride"], *groups]
             after = emit.function.append_basic_block("after")
             switch = emit.builder.switch(size, after)
             for m in range(tile.least, tile.most + 1):
@@ -325,7 +382,7 @@ class Gemm:
     def _point_at_weight_rows(self, tile: Tile, weights: Value, column: Value) -> None:
         """Note the plain rows behind a tile's columns; padding columns point at row 0 and are never stored."""
         emit, v, args = self.emit, self.variant, self.args
-        row_bytes = emit.imul(args["k"], DTYPES[v.dtype])
+        row_bytes = self._row_bytes()
         with emit.loop(0, i64(tile.nr)) as c:
             at = emit.iadd(column, c)
             if v.gemm == "up" and v.gated:

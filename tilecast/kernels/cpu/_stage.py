@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from tilecast.kernels.cpu._build import F32, I32, I64, PTR, VOID, Emit, Value, i64, transpose
+from tilecast.kernels.cpu._build import I8, I32, I64, PTR, VOID, Emit, Value, i32, i64, load_one, transpose
+from tilecast.kernels.cpu._codes import CODES_PER_WORD, decode
 from tilecast.kernels.cpu._micro import Micro, Source, _halves, _weights
 from tilecast.problem import DTYPES
-
-ONE = {"bf16": ir.IntType(16), "fp16": ir.HalfType(), "fp32": ir.FloatType()}
 
 
 def emit_stage_packed(module: Value, name: str, micro: Micro, source: Source, panel: int, fma: bool) -> Value:
@@ -29,7 +28,10 @@ def emit_stage_packed(module: Value, name: str, micro: Micro, source: Source, pa
         target = emit.imul(step, row_bytes * packed.step)
         for v in range(micro.nv):
             loaded = _weights(emit, packed, bases, v, at)
-            values = _halves(emit, loaded[0]) if source == "pairs" else loaded
+            if source in CODES_PER_WORD:
+                values = decode(emit, source, loaded[0])
+            else:
+                values = _halves(emit, loaded[0]) if source == "pairs" else loaded
             for k, value in enumerate(values):
                 emit.store(value, scratch, emit.iadd(target, k * row_bytes + 4 * v * micro.lanes), align=4)
     emit.finish()
@@ -66,18 +68,58 @@ def emit_stage_plain(module: Value, name: str, micro: Micro, dtype: str, fma: bo
         with emit.loop(whole, steps) as step:
             target = emit.iadd(emit.imul(step, row_bytes), column)
             for i, row in enumerate(rows):
-                value = _one(emit, row, emit.imul(step, size), dtype, pairs=micro.source == "pairs")
+                value = (
+                    emit.load(row, emit.imul(step, size), I32, align=2)
+                    if micro.source == "pairs"
+                    else load_one(emit, row, emit.imul(step, size), dtype)
+                )
                 emit.store(value, scratch, emit.iadd(target, 4 * i), align=4)
     emit.finish()
     return function
 
 
-def _one(emit: Emit, row: Value, at: Value, dtype: str, *, pairs: bool) -> Value:
-    if pairs:
-        return emit.load(row, at, I32, align=2)
-    value = emit.load(row, at, ONE[dtype], align=DTYPES[dtype])
-    if dtype == "fp32":
-        return value
-    if dtype == "fp16":
-        return emit.fpext(value, F32)
-    return emit.bitcast(emit.shl(emit.zext(value, I32), ir.Constant(I32, 16)), F32)
+def emit_stage_codes(module: Value, name: str, micro: Micro, kind: str, fma: bool) -> Value:
+    """Emit `name`(row_pointers, byte offset of the chunk, words, bytes left, scratch): plain rows of codes to floats.
+
+    A row has so many bytes left from the chunk on; a word that reaches beyond them is filled up with zeros.
+    """
+    function = ir.Function(module, ir.FunctionType(VOID, [PTR, I64, I64, I64, PTR]), name)
+    function.linkage = "internal"
+    emit = Emit(function, micro.lanes, fma)
+    pointers, offset, words, left, scratch = function.args
+    lanes, row_bytes = micro.lanes, 4 * micro.nv * micro.lanes
+    complete = emit.imin(words, emit.idiv(left, 4))
+    whole = emit.imul(emit.idiv(complete, lanes), lanes)
+
+    def write(word: Value, index: Value, column: Value) -> None:
+        target = emit.iadd(emit.imul(index, row_bytes * CODES_PER_WORD[kind]), column)
+        for k, value in enumerate(decode(emit, kind, word)):
+            emit.store(value, scratch, emit.iadd(target, k * row_bytes), align=4)
+
+    with emit.loop(0, i64(micro.nv)) as group:
+        column = emit.imul(group, 4 * lanes)
+        rows = [
+            emit.at(emit.load(emit.at(pointers, emit.imul(group, 8 * lanes)), 8 * i, PTR), offset) for i in range(lanes)
+        ]
+        with emit.loop(0, whole, lanes) as index:
+            square = [emit.to_float(emit.load(row, emit.imul(index, 4), emit.words, align=1)) for row in rows]
+            for i, value in enumerate(transpose(emit, square)):
+                write(emit.bitcast(value, emit.words), emit.iadd(index, i), column)
+        with emit.loop(whole, words) as index:
+            word = ir.Constant(emit.words, ir.Undefined)
+            for i, row in enumerate(rows):
+                word = emit.insert_element(word, _word(emit, row, emit.imul(index, 4), left), i32(i))
+            write(word, index, column)
+    emit.finish()
+    return function
+
+
+def _word(emit: Emit, row: Value, at: Value, left: Value) -> Value:
+    """Load four bytes, those from `left` on as zeros, without touching them."""
+    word = i32(0)
+    last = emit.isub(left, 1)
+    for i in range(4):
+        byte = emit.zext(emit.load(row, emit.imin(emit.iadd(at, i), last), I8), I32)
+        inside = emit.icmp_unsigned("<", emit.iadd(at, i), left)
+        word = emit.or_(word, emit.select(inside, emit.shl(byte, i32(8 * i)), i32(0)))
+    return word

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from tilecast.problem import ExpertGemm
+from tilecast.problem import DTYPES, ExpertGemm, weight_format
 
 PAGE_BYTES = 4096
 MADV_HUGEPAGE = 14
@@ -29,8 +29,16 @@ def padded_columns(gemm: ExpertGemm, lanes: int) -> int:
 
 
 def padded_k(gemm: ExpertGemm, *, pairs: bool) -> int:
-    """Return K, rounded up to even where weights are held in pairs."""
-    return gemm.k + gemm.k % 2 if pairs else gemm.k
+    """Return K, rounded up to even where weights are held in pairs, to whole words where they are quantised."""
+    form = weight_format(gemm.layer.weight_format)
+    unit = 32 // form.bits if form.bits else 2 if pairs else 1
+    return -(-gemm.k // unit) * unit
+
+
+def column_bytes(gemm: ExpertGemm, depth: int) -> int:
+    """Return the bytes of `depth` weights of one column; without scales, where quantised."""
+    form = weight_format(gemm.layer.weight_format)
+    return depth * (form.bits or 8 * DTYPES[gemm.layer.dtype]) // 8
 
 
 def column_order(gemm: ExpertGemm, lanes: int) -> torch.Tensor:
@@ -51,7 +59,7 @@ def pack_panels(weights: torch.Tensor, gemm: ExpertGemm, panel: int, lanes: int)
     order = column_order(gemm, lanes)
     columns, depth, per_step = len(order), padded_k(gemm, pairs=pairs), 2 if pairs else 1
     shape = (experts, columns // panel, depth // per_step, panel, per_step)
-    packed = _empty_on_large_pages(shape, weights.dtype)
+    packed = empty_on_large_pages(shape, weights.dtype)
     present, rows = order >= 0, order.clamp(min=0)
     for expert in range(experts):
         padded = torch.zeros(columns, depth, dtype=weights.dtype)
@@ -73,7 +81,7 @@ def unpack_panels(packed: torch.Tensor, gemm: ExpertGemm, lanes: int) -> torch.T
     return plain
 
 
-def _empty_on_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def empty_on_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Allocate, and ask Linux for large pages before the first touch: weights are streamed, page walks cost."""
     tensor = torch.empty(shape, dtype=dtype)
     begin = -(-tensor.data_ptr() // PAGE_BYTES) * PAGE_BYTES

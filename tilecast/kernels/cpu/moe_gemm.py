@@ -1,8 +1,9 @@
-"""`llvm.moe_gemm`: grouped expert GEMMs from the micro-kernel generator, for fp32, bf16 and fp16.
+"""`llvm.moe_gemm`: grouped expert GEMMs from the micro-kernel generator, for fp32, bf16, fp16 and quantised weights.
 
 Numerics (docs/numerics.md): every output is the ascending sum of chains of 256 fused multiply-adds along K, so
 all tile shapes, layouts, block sizes and thread counts are one class, and a row's bits do not depend on the
-batch. The bf16 dot product of AVX-512 adds pairs and is a class of its own.
+batch. The bf16 dot product of AVX-512 adds pairs and is a class of its own. With quantised weights the chains are
+the groups that share a scale, and each format is a class of its own.
 """
 
 from __future__ import annotations
@@ -21,16 +22,27 @@ from tilecast.kernels.cpu._micro import CACHE_LINE
 from tilecast.kernels.cpu._moe import ARGS, FLUSH_K, Variant
 from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.kernels.cpu.jit import available_threads, load_variant, run
-from tilecast.kernels.cpu.layouts import pack_bias, pack_panels, padded_columns, padded_k, unpack_panels
+from tilecast.kernels.cpu.layouts import column_bytes, pack_bias, pack_panels, padded_columns, padded_k, unpack_panels
+from tilecast.kernels.cpu.quantized import (
+    PanelStack,
+    Scales,
+    generator_codes,
+    pack_codes,
+    scale_words,
+    scales_of,
+    unpack_codes,
+)
 from tilecast.kernels.cpu.work import moe_gemm_work
+from tilecast.kernels.formats import QuantizedStack, check_sizes, scale_shape
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
 from tilecast.kernels.work import Work
-from tilecast.problem import DTYPES, ExpertGemm, ParamValue, TileConfig
+from tilecast.problem import DTYPES, ExpertGemm, ParamValue, TileConfig, weight_format
 
 NAME = "llvm.moe_gemm"
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PANELS = (16, 32, 64)
+GROUP_RULE = "total + scale * (sum - zero * sum of the row)"
 BLOCK_M = 256
 """Rows that share one pass over a block of weights; also bounds a thread's scratch."""
 
@@ -71,7 +83,10 @@ class MoeGemm:
         if environment.device_kind != "cpu":
             return f"runs on CPUs, not on {environment.device_kind}"
         if gemm.layer.weight_format != "dense":
-            return f"weight format {gemm.layer.weight_format} is not dense"
+            try:
+                check_sizes(gemm)
+            except InputError as error:
+                return str(error)
         if gemm.layer.dtype == "fp16" and not self.isa.half:
             return f"{self.isa.name} has no fp16 conversion instruction"
         return None
@@ -81,9 +96,10 @@ class MoeGemm:
         isa, mr, nv = self.isa, config.integer("mr"), config.integer("nv")
         layout, stage, dot = config["layout"], config["stage"], config["dot"]
         nr, block_n = nv * isa.lanes, config.integer("block_n")
+        quantized = gemm.layer.weight_format != "dense"
         if dot == "bf16":
-            if gemm.layer.dtype != "bf16":
-                return f"dot=bf16 needs bf16 weights, the layer is {gemm.layer.dtype}"
+            if gemm.layer.dtype != "bf16" or quantized:
+                return f"dot=bf16 needs bf16 weights, the layer is {gemm.layer.label}"
             if not isa.dot_bf16:
                 return f"{isa.name} has no bf16 dot product"
             if gemm.k % 2:
@@ -93,7 +109,7 @@ class MoeGemm:
             return f"{mr}×{nv} accumulators and {nv + 1} operands do not fit {isa.registers} registers"
         if layout == PLAIN and (not stage or config["prefetch"]):
             return "plain weights have to be staged" if not stage else "plain weights are not prefetched"
-        if layout != PLAIN and stage and (gemm.layer.dtype == "fp32" or dot == "bf16"):
+        if layout != PLAIN and stage and not quantized and (gemm.layer.dtype == "fp32" or dot == "bf16"):
             return "packed weights of this form need no staging"
         if layout != PLAIN and (panel := panel_columns(str(layout))) and max(panel, nr) % min(panel, nr):
             return f"panels of {panel} columns do not divide into tiles of {nr}"
@@ -106,9 +122,9 @@ class MoeGemm:
     def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
         """Yield every config worth considering for this many tokens, in a fixed order; some may be invalid."""
         isa, dtype, rows = self.isa, gemm.layer.dtype, rows_per_expert(gemm, tokens)
-        dots = ("bf16", "fma") if dtype == "bf16" and isa.dot_bf16 else ("fma",)
+        dots = ("bf16", "fma") if _pairs_dot(gemm, isa) else ("fma",)
         narrow, wide = (f"panel{max(16, vectors * isa.lanes)}" for vectors in (2, 4))
-        shapes, many = tile_shapes(isa, tokens, rows, dtype), rows > 6
+        shapes, many = shapes_of(gemm, isa, tokens, rows), rows > 6
         for dot, layout, (mr, nv) in product(dots, dict.fromkeys((narrow, wide, PLAIN)), shapes):
             favourite, unroll = (mr, nv) in shapes[:2], 2 if nv > 2 else 4
             if layout != narrow and not favourite:
@@ -133,10 +149,10 @@ class MoeGemm:
         if like is not None and like.kernel != NAME:
             like = None
         layout = f"panel{max(16, 2 * isa.lanes)}" if like is None else str(like["layout"])
-        dot = "bf16" if dtype == "bf16" and isa.dot_bf16 and gemm.k % 2 == 0 else "fma"
+        dot = "bf16" if _pairs_dot(gemm, isa) and gemm.k % 2 == 0 else "fma"
         if like is not None:
             dot = str(like["dot"])
-        mr, nv = tile_shapes(isa, tokens, rows, dtype)[0]
+        mr, nv = shapes_of(gemm, isa, tokens, rows)[0]
         unroll = 2 if nv > 2 else 4
         prefetch = 1 if rows > 6 else prefetch_lines(isa, nv, unroll, dtype) if rows > 1 else 0
         active = min(gemm.layer.experts, tokens * gemm.layer.top_k)
@@ -153,14 +169,15 @@ class MoeGemm:
 
     def numerics(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> dict[str, Json]:
         """Return the fields of the numerics class: known by construction, whatever the tile's shape."""
-        dot = config["dot"] == "bf16"
+        dot, form = config["dot"] == "bf16", weight_format(gemm.layer.weight_format)
         return {
             "kernel": NAME,
             "dtype": gemm.layer.dtype,
             "accumulator": "fp32",
             "k_order": "ascending pairs" if dot else "ascending",
             "multiply_add": "vdpbf16ps" if dot else "fma" if self.isa.fma else "separate",
-            "flush_k": FLUSH_K,
+            "flush_k": form.group or FLUSH_K,
+            **({"weights": gemm.layer.weight_format, "scaled": GROUP_RULE} if form.bits else {}),
             "rounding": "intermediate once, output once",
             "combine": "slot order",
         }
@@ -183,14 +200,20 @@ class MoeGemm:
             return weights
         if weights.layout != PLAIN:
             raise ConfigError(f"{NAME}: weights in layout {weights.layout} cannot be packed as {layout}")
-        data = pack_panels(weights.data, weights.gemm, panel_columns(layout), self.isa.lanes)
+        if isinstance(weights.data, QuantizedStack):
+            data: object = pack_codes(weights.data, weights.gemm, panel_columns(layout), self.isa)
+        else:
+            data = pack_panels(weights.data, weights.gemm, panel_columns(layout), self.isa.lanes)
         return GemmWeights(gemm=weights.gemm, layout=layout, data=data, bias=weights.bias)
 
     def unpack(self, weights: GemmWeights) -> GemmWeights:
         """Return weights in any of this kernel's layouts as `plain` ones, bit for bit."""
         if weights.layout == PLAIN:
             return weights
-        data = unpack_panels(weights.data, weights.gemm, self.isa.lanes)
+        if isinstance(weights.data, PanelStack):
+            data: object = unpack_codes(weights.data, weights.gemm, self.isa)
+        else:
+            data = unpack_panels(weights.data, weights.gemm, self.isa.lanes)
         return GemmWeights(gemm=weights.gemm, layout=PLAIN, data=data, bias=weights.bias)
 
     def work(self, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
@@ -260,6 +283,22 @@ def tile_shapes(isa: Isa, tokens: int, rows: int, dtype: str) -> tuple[tuple[int
     return (*first, (4, 2), (3, 4), (2, 4))
 
 
+def shapes_of(gemm: ExpertGemm, isa: Isa, tokens: int, rows: int) -> tuple[tuple[int, int], ...]:
+    """Return the register tiles worth trying for a GEMM: `tile_shapes`, or those for codes made into floats."""
+    if gemm.layer.weight_format == "dense":
+        return tile_shapes(isa, tokens, rows, gemm.layer.dtype)
+    if tokens == 1 or rows == 1:
+        return ((1, 4), (1, 8), (2, 4), (3, 4))
+    wide = isa.registers > 16
+    if rows <= 6:
+        return ((4, 4), (6, 4), (2, 8), (8, 2)) if wide else ((2, 4), (3, 4), (4, 2), (6, 2))
+    return ((12, 2), (6, 4), (8, 2)) if wide else ((6, 2), (5, 2), (4, 2), (3, 4))
+
+
+def _pairs_dot(gemm: ExpertGemm, isa: Isa) -> bool:
+    return gemm.layer.dtype == "bf16" and gemm.layer.weight_format == "dense" and isa.dot_bf16
+
+
 # The hot path -------------------------------------------------------------------------
 
 _Block = ctypes.c_int64 * len(ARGS)
@@ -269,10 +308,12 @@ class Plan:
     """What stays the same between launches of one config on one stack of weights."""
 
     def __init__(self, isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: str) -> None:
+        """Check the weights, and load the code; raises InputError for weights that are not what their layout says."""
         gemm, layer = weights.gemm, weights.gemm.layer
         panel = 0 if weights.layout == PLAIN else panel_columns(weights.layout)
         dot = "native" if config["dot"] == "bf16" else ""
         columns = padded_columns(gemm, isa.lanes)
+        scales = _check_weights(isa, weights, columns, panel)
         block_n = min(config.integer("block_n"), columns)
         nv = config.integer("nv")
         self.variant = Variant(
@@ -281,28 +322,32 @@ class Plan:
             max_nv=max(nv, min(8, block_n // isa.lanes)),
             unroll=config.integer("unroll"), panel=panel, stage=bool(config["stage"]), dot=dot,
             prefetch=config.integer("prefetch"),
-            lanes=isa.lanes, fma=isa.fma,
+            lanes=isa.lanes, fma=isa.fma, codes=None if scales is None else generator_codes(gemm, scales),
         )  # fmt: skip
-        _check_weights(weights, columns, panel)
         self.experts = layer.experts
         self.address = load_variant(self.variant)
         self.bias = pack_bias(weights.bias, gemm, isa.lanes) if weights.bias is not None else None
         pairs = panel > 0 and layer.dtype == "bf16"
-        depth, size = padded_k(gemm, pairs=pairs), DTYPES[layer.dtype]
-        row_bytes = 4 * depth if self.variant.widens else size * gemm.k
+        depth = padded_k(gemm, pairs=pairs)
+        self.row_bytes = 4 * depth if self.variant.widens else DTYPES[layer.dtype] * gemm.k
+        if self.variant.codes is not None and self.variant.codes.zero:
+            # The sums of each row's groups lie behind it.
+            self.row_bytes += 4 * scale_shape(gemm)[1]
         _, _, _, self.scratch_bytes = self.variant.scratch_layout(BLOCK_M, block_n)
         self.depth, self.k, self.dtype = depth, gemm.k, TORCH_DTYPES[layer.dtype]
         self.width = layer.intermediate if gemm.name == "up" else layer.hidden
         self.threads = config.integer("threads")
         fixed = {
-            "experts": layer.experts, "weights": weights.data.data_ptr(), "k": gemm.k, "k_padded": depth,
-            "bias": self.bias.data_ptr() if self.bias is not None else 0, "row_stride": row_bytes, "columns": columns,
-            "width": self.width,
-            "expert_stride": size * (columns * depth if panel else gemm.n * gemm.k),
-            "panel_stride": size * panel * depth,
+            "experts": layer.experts, "k": gemm.k, "k_padded": depth,
+            "weights": (weights.data.codes if weights.layout == PLAIN and scales else weights.data).data_ptr(),
+            "bias": self.bias.data_ptr() if self.bias is not None else 0, "row_stride": self.row_bytes,
+            "columns": columns, "width": self.width,
+            "expert_stride": columns * column_bytes(gemm, depth) if panel else gemm.n * column_bytes(gemm, gemm.k),
+            "panel_stride": panel * column_bytes(gemm, depth),
             "block_m": BLOCK_M, "block_n": block_n, "block_k": config.integer("block_k") or depth + FLUSH_K,
-            "scratch_stride": self.scratch_bytes,
+            "scratch_stride": self.scratch_bytes, **({} if scales is None else scale_words(scales)),
         }  # fmt: skip
+        self.scales = scales
         self.template = _Block(*(fixed.get(name, 0) for name in ARGS))
 
 
@@ -372,7 +417,7 @@ def _launch(
     block[_SOURCE], block[_ROWS], block[_OUT] = source.data_ptr(), rows, out.data_ptr()
     block[_SCRATCH] = -(-scratch.data_ptr() // 64) * 64
     if plan.variant.widens:
-        widened = _scratch.take("widened", 4 * rows * plan.depth)
+        widened = _scratch.take("widened", rows * plan.row_bytes)
         block[_WIDENED] = widened.data_ptr()
     if scale is not None:
         _check("routing weights", scale, (route.tokens, route.top_k), torch.float32)
@@ -382,9 +427,11 @@ def _launch(
     run(plan.address, ctypes.addressof(block), threads)
 
 
-def _check_weights(weights: GemmWeights, columns: int, panel: int) -> None:
-    """Raise InputError unless the stored weights are what their layout says; done once for each stack."""
+def _check_weights(isa: Isa, weights: GemmWeights, columns: int, panel: int) -> Scales | None:
+    """Return the scales of quantised weights; raises InputError unless weights are what their layout says."""
     gemm, data = weights.gemm, weights.data
+    if gemm.layer.weight_format != "dense":
+        return scales_of(weights, panel, isa)
     pairs = panel > 0 and gemm.layer.dtype == "bf16"
     size = columns * padded_k(gemm, pairs=pairs) if panel else gemm.n * gemm.k
     dtype, count = TORCH_DTYPES[gemm.layer.dtype], gemm.layer.experts * size
@@ -393,6 +440,7 @@ def _check_weights(weights: GemmWeights, columns: int, panel: int) -> None:
             f"{NAME}: weights in layout {weights.layout} are {data.dtype} {tuple(data.shape)} on {data.device}, "
             f"expected {count} contiguous elements of {dtype} for {gemm.layer.label} {gemm.name}"
         )
+    return None
 
 
 def _check(what: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:

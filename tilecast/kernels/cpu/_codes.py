@@ -1,0 +1,167 @@
+"""Quantised weights in the generator: codes of K in words of 32 bits, made into floats in registers.
+
+A word holds 8 codes of 4 bits or 4 of 8, ascending in K from its lowest bits, of one column. Codes become floats by
+the cheapest exact steps, which leave powers of two over: those are taken out of the rows beforehand (`row_factors`) and
+out of the group's sum afterwards (`sum_factor`). Scaling by powers of two changes no rounding within float32's range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from tilecast.kernels.cpu._build import F32, I8, I64, PTR, VOID, Emit, Value, i32, load_one, vector
+from tilecast.problem import DTYPES, WeightFormat
+
+CODES_PER_WORD = {"int4": 8, "int8": 4, "fp8": 4}
+SUM_LANES = 8
+"""A group's row sum adds this many interleaved chains in ascending order, whatever the vector's width."""
+FP8_ROW_EXPONENT, FP8_SUM_EXPONENT = 64, 56
+"""e4m3 bits in a float32's place stand for 2^-120 of their value, subnormals included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """How quantised weights lie and how a group of K enters the totals: total += scale · (sum - zero · row sum).
+
+    kind: `int4`, `int8` or `fp8`; group: elements of K that are summed before they are scaled; moves: whether each
+    group has scales of its own, or one serves all of K; scale: dtype of the scales; shared: one scale a vector of
+    columns, not one a column; zero: `stored` (a byte a column and group), `eight`, or empty; panel: columns of one
+    panel of scales.
+    """
+
+    kind: str
+    group: int
+    moves: bool
+    scale: str
+    shared: bool
+    zero: str
+    panel: int
+
+    @property
+    def per_word(self) -> int:
+        """Codes of one word."""
+        return CODES_PER_WORD[self.kind]
+
+    def scale_pitch(self, lanes: int) -> int:
+        """Return the bytes from a group's scales to the next one's, in a panel."""
+        return (4 * self.panel // lanes if self.shared else self.panel * DTYPES[self.scale]) if self.moves else 0
+
+    def row_factors(self) -> tuple[float, ...]:
+        """Return what the rows' elements are multiplied by, by k modulo 8."""
+        if self.kind == "int4":
+            return (*(16.0**-i for i in range(7)), 1.0)
+        return (2.0**FP8_ROW_EXPONENT if self.kind == "fp8" else 1.0,) * 8
+
+    def sum_factor(self) -> float:
+        """Return what a group's sum is multiplied by, beside its scale."""
+        return 2.0**FP8_SUM_EXPONENT if self.kind == "fp8" else 1.0
+
+
+def codes_of(form: WeightFormat, *, chain: int, scale: str, panel: int) -> Codes:
+    """Return how a format's weights lie; without groups, chains of `chain` elements are scaled alike."""
+    return Codes(
+        kind="int4" if form.bits == 4 else form.kind, group=form.group or chain, moves=form.group > 0, scale=scale,
+        shared=form.rows != 1, zero={"awq": "stored", "int4": "eight"}.get(form.kind, ""), panel=panel,
+    )  # fmt: skip
+
+
+def decode(emit: Emit, kind: str, word: Value) -> list[Value]:
+    """Return the floats behind a vector of words, ascending in K, times what `row_factors` and `sum_factor` undo."""
+
+    def constant(value: int) -> Value:
+        return emit.splat(value - (1 << 32) if value >> 31 else value, emit.words)
+
+    if kind == "int4":
+        # Left where they are, nibbles are multiples of powers of 16; the highest one would be the sign.
+        low = [emit.and_(word, constant(15 << 4 * i)) for i in range(7)]
+        return [emit.sitofp(bits, emit.floats) for bits in (*low, emit.lshr(word, constant(28)))]
+    high = [*(emit.shl(word, constant(24 - 8 * i)) for i in range(3)), word]
+    if kind == "int8":
+        return [emit.sitofp(emit.ashr(bits, constant(24)), emit.floats) for bits in high]
+    # Sign, four bits of exponent and three of mantissa go where float32 has its sign and the lowest of its exponent.
+    return [emit.to_float(emit.and_(emit.ashr(bits, constant(4)), constant(0x87F00000))) for bits in high]
+
+
+def emit_group_end(
+    emit: Emit, codes: Codes, sums: list[list[Value]], row_sums: list[Value], totals: list[Value], fresh: Value,
+    scales: tuple[Value, Value], zeros: tuple[Value, Value],
+) -> None:  # fmt: skip
+    """Add a group's sums, [rows][vectors], to the rows' totals in memory, or set those where `fresh`.
+
+    row_sums: each row's sum over the group, where there are zero points; scales, zeros: the address of this group's
+    in the tile's first panel, and the bytes from panel to panel.
+    """
+    lanes = emit.lanes
+    for v in range(len(sums[0])):
+        panel, column = v * lanes // codes.panel, v * lanes % codes.panel
+        scale, zero = _scale(emit, codes, emit.at(scales[0], emit.imul(scales[1], panel)), column), None
+        if codes.zero == "stored":
+            at = emit.iadd(emit.imul(zeros[1], panel), column)
+            zero = emit.fneg(
+                emit.uitofp(emit.zext(emit.load(zeros[0], at, vector(I8, lanes), 1), emit.words), emit.floats)
+            )
+        elif codes.zero:
+            zero = emit.splat(-8.0)
+        for m, total in enumerate(totals):
+            value = sums[m][v]
+            if zero is not None:
+                value = emit.fma(zero, row_sums[m], value)
+            known = emit.load(total, 4 * v * lanes, emit.floats, align=4)
+            known = emit.select(fresh, emit.splat(0.0), known)
+            emit.store(emit.fma(value, scale, known), total, 4 * v * lanes, align=4)
+
+
+def _scale(emit: Emit, codes: Codes, base: Value, column: int) -> Value:
+    if codes.shared:
+        scale = emit.splat(emit.load(base, 4 * column // emit.lanes, F32, align=4))
+    else:
+        scale = emit.load_floats(base, column * DTYPES[codes.scale], codes.scale)
+    factor = codes.sum_factor()
+    return scale if factor == 1.0 else emit.fmul(scale, emit.splat(factor))
+
+
+def emit_widen_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool) -> Value:
+    """Emit `name`(source, target, k, k_padded): a row as float32 times its factors, zeros up to k_padded, then sums.
+
+    Where there are zero points, the sum of each group of the row as it was follows.
+    """
+    function = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I64, I64]), name)
+    function.linkage = "internal"
+    function.attributes.add("nounwind")
+    emit = Emit(function, SUM_LANES, fma)
+    source, target, k, k_padded = function.args
+    size, factors = DTYPES[dtype], codes.row_factors()
+    plain, factor = len(set(factors)) == 1 and factors[0] == 1.0, ir.Constant(emit.floats, list(factors))
+
+    def widen(i: Value) -> Value:
+        value = emit.load_floats(source, emit.imul(i, size), dtype)
+        emit.store(value if plain else emit.fmul(value, factor), target, emit.imul(i, 4), align=4)
+        return value
+
+    if codes.zero:
+        sums = emit.at(target, emit.imul(k_padded, 4))
+        with emit.loop(0, k, codes.group) as begin:
+            chains = emit.slot(emit.floats)
+            emit.set(chains, emit.splat(0.0))
+            with emit.loop(begin, emit.iadd(begin, codes.group), SUM_LANES) as i:
+                emit.set(chains, emit.fadd(emit.get(chains, emit.floats), widen(i)))
+            lanes = emit.get(chains, emit.floats)
+            total = emit.extract_element(lanes, i32(0))
+            for lane in range(1, SUM_LANES):
+                total = emit.fadd(total, emit.extract_element(lanes, i32(lane)))
+            emit.store(total, sums, emit.imul(emit.idiv(begin, codes.group), 4), align=4)
+        emit.finish()
+        return function
+    whole = emit.imul(emit.idiv(k, SUM_LANES), SUM_LANES)
+    with emit.loop(0, whole, SUM_LANES) as i:
+        widen(i)
+    with emit.loop(whole, k) as i:
+        value = load_one(emit, source, emit.imul(i, size), dtype)
+        value = value if plain else emit.fmul(value, ir.Constant(F32, factors[0]))
+        emit.store(value, target, emit.imul(i, 4), align=4)
+    with emit.loop(k, k_padded) as i:
+        emit.store(ir.Constant(F32, 0.0), target, emit.imul(i, 4), align=4)
+    emit.finish()
+    return function
