@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_tiny, tiny_model
 from tilecast.engine.checkpoint import inspect_checkpoint
-from tilecast.engine.load import available_memory, check_loading, check_parallel, load_model
+from tilecast.engine.load import available_memory, check_heads, check_loading, check_parallel, load_model
 from tilecast.errors import DeviceError, ModelError, UsageError
 from tilecast.models import resolve
 
@@ -185,6 +185,19 @@ def test_parallelism_must_fit_the_ranks(world: int, tp: int, ep: int, pattern: s
     check_parallel(2, 1, 2)
     with pytest.raises(UsageError, match=pattern):
         check_parallel(world, tp, ep)
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("mixtral", 3), ("mixtral", 8), ("olmoe", 16)])
+def test_ranks_that_would_cut_through_a_head_are_told(family: str, ranks: int) -> None:
+    model = tiny_model(family)
+    check_heads(model, 4)
+    with pytest.raises(ModelError, match=rf"num_\w+_heads is [48], which {ranks} ranks cannot share out"):
+        check_heads(model, ranks)
+
+
+@pytest.mark.parametrize("family", ["jamba", "phimoe"])
+def test_heads_that_no_rank_splits_do_not_matter(family: str) -> None:
+    check_heads(tiny_model(family), 3)
 
 
 def test_every_kind_of_report_is_an_error() -> None:

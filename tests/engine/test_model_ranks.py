@@ -23,7 +23,7 @@ RUNS = {
     # Every family on two ranks; on four, those whose sharding differs in kind.
     ("tp", 2): tuple(FAMILIES),
     ("ep", 2): tuple(family for family in FAMILIES if family != "llama4_text"),  # transformers has no plan for it
-    ("tp", 4): ("mixtral", "deepseek_v3", "gpt_oss", "jamba", "qwen3_next"),
+    ("tp", 4): ("mixtral", "uneven", "deepseek_v3", "gpt_oss", "jamba", "qwen3_next"),
 }
 
 
@@ -32,6 +32,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     for family in FAMILIES:
         save_tiny(family, folder / family)
+    # Four ranks hold 13, 13, 13 and 11 of it.
+    save_tiny("mixtral", folder / "uneven", intermediate_size=50)
     return folder
 
 

@@ -105,6 +105,7 @@ def load_model(
     with together(group, on_stuck):
         with _quiet(transformers):
             model = _loaded(transformers, checkpoint, wanted, _distributed(tp, ep))
+            check_heads(model, tp * ep)
             if group.world_size == 1:
                 model = model.to(place)
             model.eval()
@@ -283,6 +284,17 @@ def check_loading(folder: Path | str, info: Mapping[str, Any]) -> None:
         if found:
             more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
             raise ModelError(f"{folder} {what}: {', '.join(found[:NAMED])}{more}")
+
+
+def check_heads(model: Any, ranks: int) -> None:
+    """Raise ModelError where transformers' plan would cut through an attention head: it only fails when it runs."""
+    plan = getattr(model, "_tp_plan", None) or {}
+    config = model.config.get_text_config(decoder=True)
+    for projection, field in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+        heads = getattr(config, field, None)
+        sharded = any(name.endswith(f".{projection}") and style.startswith("colwise") for name, style in plan.items())
+        if sharded and isinstance(heads, int) and heads % ranks:
+            raise ModelError(f"{field} is {heads}, which {ranks} ranks cannot share out; use a number that divides it")
 
 
 def _names(found: Iterable[Any]) -> list[str]:
