@@ -37,7 +37,7 @@ MOVES = frozenset(
     full_like new_full fill zero arange scalar_tensor lift_fresh lift_fresh_copy lift as_strided constant_pad_nd
     unfold _local_scalar_dense item equal set resize diagonal diag_embed eye tril_indices triu_indices slice_scatter
     select_scatter is_pinned record_stream _pin_memory sym_size sym_stride sym_numel movedim swapaxes view_as_real
-    view_as_complex real imag one_hot bucketize searchsorted scatter is_nonzero
+    view_as_complex complex real imag one_hot bucketize searchsorted scatter is_nonzero
     _has_compatible_shallow_copy_type _assert_async _assert_tensor_metadata broadcast_tensors view_as resolve_conj
     resolve_neg _conj_physical unsafe_split unsafe_chunk meshgrid hstack vstack""".split()  # noqa: SIM905
 )
@@ -49,7 +49,9 @@ EXACT = frozenset(
     floor_divide bincount histc unique square unique_dim _unique2 unique_consecutive unique_dim_consecutive
     heaviside leaky_relu threshold hardtanh relu6 bitwise_count nan_to_num fmin fmax""".split()  # noqa: SIM905
 )
-MEASURED = frozenset(("exp", "exp2", "expm1", "log", "log1p", "tanh", "erf", "sin", "cos", "pow", "cumsum"))
+MEASURED = frozenset(("exp", "expm1", "log", "log1p", "tanh", "erf", "sin", "cos", "pow", "cumsum"))
+POWERS = (-2, -1, 0.5, 1, 2, 3)
+"""Exponents for which torch multiplies or takes roots; others give other bits where an element lies elsewhere."""
 
 
 def name_of(func: Any) -> str:
@@ -87,10 +89,19 @@ def matters(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if name in ("add", "sub", "rsub"):
         # Another alpha multiplies and adds in one step, fused or not by where the element lies.
         return bool(floats) and kwargs.get("alpha", 1) != 1
+    if name == "mul":
+        return any(t.is_complex() for t in floats)
     if name in ("index_put", "_index_put_impl"):
         return bool(floats) and bool(kwargs.get("accumulate", len(args) > 3 and args[3]))
     if name == "topk":
         return any(t.device.type != "cpu" for t in tensors)
+    if name == "pow" and (
+        len(args) < 2
+        or not isinstance(args[0], torch.Tensor)
+        or isinstance(args[1], torch.Tensor)
+        or args[1] not in POWERS
+    ):
+        return bool(floats)
     if name in MEASURED and tensors and "reduce" not in func._overloadname:
         return any(t.device.type != "cpu" or t.is_complex() for t in floats)
     # Sums of integers are exact in any order.
@@ -294,7 +305,21 @@ def _softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> torch.
     return torch.where(scaled > threshold, x, scaled.clamp(max=threshold).exp().log1p() / beta)
 
 
+def _polar(func: Any, size: torch.Tensor, angle: torch.Tensor) -> Any:
+    return torch.complex(size * angle.cos(), size * angle.sin()) if multiplies(angle) else NotImplemented
+
+
+def _mul(func: Any, a: Any, b: Any) -> Any:
+    """Multiply complex numbers with every product and sum rounded; real ones are left to torch."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_complex() and b.is_complex()):
+        return NotImplemented
+    if func._overloadname != "Tensor" or func.overloadpacket is not aten.mul:
+        return NotImplemented
+    return torch.complex(a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real)
+
+
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    aten.polar: _polar, aten.mul: _mul, aten.mul_: _mul,
     aten.mm: _mm, aten.bmm: _bmm, aten.addmm: _addmm, aten.baddbmm: _baddbmm, aten.mv: _mv, aten.linear: _linear,
     aten.sum: _sum, aten.mean: _mean, aten._softmax: _softmax, aten._log_softmax: _log_softmax,
     aten.native_layer_norm: _layer_norm, aten._fused_rms_norm: _rms_norm,
