@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from tests.tiny_models import save_tiny, tiny_model
+from tests.tiny_models import NAMED_FAMILIES, save_tiny, tiny_model
 from tilecast.engine.compare import Request, check_expected, compare, unmet
 from tilecast.engine.compare_capture import Prompts, alone, digests, run
 from tilecast.engine.compare_invariance import (
@@ -198,6 +198,24 @@ def test_a_bfloat16_router_is_asked_whether_float32_chooses_otherwise() -> None:
     assert sum(one.reference_others_in_float32 or 0 for one in compare_to(tied, model).routers) > 0
 
 
+@pytest.mark.parametrize("family", NAMED_FAMILIES)
+def test_in_every_family_only_what_is_wrong_is_at_fault(family: str) -> None:
+    found, model = reference(family), model_of(family)
+    model.set_experts_implementation("batched_mm")
+    report = compare_to(found, model)
+    assert faults(report) == []
+    assert report.first_difference is None or report.first_difference.operation.kind == "experts"
+    assert {"embedding", "norm", "attention", "router", "experts", "moe", "block", "lm_head"} <= {
+        one.operation.kind for one in report.operations
+    }
+    layer = next(op.layer for op, _ in operations(model) if op.kind == "experts")
+    assert layer is not None
+    with torch.no_grad():
+        down = part(model, layer, "experts").down_proj
+        down[:] = down.roll(1, 1)
+    assert faults(compare_to(found, model)) == [(layer, "experts")]
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "qwen3_moe"])
 def test_exact_experts_are_what_eager_ones_approximate(family: str) -> None:
     model = model_of(family)
@@ -207,6 +225,26 @@ def test_exact_experts_are_what_eager_ones_approximate(family: str) -> None:
     assert exact is not None
     assert exact.dtype == torch.float64
     torch.testing.assert_close(trace[op.name].outputs[0].double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cannot_run_wider_is_judged_by_its_reference(caplog: pytest.LogCaptureFixture) -> None:
+    def wide() -> nn.Module:
+        model = model_of().double()
+        experts = part(model, 1, "experts")
+        experts.forward = lambda *args: F.linear(args[0], experts.down_proj[0].float())
+        return model
+
+    found = reference_of(PROMPTS, model_of(), wide)
+    assert "cannot run in a wider dtype" in caplog.text
+    assert found.wide_forced is None
+    assert compare_to(found, model_of()).first_difference is None
+    model = model_of()
+    reroute(part(model, 1, "router"), narrow=True)
+    report = compare_to(found, model)
+    assert faults(report) == [(1, "router")]
+    assert report.outcome is not None
+    assert report.outcome.error is None
+    assert report.routers[0].others_in_float32 is None
 
 
 # Invariance ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from tilecast.engine.compare_operations import KINDS, Operation
 if TYPE_CHECKING:
     from tilecast.engine.compare import Comparison
 
-CELL_WIDTH, CELL_HEIGHT, LEFT, TOP, GAP = 74, 20, 64, 76, 36
+CELL_WIDTH, CELL_HEIGHT, LEFT, TOP, GAP = 64, 20, 64, 76, 36
+LEGEND_WIDTH = 960
 EQUAL, CARRIED, FAULT = "#e8efe9", "#d8dce4", "#c81e1e"
 LOW, HIGH = (255, 236, 179), (214, 93, 14)
 """Colors of the smallest and the largest difference."""
@@ -39,7 +40,7 @@ def picture(comparison: Comparison) -> str:
     kinds = [kind for kind in KINDS if any(found == kind for _, found in operations)]
     # What is before and after all layers has a row of its own.
     rows: list[int | None] = [*layers, None]
-    width = LEFT + len(panels) * (len(kinds) * CELL_WIDTH + GAP)
+    width = max(LEGEND_WIDTH, LEFT + len(panels) * (len(kinds) * CELL_WIDTH + GAP))
     height = TOP + len(rows) * CELL_HEIGHT + 58
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '

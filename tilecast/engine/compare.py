@@ -135,6 +135,7 @@ def compare(request: Request, report: Report = lambda _text: None) -> Comparison
         prompts = prompts_for(loaded, request)
         wide = torch.float64 if loaded.dtype == torch.float32 else torch.float32
         reference = _reference(request, loaded, prompts, wide, group, report)
+        wide = None if reference.wide_forced is None else wide
         del loaded
         gc.collect()
     report(f"runs the model on {request.experts}")

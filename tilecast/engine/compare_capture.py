@@ -27,6 +27,10 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtypes that hold the bits of an element of so many bytes."""
 
 
+CANNOT = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
+"""What models raise for an arrangement or a dtype that they do not support."""
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Token ids of some prompts; token t of prompt p has row `starts[p] + t` in every trace."""

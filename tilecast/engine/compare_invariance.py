@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tilecast.canonical import Json
-from tilecast.engine.compare_capture import Pass, Prompts, Trace, alone, run
+from tilecast.engine.compare_capture import CANNOT, Pass, Prompts, Trace, alone, run
 from tilecast.engine.compare_difference import difference, not_guilty
 from tilecast.engine.compare_operations import Operation
 from tilecast.problem import tokens_text
@@ -37,9 +37,6 @@ ARRANGED = ("batch", "order", "padding", "decode", "chunked", "buckets")
 
 EDGES = (1, 2, 4, 8, 16, 32, 64)
 """Token counts for `buckets` where no table names others."""
-
-CANNOT = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
-"""What models raise for an arrangement that they do not support."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ rounding that any order of sums has is held against it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tilecast.canonical import Json
-from tilecast.engine.compare_capture import Prompts, Record, Trace, alone, run
+from tilecast.engine.compare_capture import CANNOT, Prompts, Record, Trace, alone, run
 from tilecast.engine.compare_difference import (
     BLIND_FLOOR_EPS,
     FLOOR_EPS,
@@ -33,6 +34,8 @@ from tilecast.engine.compare_difference import (
 )
 from tilecast.engine.compare_operations import Operation, operations
 from tilecast.engine.compare_routing import RoutingReport, routing_reports
+
+logger = logging.getLogger(__name__)
 
 VERDICTS = ("equal", "carried", "rounding", "fault")
 """Bits are equal; they differ only because the input did; within rounding on equal input; beyond it."""
@@ -143,8 +146,17 @@ def reference_of(
     if wide is None:
         return Reference(prompts=prompts, trace=trace, exact_experts=exact, wide_free=None, wide_forced=None)
     wide_model = wide()
-    free = run(wide_model, prompts, alone(prompts))
-    forced = run(wide_model, prompts, alone(prompts), forced=trace)
+    try:
+        free = run(wide_model, prompts, alone(prompts))
+        forced = run(wide_model, prompts, alone(prompts), forced=trace)
+    except CANNOT as error:
+        # Code that names its dtypes may refuse a wider one; the reference then stands in for the exact result.
+        logger.warning("the reference cannot run in a wider dtype: %s: %s", type(error).__name__, error)
+        return Reference(prompts=prompts, trace=trace, exact_experts=exact, wide_free=None, wide_forced=None)
+    # Of the free run only the logits are asked for, and of the forced one no input: it is the reference's.
+    free = {name: record for name, record in free.items() if record.operation.kind == "lm_head"}
+    for record in (*free.values(), *forced.values()):
+        record.inputs.clear()
     return Reference(prompts=prompts, trace=trace, exact_experts=exact, wide_free=free, wide_forced=forced)
 
 
