@@ -17,6 +17,7 @@ from tilecast.engine.expert_module import Form, Plain, form_of, local, mesh_of, 
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.parallel import ordered_sum
 from tilecast.engine.runtime import Runtime
+from tilecast.engine.split_experts import SplitExperts, prepare_split
 from tilecast.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,14 @@ class Adapted:
         self.reason = reason
         self.runtime: Runtime | None = None
         self.released = False
-        self._by_top_k: dict[int, PreparedExperts] = {}
+        self._by_top_k: dict[int, PreparedExperts | SplitExperts] = {}
         self._dtype = torch.float32
         self._seen: tuple[object, ...] = ()
         self._sum: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._is_first = True
 
     @property
-    def experts(self) -> PreparedExperts:
+    def experts(self) -> PreparedExperts | SplitExperts:
         """The experts as they were prepared first."""
         return next(iter(self._by_top_k.values()))
 
@@ -57,7 +58,7 @@ class Adapted:
         plain = plain_weights(module, self.form, first_rank=self._is_first)
         self.runtime = runtime
         self._dtype = plain.w13.dtype
-        self._by_top_k = {top_k: self._prepared(plain, top_k)}
+        self._by_top_k = {top_k: self._prepared(plain, top_k, module)}
         ordered = mesh is not None and runtime.policy == "reproducible" and sums_outside(module)
         self._sum = _ordered_over(mesh) if ordered else None
         if release and (self.experts.packed or not plain.shared):
@@ -66,7 +67,12 @@ class Adapted:
 
     def fits(self, module: torch.nn.Module) -> bool:
         """Whether the module still has the weights that were prepared, where and as they were."""
-        return self.form is None or _fingerprint(module, self.form) == self._seen
+        if self.form is None:
+            return True
+        experts = self.experts
+        # A copied module has code and norms of its own.
+        theirs = isinstance(experts, SplitExperts) and experts.module is not module
+        return not theirs and _fingerprint(module, self.form) == self._seen
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Run the experts: hidden [T, H], ids [T, k], weights [T, k] to a fresh [T, H] of hidden's dtype."""
@@ -115,21 +121,28 @@ class Adapted:
         w13, w2 = stored_again(plain.w13, plain.w2, self.form)
         return {self.form.names[0]: w13, self.form.names[1]: w2}
 
-    def _prepared(self, plain: Plain, top_k: int) -> PreparedExperts:
-        assert self.form is not None
-        layer = plain.layer(self.form, top_k)
+    def _prepared(self, plain: Plain, top_k: int, module: torch.nn.Module | None) -> PreparedExperts | SplitExperts:
+        assert self.form is not None and self.runtime is not None
+        layers = plain.layers(self.form, top_k)
+        if len(layers) == 2:
+            assert module is not None, "its own code runs between the GEMMs"
+            return prepare_split(
+                layers, plain.w13, plain.w2, plain.bias13, plain.bias2, module, runtime=self.runtime,
+                gated=self.form.gated, normed=self.form.normed,
+            )  # fmt: skip
+        (layer,) = layers
         return prepare_experts(
             plain.w13, plain.w2, top_k=top_k, activation=layer.activation, gated=layer.gated, bias13=plain.bias13,
             bias2=plain.bias2, global_experts=layer.global_experts, runtime=self.runtime,
         )  # fmt: skip
 
-    def _for_top_k(self, top_k: int) -> PreparedExperts:
+    def _for_top_k(self, top_k: int) -> PreparedExperts | SplitExperts:
         """Return the experts for another number of slots a token, on the same memory where the table allows it."""
         known = self.experts
         found = known.with_top_k(top_k)
         if found is None:
             logger.warning("%s for top-%d is stored once more, as the table wants it", known.layer.label, top_k)
-            found = self._prepared(self.plain(), top_k)
+            found = self._prepared(self.plain(), top_k, known.module if isinstance(known, SplitExperts) else None)
         self._by_top_k[top_k] = found
         return found
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tilecast.engine.operands import layer_of
+from tilecast.engine.split_experts import split_layers
 from tilecast.errors import InputError
 from tilecast.kernels.reference import activate
 from tilecast.problem import ACTIVATIONS, ExpertLayer
@@ -29,25 +30,26 @@ class Unsupported(Exception):
 class Form:
     """How one module's experts lie and what they compute.
 
-    `names` are the parameters of w13, w2 and, with a bias, bias13, bias2. `interleaved`: gate and up rows alternate;
-    `transposed`: [E, in, out]. `split` is what is cut over ranks: nothing, `intermediate` (each rank's output is a
-    partial sum) or `experts`.
+    `names` are the parameters of w13, w2 and, with a bias, bias13, bias2. `interleaved`: gate and up rows alternate,
+    and are to be parted; `transposed`: [E, in, out]. `split` is what is cut over ranks: nothing, `intermediate` (each
+    rank's output is a partial sum) or `experts`. `activation` is None where the module's own code runs between the
+    GEMMs, as it always does with a norm of every expert's output (`normed`).
     """
 
     names: tuple[str, ...]
     gated: bool
-    activation: str
+    activation: str | None
     interleaved: bool
     transposed: bool
     split: str
     global_experts: int
+    normed: bool = False
 
 
 def form_of(module: torch.nn.Module) -> Form:
     """Return the form of an experts module. Raises Unsupported."""
     gated, bias = bool(_said(module, "has_gate", True)), bool(_said(module, "has_bias", False))
-    if _said(module, "has_post_expert_norm", False):
-        raise Unsupported("it normalises every expert's output before the routing weight")
+    normed = bool(_said(module, "has_post_expert_norm", False))
     first = "gate_up_proj" if gated else "up_proj"
     names = (first, "down_proj", *((f"{first}_bias", "down_proj_bias") if bias else ()))
     for name in names:
@@ -57,11 +59,17 @@ def form_of(module: torch.nn.Module) -> Form:
         if not found.dtype.is_floating_point or found.dtype.itemsize < 2:
             raise Unsupported(f"{name} is stored as {found.dtype}")
     transposed = bool(_said(module, "is_transposed", False))
-    activation, interleaved = _activation(module, gated, interleaved=not _said(module, "is_concatenated", True))
+    known = _activation(module, gated, interleaved=not _said(module, "is_concatenated", True))
+    activation, interleaved = (None, False) if normed or known is None else known
+    if activation is None:
+        _check_own_code(module, first, gated=gated, transposed=transposed)
     down = module.get_parameter(names[1]) if names[1] in module._parameters else getattr(module, names[1])
+    split = _split(down, transposed)
+    if normed and split == "intermediate":
+        raise Unsupported("it normalises every expert's output, of which each rank has a partial sum")
     return Form(
-        names=names, gated=gated, activation=activation, interleaved=interleaved, transposed=transposed,
-        split=_split(down, transposed), global_experts=down.shape[0],
+        names=names, gated=gated, activation=activation, interleaved=interleaved, transposed=transposed, split=split,
+        global_experts=down.shape[0], normed=normed,
     )  # fmt: skip
 
 
@@ -88,11 +96,18 @@ class Plain:
     bias2: torch.Tensor | None
     shared: bool
 
-    def layer(self, form: Form, top_k: int) -> ExpertLayer:
-        """Return the layer that they make. Raises InputError."""
-        return layer_of(
-            self.w13, self.w2, top_k=top_k, activation=form.activation, gated=form.gated, bias13=self.bias13,
-            bias2=self.bias2, global_experts=max(form.global_experts, top_k),
+    def layers(self, form: Form, top_k: int) -> tuple[ExpertLayer, ...]:
+        """Return the layer that they make, or the two whose up and down GEMM the module runs on. Raises InputError."""
+        experts = max(form.global_experts, top_k)
+        layer = layer_of(
+            self.w13, self.w2, top_k=top_k, activation=form.activation or "silu", gated=form.gated,
+            bias13=self.bias13, bias2=self.bias2, global_experts=experts,
+        )  # fmt: skip
+        if form.activation is not None:
+            return (layer,)
+        return split_layers(
+            self.w13, self.w2, top_k=top_k, dtype=layer.dtype, bias=layer.bias, global_experts=experts,
+            normed=form.normed,
         )  # fmt: skip
 
 
@@ -149,8 +164,8 @@ def _split(down: torch.Tensor, transposed: bool) -> str:
 # The activation, by trying it ---------------------------------------------------------------------------------
 
 
-def _activation(module: torch.nn.Module, gated: bool, *, interleaved: bool) -> tuple[str, bool]:
-    """Return which of our activations a module applies, and whether it reads gate and up alternating."""
+def _activation(module: torch.nn.Module, gated: bool, *, interleaved: bool) -> tuple[str, bool] | None:
+    """Return which of our activations a module applies, and whether it reads gate and up alternating; None if none."""
     gate, up = _probe()
     values, other = torch.meshgrid(gate, up, indexing="ij")
     values, other = values.reshape(1, -1), other.reshape(1, -1)
@@ -158,15 +173,33 @@ def _activation(module: torch.nn.Module, gated: bool, *, interleaved: bool) -> t
     for alternating in orders:
         try:
             seen = _applied(module, values, other if gated else None, alternating=alternating)
-        except Exception as error:  # Whatever code of others raises says only that it cannot be tried.
-            raise Unsupported(f"its activation cannot be tried ({type(error).__name__})") from error
+        except Exception:  # Whatever code of others raises: perhaps it wants rows of its own width.
+            return None
         if seen is None or seen.shape != values.shape:
             continue
         for name in ACTIVATIONS:
             if _same(seen, values, other if gated else None, name):
                 return name, alternating
-    what = type(getattr(module, "act_fn", None)).__name__
-    raise Unsupported(f"its activation ({what}, or the module's own _apply_gate) is none of {', '.join(ACTIVATIONS)}")
+    return None
+
+
+def _check_own_code(module: Any, first: str, *, gated: bool, transposed: bool) -> None:
+    """Raise Unsupported unless what a module runs between the GEMMs makes one row of one row."""
+    weight, down = local(getattr(module, first)), local(module.down_proj)
+    width, inner = weight.shape[2 if transposed else 1], down.shape[1 if transposed else 2]
+    generator = torch.Generator().manual_seed(0)
+    rows = (3 * torch.randn((3, width), generator=generator)).to(weight)
+    try:
+        with torch.no_grad():
+            function = module._apply_gate if gated else module.act_fn
+            seen, alone = function(rows), torch.cat([function(row) for row in torch.split(rows, 1)])
+            if getattr(module, "has_post_expert_norm", False):
+                module.post_expert_norm(rows.new_ones(1, down.shape[2 if transposed else 1]))
+    except Exception as error:  # Whatever code of others raises says only that it cannot be run by itself.
+        raise Unsupported(f"its activation or norm cannot be tried ({type(error).__name__}: {error})") from error
+    if seen.shape != (3, inner) or not torch.allclose(seen.float(), alone.float(), rtol=1e-2, atol=1e-3):
+        what = type(getattr(module, "act_fn", None)).__name__
+        raise Unsupported(f"its activation ({what}, or the module's own _apply_gate) does not go row by row")
 
 
 def _probe() -> tuple[torch.Tensor, torch.Tensor]:

@@ -145,8 +145,8 @@ def prepare_experts(
     check_device(w13, chosen)
     anchor = chosen.anchor(layer)
     bias = (bias13, bias2) if bias13 is not None and bias2 is not None else (None, None)
-    up = _stored(layer.up, w13, bias[0], anchor.up_kernel, anchor.up)
-    down = _stored(layer.down, w2, bias[1], anchor.down_kernel, anchor.down)
+    up = stored_weights(layer.up, w13, bias[0], anchor.up_kernel, anchor.up)
+    down = stored_weights(layer.down, w2, bias[1], anchor.down_kernel, anchor.down)
     return PreparedExperts(layer=layer, runtime=chosen, up=up, down=down)
 
 
@@ -307,9 +307,10 @@ def _plain(gemm: ExpertGemm, data: torch.Tensor, bias: torch.Tensor | None) -> G
     return GemmWeights(gemm=gemm, layout=PLAIN, data=data.detach(), bias=None if bias is None else bias.detach())
 
 
-def _stored(
+def stored_weights(
     gemm: ExpertGemm, data: torch.Tensor, bias: torch.Tensor | None, kernel: Kernel, config: TileConfig
 ) -> GemmWeights:
+    """Return plain weights stored as `config` of `kernel` reads them."""
     plain = _plain(gemm, data, bias)
     layout = kernel.layout(gemm, config)
     return plain if layout == PLAIN else kernel.pack(plain, layout)

@@ -8,7 +8,7 @@ graph could hold: it holds a number by which the experts are found while they li
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
@@ -20,17 +20,20 @@ from tilecast.errors import InputError, UsageError
 if TYPE_CHECKING:
     from tilecast.engine.experts import PreparedExperts
     from tilecast.engine.runtime import Runtime
+    from tilecast.engine.split_experts import SplitExperts
+
+    Owner: TypeAlias = PreparedExperts | SplitExperts | Runtime
 
 IN_USE = 0
 """The handle of whatever table is in use when the operator runs."""
 
-_handles: WeakKeyDictionary[PreparedExperts | Runtime, int] = WeakKeyDictionary()
-_owners: WeakValueDictionary[int, PreparedExperts | Runtime] = WeakValueDictionary()
+_handles: WeakKeyDictionary[Owner, int] = WeakKeyDictionary()
+_owners: WeakValueDictionary[int, Owner] = WeakValueDictionary()
 _numbers = itertools.count(IN_USE + 1)
 _by_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def handle_of(owner: PreparedExperts | Runtime) -> int:
+def handle_of(owner: Owner) -> int:
     """Return the number by which compiled code finds `owner`; never given to anything else, also after its end."""
     handle = _handles.get(owner)
     if handle is None:
@@ -94,7 +97,7 @@ def experts(
     packed. Raises UsageError if what the handle names lives no more, and what the layer itself raises.
     """
     # Imported here: the layer builds on this module.
-    from tilecast.engine.experts import PreparedExperts, run_plain
+    from tilecast.engine.experts import run_plain
     from tilecast.engine.runtime import Runtime
 
     owner = None if handle == IN_USE else _owners.get(handle)
@@ -108,7 +111,7 @@ def experts(
                 bias2=bias2, global_experts=global_experts, runtime=runtime, out_dtype=out_dtype,
             )  # fmt: skip
         owner = prepared
-    if not isinstance(owner, PreparedExperts):
+    if owner is None or isinstance(owner, Runtime):
         raise UsageError(
             f"the prepared experts that this was compiled with (handle {handle}) were deleted; keep them as long "
             f"as the compiled code, or compile again"

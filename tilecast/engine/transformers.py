@@ -55,11 +55,20 @@ _options = _Options()
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModule:
-    """One experts module of a model: its name, the layer it is, and why it falls back, if it does."""
+    """One experts module of a model: its name, the layers it runs as, and why it falls back, if it does.
+
+    It is one layer, or two where the module's own code runs between the GEMMs: of the first the up GEMM runs, of the
+    second the down GEMM.
+    """
 
     name: str
-    layer: ExpertLayer | None
+    layers: tuple[ExpertLayer, ...]
     reason: str | None
+
+    @property
+    def layer(self) -> ExpertLayer | None:
+        """The layer whose up GEMM runs, None if the module falls back."""
+        return self.layers[0] if self.layers else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,7 @@ class AdaptedModel:
     @property
     def layers(self) -> tuple[ExpertLayer, ...]:
         """The layers that run on the tuned kernels, in model order, each once."""
-        return tuple(dict.fromkeys(m.layer for m in self.modules if m.layer is not None))
+        return tuple(dict.fromkeys(layer for m in self.modules for layer in m.layers))
 
 
 def register_transformers(
@@ -117,13 +126,13 @@ def prepare_model(
     with group.guard():
         forms = [_inspected(module, _top_k_of(model, name, module)) for name, module in found]
         reasons = _shared_reasons(group, [reason for _, _, reason in forms])
-        layers = [layer for (_, layer, _), reason in zip(forms, reasons, strict=True) if layer and not reason]
+        layers = [layer for (_, own, _), reason in zip(forms, reasons, strict=True) if not reason for layer in own]
         runtime = _start(group, layers, found[0][1]) if layers else None
-        for (_, module), (form, layer, _), reason in zip(found, forms, reasons, strict=True):
+        for (_, module), (form, own, _), reason in zip(found, forms, reasons, strict=True):
             state = adapt(module, reason, form) if reason or form else None
-            if state is not None and reason is None and layer is not None:
+            if state is not None and reason is None:
                 kind = local(next(module.parameters())).device.type
-                state.prepare(module, runtime_module.current(kind), layer.top_k, release=release)
+                state.prepare(module, runtime_module.current(kind), own[0].top_k, release=release)
         if group.world_size > 1:
             # Nobody runs a collective of the model before all have packed.
             group.gather("experts packed", b"")
@@ -131,8 +140,8 @@ def prepare_model(
         for name, module in found:
             _keep_router_in_float32(model, name, module)
     modules = tuple(
-        AdaptedModule(name=name, layer=None if reason else layer, reason=reason)
-        for (name, _), (_, layer, _), reason in zip(found, forms, reasons, strict=True)
+        AdaptedModule(name=name, layers=() if reason else own, reason=reason)
+        for (name, _), (_, own, _), reason in zip(found, forms, reasons, strict=True)
     )
     adapted = AdaptedModel(modules=modules, runtime=runtime)
     if group.rank == 0:
@@ -186,10 +195,10 @@ def _prepare_late(module: torch.nn.Module, top_k: int) -> Adapted:
         known.restore(module)
     group = process_group()
     with group.guard():
-        form, layer, reason = _inspected(module, top_k)
+        form, _, reason = _inspected(module, top_k)
         (reason,) = _shared_reasons(group, [reason])
         state = adapt(module, reason, form)
-        if reason is None and layer is not None:
+        if reason is None:
             kind = local(next(module.parameters())).device.type
             state.prepare(module, runtime_module.current(kind), top_k, release=_options.release)
         else:
@@ -197,16 +206,16 @@ def _prepare_late(module: torch.nn.Module, top_k: int) -> Adapted:
     return state
 
 
-def _inspected(module: torch.nn.Module, top_k: int) -> tuple[Form | None, ExpertLayer | None, str | None]:
-    """Return a module's form and layer, or why it has none."""
+def _inspected(module: torch.nn.Module, top_k: int) -> tuple[Form | None, tuple[ExpertLayer, ...], str | None]:
+    """Return a module's form and layers, or why it has none."""
     try:
         form = form_of(module)
         device = local(getattr(module, form.names[1])).device.type
         if device not in ("cpu", "cuda"):
             raise Unsupported(f"its weights are on {device}")
-        return form, plain_weights(module, form).layer(form, top_k), None
+        return form, plain_weights(module, form).layers(form, top_k), None
     except (Unsupported, InputError) as error:
-        return None, None, str(error)
+        return None, (), str(error)
 
 
 def _shared_reasons(group: Group, reasons: list[str | None]) -> list[str | None]:
