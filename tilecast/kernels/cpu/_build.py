@@ -179,6 +179,10 @@ class Emit:
         """Bring a cache line towards the core (second-level cache)."""
         self.call_external("llvm.prefetch.p0", VOID, [address, i32(0), i32(2), i32(1)])
 
+    def fence(self) -> None:
+        """Keep the compiler from carrying loaded values across: loading again is cheaper than a spilled register."""
+        self.builder.asm(ir.FunctionType(VOID, []), "", "~{memory}", [], True)
+
     def shuffle(self, a: Value, b: Value, indices: Sequence[int]) -> Value:
         return self.builder.shuffle_vector(a, b, ir.Constant(vector(I32, len(indices)), list(indices)))
 

@@ -13,7 +13,7 @@ from typing import Literal
 from llvmlite import ir
 
 from tilecast.kernels.cpu._build import BF16, F16, F32, I32, I64, PTR, VOID, Emit, Value, i64, vector
-from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes, decode, emit_group_end
+from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes, emit_group_end, load_code
 
 Source = Literal["f32", "f16", "pairs", "int4", "int8", "fp8"]
 
@@ -152,6 +152,9 @@ def _groups(
 def _step(
     emit: Emit, micro: Micro, rows: list[Value], bases: list[Value], acc: list[list[Value]], a_at: Value, b_at: Value
 ) -> None:
+    if micro.source in CODES_PER_WORD:
+        _step_codes(emit, micro, rows, bases, acc, a_at, b_at)
+        return
     columns = [_weights(emit, micro, bases, v, b_at) for v in range(micro.nv)]
     if micro.dot:
         for m, row in enumerate(rows):
@@ -161,8 +164,6 @@ def _step(
         return
     if micro.source == "pairs":
         columns = [_halves(emit, word[0]) for word in columns]
-    elif micro.source in CODES_PER_WORD:
-        columns = [decode(emit, micro.source, word[0]) for word in columns]
     for k in range(micro.step):
         for m, row in enumerate(rows):
             a = emit.splat(emit.load(row, emit.iadd(a_at, 4 * k), F32, align=4))
@@ -170,15 +171,34 @@ def _step(
                 emit.set(acc[m][v], emit.fma(a, columns[v][k], emit.get(acc[m][v], emit.floats)))
 
 
+def _step_codes(
+    emit: Emit, micro: Micro, rows: list[Value], bases: list[Value], acc: list[list[Value]], a_at: Value, b_at: Value
+) -> None:
+    """Make one code of each word into a float at a time, so that registers are left for the sums."""
+    for k in range(micro.step):
+        places = [_place(micro, bases, v) for v in range(micro.nv)]
+        columns = [load_code(emit, micro.source, base, emit.iadd(b_at, offset), k) for base, offset in places]
+        for m, row in enumerate(rows):
+            a = emit.splat(emit.load(row, emit.iadd(a_at, 4 * k), F32, align=4))
+            for v, column in enumerate(columns):
+                emit.set(acc[m][v], emit.fma(a, column, emit.get(acc[m][v], emit.floats)))
+        emit.fence()
+
+
 def _weights(emit: Emit, micro: Micro, bases: list[Value], v: int, b_at: Value) -> list[Value]:
-    column = v * micro.lanes
-    base = bases[column // micro.panel] if len(bases) > 1 else bases[0]
-    offset = emit.iadd(b_at, (column % micro.panel) * micro.column_bytes)
+    base, column_offset = _place(micro, bases, v)
+    offset = emit.iadd(b_at, column_offset)
     if micro.source == "f32":
         return [emit.load(base, offset, emit.floats, align=4)]
     if micro.source == "f16":
         return [emit.fpext(emit.load(base, offset, vector(F16, micro.lanes), align=2), emit.floats)]
     return [emit.load(base, offset, emit.words, align=4)]
+
+
+def _place(micro: Micro, bases: list[Value], v: int) -> tuple[Value, int]:
+    """Return the panel of a tile's vector v of columns, and the bytes to it within one step."""
+    column = v * micro.lanes
+    return bases[column // micro.panel] if len(bases) > 1 else bases[0], column % micro.panel * micro.column_bytes
 
 
 def _halves(emit: Emit, word: Value) -> list[Value]:

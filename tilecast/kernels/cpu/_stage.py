@@ -29,7 +29,7 @@ def emit_stage_packed(module: Value, name: str, micro: Micro, source: Source, pa
         for v in range(micro.nv):
             loaded = _weights(emit, packed, bases, v, at)
             if source in CODES_PER_WORD:
-                values = decode(emit, source, loaded[0])
+                values = [decode(emit, source, loaded[0], k) for k in range(packed.step)]
             else:
                 values = _halves(emit, loaded[0]) if source == "pairs" else loaded
             for k, value in enumerate(values):
@@ -93,8 +93,8 @@ def emit_stage_codes(module: Value, name: str, micro: Micro, kind: str, fma: boo
 
     def write(word: Value, index: Value, column: Value) -> None:
         target = emit.iadd(emit.imul(index, row_bytes * CODES_PER_WORD[kind]), column)
-        for k, value in enumerate(decode(emit, kind, word)):
-            emit.store(value, scratch, emit.iadd(target, k * row_bytes), align=4)
+        for k in range(CODES_PER_WORD[kind]):
+            emit.store(decode(emit, kind, word, k), scratch, emit.iadd(target, k * row_bytes), align=4)
 
     with emit.loop(0, i64(micro.nv)) as group:
         column = emit.imul(group, 4 * lanes)

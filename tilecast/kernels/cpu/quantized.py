@@ -8,6 +8,7 @@ padded as in dense panels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, weight_format
 
 SCALE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+ROOM = 16
+"""Words before the codes: kernels read a few bytes ahead of the first one."""
 PLAIN_SCALE_PANEL = 64
 """Columns of a panel of scales where the codes themselves are plain."""
 
@@ -90,7 +93,8 @@ def pack_codes(stack: QuantizedStack, gemm: ExpertGemm, panel: int, isa: Isa) ->
     order = column_order(gemm, isa.lanes)
     present, rows = order >= 0, order.clamp(min=0)
     columns, words = len(order), padded_k(gemm, pairs=False) // _per_word(gemm)
-    packed = empty_on_large_pages((gemm.layer.experts, columns // panel, words, panel), torch.int32)
+    shape = (gemm.layer.experts, columns // panel, words, panel)
+    packed = empty_on_large_pages((ROOM + math.prod(shape),), torch.int32)[ROOM:].view(shape)
     plain = stack.codes.view(torch.uint8)
     for expert in range(gemm.layer.experts):
         padded = torch.zeros(columns, 4 * words, dtype=torch.uint8)
@@ -204,8 +208,10 @@ def _wrong_panels(data: object, gemm: ExpertGemm, panel: int, isa: Isa) -> str |
     groups = (gemm.layer.experts, columns // panel, scale_shape(gemm)[1])
     scales = data.scales
     good = data.codes.shape == codes and scales.values.shape == (*groups, each) and scales.panel == panel
+    good = good and data.codes.storage_offset() >= ROOM
     good = good and (scales.zeros is None or scales.zeros.shape == (*groups, panel))
     tensors = [tensor for tensor in (data.codes, scales.values, scales.zeros) if tensor is not None]
     if not good or any(not tensor.is_contiguous() or tensor.device.type != "cpu" for tensor in tensors):
-        return f"have codes {tuple(data.codes.shape)} and scales {tuple(scales.values.shape)}, expected {codes}"
+        found = f"have codes {tuple(data.codes.shape)} and scales {tuple(scales.values.shape)}"
+        return f"{found}, expected {codes} and room before"
     return None
