@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks.regret_picture import picture
-from benchmarks.strategies import by_file, compare, summary
+from benchmarks.strategies import by_file, compare, summary, true_times, unbiased
 from tests.autotune.fake_times import FakeTimes
 from tests.autotune.shared import HERE, LAYER
 from tests.torch_kernel import TorchKernel
@@ -187,9 +190,29 @@ def test_strategies_are_compared_by_regret_and_cost(
     assert {name: row["median_regret"] for name, row in files.items()} == {
         name: row["median_regret"] for name, row in table.items()
     }
+    assert table["ranked"]["slower_than_default"] == 0
+    fewer, _ = compare(tmp_path, ["ranked", "exhaustive"], {"ranked": 2, "exhaustive": 1})
+    assert fewer["ranked"] == table["ranked"]
     drawing = ElementTree.fromstring(picture("a < b", table))
     texts = {element.text for element in drawing.iter() if element.text}
     assert {"a < b", *table} <= texts
+
+
+def test_the_unbiased_regret_is_free_of_the_winners_curse(sweeps: list[Sweep]) -> None:
+    """All configs are equally fast: the plain regret of any of them is well above none, the unbiased one about none."""
+    rng = random.Random(5)
+    plain, fair = [], []
+    for _ in range(60):
+        recorded = tuple(
+            replace(r, samples_us=tuple(100 * math.exp(0.06 * rng.gauss(0, 1)) for _ in range(14)))
+            for r in sweeps[0].recorded
+        )
+        times = true_times(replace(sweeps[0], recorded=recorded))
+        configs = [r.config for r in recorded]
+        plain.append(times.us[configs[0]] / min(times.us.values()) - 1)
+        fair.append(unbiased(times, configs[0], configs))
+    assert sum(plain) / len(plain) > 0.015
+    assert abs(sum(fair) / len(fair)) < 0.01
 
 
 def test_a_real_sweep_can_be_tuned_over() -> None:
