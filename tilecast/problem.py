@@ -192,6 +192,22 @@ class ExpertGemm:
         """Floating-point operations of `rows` routed rows, a multiply-add counted as two."""
         return 2 * rows * self.n * self.k
 
+    @property
+    def misfit(self) -> str | None:
+        """Why the length of the reduction does not fit the layer's weight format: a group cut in two; None if it does.
+
+        A word of packed codes is never longer than a group. Blocks of fp8 may end early, as checkpoints have them.
+        """
+        form = _FORMATS[self.layer.weight_format]
+        if form.kind == "fp8" or not form.group or self.k % form.group == 0:
+            return None
+        what = "hidden size H" if self.name == "up" else "intermediate size I"
+        below = self.k // form.group * form.group
+        return (
+            f"{what} is {self.k}, which cuts a group of {form.group} of {self.layer.weight_format} in two; "
+            f"sizes that work are multiples of {form.group}, such as {below or form.group} or {below + form.group}"
+        )
+
     def weight_bytes(self, experts: int | None = None) -> int:
         """Bytes of the weights of `experts` experts (default: all of the layer's)."""
         count = self.layer.experts if experts is None else experts

@@ -19,6 +19,7 @@ CODE_DTYPES = {"awq": torch.uint8, "int4": torch.uint8, "int8": torch.int8, "fp8
 SYMMETRIC_ZERO = {"int4": 8, "int8": 0}
 """What a symmetric format subtracts from its codes: int4 ones are held unsigned."""
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ALL = slice(None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,9 +61,14 @@ class QuantizedStack:
         return self.codes.device
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Codes, scales and, where there are some, zero points."""
+        return tuple(tensor for tensor in (self.codes, self.scales, self.zeros) if tensor is not None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros) if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def check(self, gemm: ExpertGemm) -> None:
         """Raise InputError unless these can be the weights of `gemm`."""
@@ -78,29 +84,33 @@ class QuantizedStack:
                     f"{name} are {tuple(tensor.shape)}, expected {scales} for {gemm.layer.label} {gemm.name}"
                 )
 
-    def integers(self, expert: int) -> torch.Tensor:
-        """Return one expert's codes [N, K] less their zero points, as float32 (exact)."""
+    def integers(self, expert: int, rows: slice = ALL) -> torch.Tensor:
+        """Return one expert's codes [N, K], or those of some rows, less their zero points, as float32 (exact)."""
         form = weight_format(self.format)
-        codes = self.codes[expert]
+        codes = self.codes[expert, rows]
         if form.kind == "fp8":
             return codes.to(torch.float32)
         values = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2) if form.codes_per_byte == 2 else codes
         found = values.to(torch.float32)
         if self.zeros is not None:
-            return found - self.zeros[expert].to(torch.float32).repeat_interleave(form.group, dim=1)
+            return found - self.zeros[expert, rows].to(torch.float32).repeat_interleave(form.group, dim=1)
         return found - SYMMETRIC_ZERO[form.kind]
 
-    def row_scales(self, gemm: ExpertGemm, expert: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return one expert's scales for each row and element of K: [N, K]."""
+    def row_scales(
+        self, gemm: ExpertGemm, expert: int, dtype: torch.dtype = torch.float32, rows: slice = ALL
+    ) -> torch.Tensor:
+        """Return one expert's scales for each row, or some rows, and element of K: [N, K]."""
         form = weight_format(self.format)
-        scales = self.scales[expert].to(dtype).index_select(0, scale_rows(gemm).to(self.device))
+        scales = self.scales[expert].to(dtype).index_select(0, scale_rows(gemm)[rows].to(self.device))
         if form.group:
             scales = scales.repeat_interleave(form.group, dim=1)[:, : gemm.k]
-        return scales.expand(gemm.n, gemm.k)
+        return scales.expand(-1, gemm.k)
 
-    def dequantized(self, gemm: ExpertGemm, expert: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """Return one expert's weights [N, K]: (code - zero) · scale, computed in `dtype`."""
-        return self.integers(expert).to(dtype) * self.row_scales(gemm, expert, dtype)
+    def dequantized(
+        self, gemm: ExpertGemm, expert: int, dtype: torch.dtype = torch.float64, rows: slice = ALL
+    ) -> torch.Tensor:
+        """Return one expert's weights [N, K], or some rows of them: (code - zero) · scale, computed in `dtype`."""
+        return self.integers(expert, rows).to(dtype) * self.row_scales(gemm, expert, dtype, rows)
 
 
 def scale_shape(gemm: ExpertGemm) -> tuple[int, int]:
@@ -132,14 +142,8 @@ def scale_rows(gemm: ExpertGemm) -> torch.Tensor:
 
 def check_sizes(gemm: ExpertGemm) -> None:
     """Raise InputError where a layer's sizes do not fit its weight format: a group or a word cut in two."""
-    form = weight_format(gemm.layer.weight_format)
-    if form.kind != "fp8" and form.group and gemm.k % form.group:
-        what = "hidden size H" if gemm.name == "up" else "intermediate size I"
-        below = gemm.k // form.group * form.group
-        raise InputError(
-            f"{what} is {gemm.k}, which cuts a group of {form.group} of {gemm.layer.weight_format} in two; "
-            f"sizes that work are multiples of {form.group}, such as {below or form.group} or {below + form.group}"
-        )
+    if gemm.misfit is not None:
+        raise InputError(gemm.misfit)
 
 
 def quantize(weights: torch.Tensor, gemm: ExpertGemm, scale_dtype: torch.dtype = torch.float16) -> QuantizedStack:
