@@ -24,6 +24,7 @@ from tilecast.canonical import canonical_json
 from tilecast.engine import runtime as runtime_module
 from tilecast.engine.adapted import STATE, Adapted, adapt, adapted_of
 from tilecast.engine.agreement import check_coverage, process_group, startup
+from tilecast.engine.announce import announce
 from tilecast.engine.expert_module import Form, Unsupported, form_of, local, plain_weights
 from tilecast.engine.group import Group
 from tilecast.engine.runtime import Runtime
@@ -269,7 +270,8 @@ def _log(adapted: AdaptedModel) -> None:
     kinds = sorted({d.certificate for d in runtime.table.decisions if d.layer in decided}) or ["none"]
     largest = {max(b.tokens for b in runtime.buckets(layer)) for layer in decided}
     reach = f" up to {min(largest)} tokens" if largest else ""
-    logger.info(
+    announce(
+        logger,
         "experts of %d of %d layers run on Tilecast: table %s, %d decisions, %d of %d distinct layers covered%s, "
         "policy %s, certificate %s",
         sum(m.reason is None for m in adapted.modules), len(adapted.modules),
@@ -350,6 +352,9 @@ def _after_loading(model_class: Any) -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("experts_implementation") == NAME and _options.settings is None:
+            # A variable that cannot be understood is found out before the weights are read.
+            Settings.from_environment()
         loaded = load(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if any(_asks_for_us(module) for _, module in experts_modules(model)):
