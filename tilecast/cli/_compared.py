@@ -53,7 +53,7 @@ def _show_operations(output: Output, found: Comparison, report: ReferenceReport)
             against = "" if one.error is None else f"; error {_number(one.error)}, {_rival(one)}"
             output.show(f"FAULT at {one.operation.label}: {one.reason}{against}.")
     if report.first_fault is None:
-        output.show("No operation is beyond rounding: what differs is the order of sums.")
+        output.show("No operation is beyond rounding: orders of sums differ, or where results are rounded.")
 
 
 def _cell(reports: list[OperationReport]) -> str:

@@ -202,7 +202,7 @@ def unmet(comparison: Comparison, expected: Sequence[str]) -> str | None:
         for check in comparison.invariance:
             if check.verdict != "equal" and name in ("invariant", check.check):
                 where = check.detail if check.first is None else f"first at {check.first.operation.label}"
-                return f"{check.check}: bits {'differ' if check.first else 'were not compared'}, {where}"
+                return f"{check.check}: bits {'differ' if check.verdict == 'differs' else 'were not compared'}, {where}"
     return None
 
 

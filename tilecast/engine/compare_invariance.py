@@ -25,7 +25,7 @@ CHECKS = {
     "padding": "alone, or padded on the left in a batch of different lengths",
     "decode": "a prompt at once, or token by token through a cache",
     "chunked": "a prompt at once, or in chunks through a cache",
-    "buckets": "token counts on both sides of the table's bucket edges",
+    "buckets": "token counts at and above the edges of buckets",
     "restart": "this process, or a new one",
     "policy": "the policy reproducible, or fastest",
     "ranks": "rank 0, or the other ranks",

@@ -165,7 +165,7 @@ def compare_to(reference: Reference, model: nn.Module) -> ReferenceReport:
     prompts, theirs = reference.prompts, reference.trace
     ours = run(model, prompts, alone(prompts))
     forced = run(model, prompts, alone(prompts), forced=theirs)
-    common = [name for name in ours if name in theirs]
+    common = [name for name in ours if name in theirs and _same_form(ours[name], theirs[name])]
     judged = [_judged(reference, ours[name], theirs[name], forced[name]) for name in common]
     differing = [one.operation.name for one in judged if not one.given_equal.equal]
     innocent = not_guilty(forced, theirs, differing)
@@ -176,6 +176,13 @@ def compare_to(reference: Reference, model: nn.Module) -> ReferenceReport:
         routers=routing_reports(prompts, ours, theirs, forced, reference.wide_forced),
         outcome=_outcome(prompts, ours, theirs, reference.wide_free),
     )
+
+
+def _same_form(ours: Record, theirs: Record) -> bool:
+    """Whether two collectives do the same: one model may gather what the other reduces, and no bits compare then."""
+    if ours.operation.kind != "collective":
+        return True
+    return [out.shape for out in ours.outputs] == [out.shape for out in theirs.outputs]
 
 
 def _exact_experts(model: nn.Module, trace: Trace) -> dict[str, torch.Tensor]:
