@@ -45,7 +45,7 @@ def layers(draw: st.DrawFn) -> ExpertLayer:
         dtype=draw(st.sampled_from(sorted(DTYPES))),
         weight_format=draw(st.sampled_from(WEIGHT_FORMATS)),
         activation=activation,
-        gated=activation != "identity" and draw(st.booleans()),
+        gated=activation == "drelu" or (activation != "identity" and draw(st.booleans())),
         bias=draw(st.booleans()),
         global_experts=global_experts,
     )

@@ -17,8 +17,12 @@ from tilecast.errors import ConfigError, InputError
 DTYPES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one element, by dtype name."""
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai", "identity")
-"""Names of the activations between the two GEMMs; `swiglu_oai` is gpt-oss's clamped form, `identity` none at all."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "swiglu_oai", "identity")
+"""Names of the activations between the two GEMMs; `swiglu_oai` is gpt-oss's clamped form, `drelu` is relu on both gate
+and up (TurboSparse), `identity` none at all."""
+
+EXACT_ZEROS = ("relu", "relu2", "drelu")
+"""Activations that make exact zeros, which need not be multiplied with anything."""
 
 GROUPS = (32, 64, 128)
 
@@ -118,6 +122,8 @@ class ExpertLayer:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected true or false")
         if self.activation == "identity" and self.gated:
             raise InputError("activation is 'identity' with gated=true, expected gated=false or another activation")
+        if self.activation == "drelu" and not self.gated:
+            raise InputError("activation is 'drelu' with gated=false, expected gated=true or relu")
 
     @property
     def up(self) -> ExpertGemm:

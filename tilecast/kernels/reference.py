@@ -32,11 +32,14 @@ def activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> to
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
         "relu": F.relu,
         "relu2": lambda x: F.relu(x).square(),
+        "drelu": F.relu,
         "identity": lambda x: x,
     }
     if activation not in functions:
         raise InputError(f"activation is {activation!r}, expected one of {', '.join([*functions, 'swiglu_oai'])}")
     value = functions[activation](gate)
+    if activation == "drelu" and up is not None:
+        up = F.relu(up)
     return value if up is None else value * up
 
 

@@ -9,6 +9,7 @@ from tilecast.errors import InputError, ModelError
 from tilecast.models.families import FAMILIES
 from tilecast.models.fields import Fields
 from tilecast.models.model import LayerGroup, Model, indices_text
+from tilecast.models.quantization import Stored, read_quantization
 from tilecast.models.rules import Family
 from tilecast.problem import DTYPES, ExpertLayer
 
@@ -23,6 +24,7 @@ ACTIVATION_NAMES = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "gelu_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "relu": "relu", "relu2": "relu2",
+    "drelu": "drelu",
 }  # fmt: skip
 """transformers' names of activations; the four tanh forms are the same function."""
 
@@ -35,17 +37,21 @@ def dtype_name(dtype: str, what: str) -> str:
     return name
 
 
-def read_config(config: Mapping[str, Any], *, name: str, source: str, dtype: str | None = None) -> Model:
+def read_config(
+    config: Mapping[str, Any], *, name: str, source: str, dtype: str | None = None, weights: str | None = None
+) -> Model:
     """Return the model that a parsed config.json describes.
 
-    `name` and `source` are kept as they are; `dtype` overrides the file's. Raises ModelError.
+    `name` and `source` are kept as they are; `dtype` overrides the file's, `weights` its weight format. Raises
+    ModelError.
     """
     what = name if source == "preset" else source
     model_type, family, inner = _identify(config, what)
     fields = Fields(inner, what)
     notes = [family.note] if family.note else []
-    layer_dtype = _dtype(Fields(config, what), fields, dtype, notes)
-    groups, dense = _layers(fields, family, layer_dtype)
+    outer = Fields(config, what)
+    stored = _stored(outer, fields, dtype, weights, notes)
+    groups, dense = _layers(fields, family, _dtype(outer, fields, dtype), stored)
     if not groups:
         raise fields.error(f"family {model_type}: none of its {dense} layers has routed experts")
     shared = family.shared(fields)
@@ -90,18 +96,32 @@ def _identify(config: Mapping[str, Any], what: str) -> tuple[str, Family, Mappin
     return name, family, config
 
 
-def _dtype(outer: Fields, inner: Fields, given: str | None, notes: list[str]) -> str:
-    stored = outer.get("quantization_config") or inner.get("quantization_config")
-    if stored is not None:
-        method = stored.get("quant_method", "unnamed") if isinstance(stored, Mapping) else stored
-        if given is None:
-            raise outer.error(
-                f"weights are quantised ({method}) and only dense weights run so far; "
-                "name the dtype they will be dequantised to, such as dtype bf16"
-            )
-        notes.append(f"the checkpoint is quantised ({method}); the layers are dense {dtype_name(given, outer.what)}")
-    elif (published := outer.get("published_weights")) is not None:
-        notes.append(f"weights are published as {published}; the layers are dense")
+def _stored(
+    outer: Fields, inner: Fields, dtype: str | None, weights: str | None, notes: list[str]
+) -> Stored | None:
+    """Return how experts' weights are stored, None where they are dense; adds what a reader should know to `notes`."""
+    found = outer.get("quantization_config") or inner.get("quantization_config")
+    if weights is not None:
+        if found is not None:
+            method = found.get("quant_method", "unnamed") if isinstance(found, Mapping) else found
+            notes.append(f"the checkpoint is quantised ({method!s:.40}); the layers are {weights} as asked for")
+        return None if weights == "dense" else Stored(method="as asked for", format=weights)
+    if found is None:
+        if (published := outer.get("published_weights")) is not None:
+            notes.append(f"weights are published as {published}; the layers are dense")
+        return None
+    try:
+        stored = read_quantization(found)
+    except ModelError as error:
+        if dtype is None:
+            raise outer.error(f"{error}; name the dtype they will be dequantised to, such as dtype bf16") from error
+        notes.append(f"{error}; the layers are dense {dtype_name(dtype, outer.what)}")
+        return None
+    notes.append(f"experts are stored quantised ({stored.method}){f'; {stored.note}' if stored.note else ''}")
+    return stored
+
+
+def _dtype(outer: Fields, inner: Fields, given: str | None) -> str:
     if given is not None:
         return dtype_name(given, outer.what)
     for fields in (outer, inner):
@@ -110,7 +130,9 @@ def _dtype(outer: Fields, inner: Fields, given: str | None, notes: list[str]) ->
     return "bf16"
 
 
-def _layers(fields: Fields, family: Family, dtype: str) -> tuple[tuple[LayerGroup, ...], int]:
+def _layers(
+    fields: Fields, family: Family, dtype: str, stored: Stored | None
+) -> tuple[tuple[LayerGroup, ...], int]:
     """Return the MoE layers, equal ones grouped, and the number of dense layers."""
     count = fields.integer(*family.layers, high=MAX_LAYERS)
     for constant, expected in family.constants:
@@ -128,12 +150,21 @@ def _layers(fields: Fields, family: Family, dtype: str) -> tuple[tuple[LayerGrou
             layer = ExpertLayer(
                 hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, dtype=dtype,
                 activation=activation, gated=family.gated, bias=family.bias,
+                weight_format="dense" if stored is None else stored.format_for(index, hidden, intermediate),
             )  # fmt: skip
+            check_fit(layer)
         except InputError as error:
             raise fields.error(str(error)) from error
         indices.setdefault(layer, []).append(index)
     groups = [LayerGroup(layer=layer, count=len(at), indices=indices_text(at)) for layer, at in indices.items()]
     return tuple(groups), count - sum(sparse)
+
+
+def check_fit(layer: ExpertLayer) -> None:
+    """Raise InputError where a layer's sizes cut a group of its weight format in two."""
+    for gemm in layer.gemms:
+        if gemm.misfit is not None:
+            raise InputError(gemm.misfit)
 
 
 def _per_layer(fields: Fields, family: Family, names: tuple[str, ...], count: int) -> list[int]:

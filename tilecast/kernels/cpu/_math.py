@@ -96,7 +96,12 @@ def activate(emit: Emit, name: str, gate: Value, up: Value | None) -> Value:
     elif name == "identity":
         value = gate
     else:
-        value = emit.select_lanes("<", gate, const(emit, 0.0), const(emit, 0.0), gate)
+        value = clamp(emit, gate, 0.0, None)
         if name == "relu2":
             value = emit.fmul(value, value)
+        if up is not None:
+            if name == "drelu":
+                up = clamp(emit, up, 0.0, None)
+            # +0 whatever the up value is, even −1 or infinity: what is dead need not be computed to know its bits.
+            return emit.select_lanes("<=", gate, const(emit, 0.0), const(emit, 0.0), emit.fmul(value, up))
     return value if up is None else emit.fmul(value, up)

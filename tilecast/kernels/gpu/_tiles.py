@@ -57,8 +57,10 @@ def activate(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     elif ACTIVATION == "identity":
         value = gate
     else:
-        tl.static_assert(ACTIVATION == "relu" or ACTIVATION == "relu2")
+        tl.static_assert(ACTIVATION == "relu" or ACTIVATION == "relu2" or ACTIVATION == "drelu")
         value = tl.where(gate < 0.0, 0.0, gate)
+        if ACTIVATION == "drelu":
+            up = tl.where(up < 0.0, 0.0, up)
         if ACTIVATION == "relu2":
             value = value * value
     if GATED:
