@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types layers bench gpu gpu-report clean
+.PHONY: demo test check lint types layers bench versions gpu gpu-report clean
 
 $(STAMP): requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,22 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# The adapter's tests with other versions of transformers, each in a folder of its own over the same environment.
+VERSIONS ?= 5.17.0 5.20.2 5.23.0
+ADAPTER := $(wildcard tests/engine/test_transformers*.py)
+
+build/versions/%/.installed: requirements/dev.txt | $(STAMP)
+	mkdir -p $(@D)
+	grep -vE '^(transformers|huggingface_hub)=' requirements/dev.txt > $(@D)/constraints.txt
+	$(BIN)/python -m pip install --quiet --upgrade --target $(@D) --constraint $(@D)/constraints.txt transformers==$*
+	touch $@
+
+versions: $(VERSIONS:%=build/versions/%/.installed)
+	for version in $(VERSIONS); do \
+	  echo "transformers $$version"; \
+	  PYTHONPATH=build/versions/$$version $(BIN)/python -m pytest -q $(ADAPTER) || exit 1; \
+	done
 
 # On a machine with a GPU, with the Python that has its PyTorch: no environment is built. ARGS="--minutes 8" and such.
 GPU_PYTHON ?= python3
