@@ -128,12 +128,33 @@ def test_dtypes_that_cannot_be_used(tmp_path: Path) -> None:
     assert "expected one of" in refusal("mixtral-8x7b", dtype="int8")
 
 
-def test_quantised_weights_need_a_dtype(tmp_path: Path) -> None:
-    path = str(write(tmp_path, {**MIXTRAL, "quantization_config": {"quant_method": "awq", "bits": 4}}))
-    assert "quantised (awq)" in refusal(path)
+def test_weights_quantised_in_no_known_way_need_a_dtype(tmp_path: Path) -> None:
+    path = str(write(tmp_path, {**MIXTRAL, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    message = refusal(path)
+    assert "quantised (gptq)" in message and "awq, compressed-tensors, fp8 are read" in message
     model = resolve(path, dtype="bf16")
     assert model.layers[0].layer.weight_format == "dense"
-    assert any("awq" in note for note in model.notes)
+    assert any("gptq" in note for note in model.notes)
+
+
+def test_a_weight_format_behind_a_colon(tmp_path: Path) -> None:
+    layer = resolve("mixtral-8x7b:AWQ_g128").layers[0].layer
+    assert (layer.weight_format, layer.dtype) == ("awq_g128", "bf16")
+    assert layer.label.endswith("bf16 awq_g128")
+    config = {**MIXTRAL, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32}}
+    folder = write(tmp_path, config).parent
+    assert resolve(str(folder)).layers[0].layer.weight_format == "awq_g32"
+    dense = resolve(f"{folder}:dense")
+    assert dense.layers[0].layer.weight_format == "dense" and any("(awq)" in note for note in dense.notes)
+    assert resolve("E=4,H=256,I=256,k=2:int8_channel").layers[0].layer.weight_format == "int8_channel"
+    assert "weight format of mixtral-8x7b is 'int5', expected one of dense, awq_g32" in refusal("mixtral-8x7b:int5")
+    assert "no preset" in refusal("mixtrel:awq_g128")
+
+
+def test_a_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
+    folder = tmp_path / "x:awq_g128"
+    folder.mkdir()
+    assert resolve(str(write(folder, MIXTRAL))).layers[0].layer.weight_format == "dense"
 
 
 @pytest.mark.parametrize("name", ["silu", "swish"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,3 +107,15 @@ def test_no_such_rank(rank: int) -> None:
 def test_experts_are_not_split_twice() -> None:
     with pytest.raises(ModelError, match="already"):
         shard(shard(LAYER, ep=2)[0].layer, ep=2)
+
+
+def test_cuts_inside_what_shares_a_scale_are_refused_when_a_model_is_split() -> None:
+    layer = ExpertLayer(experts=8, hidden=4096, intermediate=14336, top_k=2, weight_format="awq_g128")
+    assert [part.layer.intermediate for part in shard(layer, tp=8)] == [1792]
+    with pytest.raises(ModelError, match=r"inside a group of 128 .*; tp that work: 1, 2, 4, 7, 8, 14, 16, 28, …$"):
+        shard(layer, tp=3)
+    with pytest.raises(ModelError, match="inside a block of 128"):
+        shard(replace(layer, weight_format="fp8_block128", intermediate=768), tp=4)
+    assert len(shard(replace(layer, weight_format="fp8_tensor"), tp=3)) == 2
+    with pytest.raises(ModelError, match="intermediate size I is 100, which cuts a group of 128"):
+        shard(replace(layer, intermediate=100))

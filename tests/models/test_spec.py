@@ -27,6 +27,13 @@ def test_its_name_is_a_spec_of_itself() -> None:
     assert resolve(model.name) == model
 
 
+def test_a_weight_format() -> None:
+    model = resolve("E=8,H=256,I=384,k=2,W=AWQ_g128,dtype=fp16")
+    assert model.layers[0].layer.weight_format == "awq_g128"
+    assert model.name == "E=8,H=256,I=384,k=2,dtype=fp16,w=awq_g128"
+    assert resolve(model.name) == model
+
+
 def test_dtype_given_beside_the_spec_wins() -> None:
     assert resolve("E=8,H=4,I=4,k=2,dtype=fp16", dtype="fp32").layers[0].layer.dtype == "fp32"
 
@@ -36,7 +43,7 @@ def test_dtype_given_beside_the_spec_wins() -> None:
     [
         ("E=8,H=4096,I=14336", "lacks k"),
         ("E=8", "lacks H, I, k"),
-        ("E=8,H=4,I=4,k=2,F=1", "unknown key 'F', expected one of E, H, I, k, dtype, act, gated, bias"),
+        ("E=8,H=4,I=4,k=2,F=1", "unknown key 'F', expected one of E, H, I, k, dtype, w, act, gated, bias"),
         ("E=8,H=4,I=4,k=2,e=9", "e is given twice"),
         ("E=8,H=4,I=4,k=2,", "not key=value"),
         ("E=8,H=4,I=,k=2", "not key=value"),
@@ -50,6 +57,11 @@ def test_dtype_given_beside_the_spec_wins() -> None:
         ("E=8,H=4,I=4,k=2,dtype=int8", "dtype is 'int8'"),
         ("E=8,H=4,I=4,k=2,act=tanh", "act is 'tanh', expected one of silu"),
         ("E=8,H=4,I=4,k=2,gated=maybe", "gated is 'maybe'"),
+        ("E=8,H=4,I=4,k=2,w=int4", "weight format is 'int4', expected one of dense, awq_g32"),
+        (
+            "E=8,H=256,I=200,k=2,w=awq_g128",
+            "size I is 200, which cuts a group of 128 .* such as 128 or 256",
+        ),
     ],
 )
 def test_refusals(spec: str, says: str) -> None:

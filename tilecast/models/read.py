@@ -96,9 +96,7 @@ def _identify(config: Mapping[str, Any], what: str) -> tuple[str, Family, Mappin
     return name, family, config
 
 
-def _stored(
-    outer: Fields, inner: Fields, dtype: str | None, weights: str | None, notes: list[str]
-) -> Stored | None:
+def _stored(outer: Fields, inner: Fields, dtype: str | None, weights: str | None, notes: list[str]) -> Stored | None:
     """Return how experts' weights are stored, None where they are dense; adds what a reader should know to `notes`."""
     found = outer.get("quantization_config") or inner.get("quantization_config")
     if weights is not None:
@@ -130,9 +128,7 @@ def _dtype(outer: Fields, inner: Fields, given: str | None) -> str:
     return "bf16"
 
 
-def _layers(
-    fields: Fields, family: Family, dtype: str, stored: Stored | None
-) -> tuple[tuple[LayerGroup, ...], int]:
+def _layers(fields: Fields, family: Family, dtype: str, stored: Stored | None) -> tuple[tuple[LayerGroup, ...], int]:
     """Return the MoE layers, equal ones grouped, and the number of dense layers."""
     count = fields.integer(*family.layers, high=MAX_LAYERS)
     for constant, expected in family.constants:

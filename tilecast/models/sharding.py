@@ -7,11 +7,14 @@ ranks that share a token's partial sums are neighbours, which is where the fast 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import lcm
 
 from tilecast.errors import ModelError
-from tilecast.problem import ExpertLayer
+from tilecast.problem import ExpertLayer, weight_format
 
 MAX_RANKS = 1 << 16
+SHOWN = 8
+"""Values of tp that work which a message names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,25 @@ def shard(layer: ExpertLayer, *, tp: int = 1, ep: int = 1) -> tuple[Shard, ...]:
     return tuple(Shard(ranks=tuple(where), layer=part) for part, where in ranks.items())
 
 
+def check_cut(layer: ExpertLayer, tp: int) -> None:
+    """Raise ModelError where `tp` ranks would cut I inside a group or a block of weights that shares a scale."""
+    form = weight_format(layer.weight_format)
+    unit = lcm(form.group or 1, form.rows or 1)
+    if _aligned(layer, tp, unit):
+        return
+    counts = range(1, max(1, layer.intermediate // unit) + 1)
+    working = [str(count) for count in counts if _aligned(layer, count, unit)]
+    shown = f"{', '.join(working[:SHOWN])}{', …' if len(working) > SHOWN else ''}"
+    raise ModelError(
+        f"tp={tp} would cut the {layer.intermediate} columns of I inside a {'block' if form.rows != 1 else 'group'} of "
+        f"{unit} that shares a scale ({layer.weight_format}); tp that work: {shown}"
+    )
+
+
+def _aligned(layer: ExpertLayer, tp: int, unit: int) -> bool:
+    return unit == 1 or all(part.start % unit == 0 for part in split(layer.intermediate, tp))
+
+
 def uneven_note(shards: tuple[Shard, ...]) -> str | None:
     """Return one sentence that says which ranks run which layer, or None if all run the same."""
     if len(shards) == 1:
@@ -76,6 +98,9 @@ def _ranks_text(ranks: tuple[int, ...]) -> str:
 
 
 def _check(layer: ExpertLayer, tp: int, ep: int) -> None:
+    for gemm in layer.gemms:
+        if gemm.misfit is not None:
+            raise ModelError(gemm.misfit)
     for name, value in (("tp", tp), ("ep", ep)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANKS:
             raise ModelError(f"{name} is {value!r}, expected an integer from 1 to {MAX_RANKS}")
@@ -87,3 +112,4 @@ def _check(layer: ExpertLayer, tp: int, ep: int) -> None:
         raise ModelError(f"ep is {ep}, more than the {layer.experts} experts to split; use a smaller ep")
     if ep > 1 and layer.experts != layer.global_experts:
         raise ModelError(f"layer {layer.label} is split over experts already, expected an unsharded layer")
+    check_cut(layer, tp)

@@ -1,21 +1,21 @@
-"""A layer written on the command line: `E=8,H=4096,I=14336,k=2`."""
+"""A layer written on the command line: `E=8,H=4096,I=14336,k=2`, with `w=awq_g128` where weights are quantised."""
 
 from __future__ import annotations
 
 from tilecast.errors import InputError, ModelError
 from tilecast.models.model import LayerGroup, Model, Router
-from tilecast.models.read import dtype_name
+from tilecast.models.read import check_fit, dtype_name
 from tilecast.problem import ACTIVATIONS, ExpertLayer
 
-KEYS = ("E", "H", "I", "k", "dtype", "act", "gated", "bias")
+KEYS = ("E", "H", "I", "k", "dtype", "w", "act", "gated", "bias")
 FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
-def read_spec(spec: str, *, dtype: str | None = None) -> Model:
+def read_spec(spec: str, *, dtype: str | None = None, weights: str | None = None) -> Model:
     """Return a model of one layer.
 
-    Keys, in any case and order: E, H, I, k (required), dtype, act, gated, bias. `dtype` overrides the spec's.
-    Raises ModelError.
+    Keys, in any case and order: E, H, I, k (required), dtype, w (the weight format), act, gated, bias. `dtype` and
+    `weights` override the spec's. Raises ModelError.
     """
     given = _pairs(spec)
     missing = [key for key in KEYS[:4] if key.lower() not in given]
@@ -31,10 +31,12 @@ def read_spec(spec: str, *, dtype: str | None = None) -> Model:
             intermediate=_integer(spec, "I", given["i"]),
             top_k=_integer(spec, "k", given["k"]),
             dtype=dtype_name(dtype or given.get("dtype", "bf16"), f"spec {spec!r}"),
+            weight_format=weights or given.get("w", "dense").lower(),
             activation=activation,
             gated=_flag(spec, "gated", given.get("gated", "1")),
             bias=_flag(spec, "bias", given.get("bias", "0")),
         )
+        check_fit(layer)
     except InputError as error:
         if isinstance(error, ModelError):
             raise
@@ -73,6 +75,8 @@ def _flag(spec: str, key: str, text: str) -> bool:
 def _name(layer: ExpertLayer) -> str:
     parts = [f"E={layer.experts}", f"H={layer.hidden}", f"I={layer.intermediate}", f"k={layer.top_k}"]
     parts.append(f"dtype={layer.dtype}")
+    if layer.weight_format != "dense":
+        parts.append(f"w={layer.weight_format}")
     if layer.activation != "silu":
         parts.append(f"act={layer.activation}")
     if not layer.gated:
