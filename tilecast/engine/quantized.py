@@ -1,0 +1,306 @@
+"""Quantised checkpoints: what a config says of its weights, and stacks of experts read from the files as they are.
+
+AWQ, compressed-tensors (integers, packed or not, and fp8) and fp8 as DeepSeek and Qwen store it, one linear layer for
+each expert's projection. Whatever else of a checkpoint is quantised (attention, shared experts) is dequantised.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tilecast.engine.tensor_files import TensorFiles
+from tilecast.errors import InputError, ModelError
+from tilecast.kernels.awq import AwqTensors, Rows, check_awq, rows_of_awq
+from tilecast.kernels.compressed import BLOCK, rows_of_fp8, rows_of_int8, rows_of_packed, stored_group
+from tilecast.kernels.formats import CODE_DTYPES, QuantizedStack, scale_shape
+from tilecast.problem import GROUPS, ExpertGemm, ExpertLayer, weight_format
+
+EXPERT = re.compile(r"(?P<block>.*\blayers\.(?P<layer>\d+)\..*(?<!shared_)experts)\.(?P<expert>\d+)\.(?P<name>\w+)")
+"""The name of a linear layer that is one projection of one expert."""
+ROLES = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+PARTS = {
+    "awq": ("qweight", "qzeros", "scales"),
+    "packed": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
+    "int8": ("weight", "weight_scale"),
+    "fp8": ("weight", "weight_scale_inv", "weight_scale"),
+}
+"""The tensors of a linear layer, by how it is stored."""
+UNUSED = ("input_scale", "output_scale", "q_scale", "k_scale", "v_scale")
+"""Scales of activations and of the cache, which stay in the model's dtype here."""
+ONE_BYTE = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a checkpoint's linear layers are quantised.
+
+    stored: a key of PARTS. kind: the weight format's. group: elements of K that share a scale, 0 for all. bits: of an
+    integer code. scaled: what shares a scale of fp8, `block128`, `channel` or `tensor`; empty where tensors tell.
+    """
+
+    stored: str
+    kind: str
+    group: int = 0
+    bits: int = 8
+    scaled: str = ""
+
+
+@dataclass(kw_only=True)
+class Contents:
+    """A checkpoint's tensors sorted: base names with their parts' keys.
+
+    experts: by layer, then by (expert, role). linears: by base name. plain: what is as transformers reads it.
+    """
+
+    experts: dict[int, dict[tuple[int, str], dict[str, str]]] = field(default_factory=dict)
+    linears: dict[str, dict[str, str]] = field(default_factory=dict)
+    plain: list[str] = field(default_factory=list)
+
+
+def recipe_of(config: Mapping[str, Any]) -> Recipe | None:
+    """Return how a config.json says that weights are quantised; None if they are not, or in a way left to transformers.
+
+    Raises ModelError for what neither reads rightly.
+    """
+    nested = config.get("text_config")
+    found = config.get("quantization_config")
+    if found is None and isinstance(nested, Mapping):
+        found = nested.get("quantization_config")
+    if not isinstance(found, Mapping):
+        return None
+    reader = {"awq": _awq, "compressed-tensors": _compressed, "fp8": _fp8}.get(str(found.get("quant_method")))
+    if reader is not None:
+        return reader(found)
+    if found.get("quant_method") in ("gptq", "autoround", "auto-round"):
+        raise ModelError(
+            f"weights are quantised by {found['quant_method']}, whose experts Tilecast does not read; take an AWQ, "
+            "compressed-tensors or fp8 checkpoint, or make one with tilecast quantize"
+        )
+    return None
+
+
+def contents_of(files: TensorFiles) -> Contents:
+    """Sort a checkpoint's tensors. Raises ModelError for one that is quantised in no layout known here."""
+    grouped: dict[str, dict[str, str]] = {}
+    for key in files:
+        base, _, part = key.rpartition(".")
+        grouped.setdefault(base, {})[part] = key
+    packed = {part for parts in PARTS.values() for part in parts} - {"weight"} | {"g_idx", "weight_g_idx"}
+    found = Contents()
+    for base, parts in grouped.items():
+        weight = parts.get("weight")
+        quantized = bool(packed & parts.keys()) or (weight is not None and files.place(weight).dtype in ONE_BYTE)
+        match = EXPERT.fullmatch(base)
+        own = {part: key for part, key in parts.items() if part in packed or part == "weight"} if quantized else {}
+        if own and match and match["name"] in ROLES:
+            of_layer = found.experts.setdefault(int(match["layer"]), {})
+            place = (int(match["expert"]), ROLES[match["name"]])
+            if place in of_layer:
+                raise ModelError(f"{base}: layer {match['layer']} has expert {place[0]}'s {place[1]} projection twice")
+            of_layer[place] = own
+        elif own:
+            found.linears[base] = own
+        for part, key in parts.items():
+            if part in own or part in UNUSED:
+                continue
+            if files.place(key).dtype in ONE_BYTE and files.place(key).dtype is not torch.uint8:
+                raise ModelError(f"{key} is {files.place(key).dtype}, in no layout of quantised weights known here")
+            found.plain.append(key)
+    return found
+
+
+def dense_weight(files: TensorFiles, base: str, parts: Mapping[str, str], recipe: Recipe) -> torch.Tensor:
+    """Return a quantised linear layer's weight [N, K] in float32. Raises ModelError."""
+    shape = _shape_of(files, base, parts, recipe)
+    form = form_for(files, base, parts, recipe, shape[1])
+    layer = ExpertLayer(
+        hidden=shape[0], intermediate=shape[1], experts=1, top_k=1, activation="identity", gated=False,
+        weight_format=form,
+    )  # fmt: skip
+    rows = read_rows(files, base, parts, recipe, shape, form)
+    codes, scales, zeros = (None if part is None else part[None].contiguous() for part in rows)
+    assert codes is not None and scales is not None
+    stack = QuantizedStack(format=form, codes=codes, scales=scales, zeros=zeros)
+    return stack.dequantized(layer.down, 0, torch.float32)
+
+
+def read_stacks(
+    files: TensorFiles, found: Mapping[tuple[int, str], Mapping[str, str]], recipe: Recipe, *, hidden: int,
+    intermediate: int, experts: int, gated: bool, what: str,
+) -> tuple[QuantizedStack, QuantizedStack]:  # fmt: skip
+    """Return w13 [E, 2I or I, H] and w2 [E, H, I] of a layer, `what`, whose tensors `found` names.
+
+    One projection of one expert is in memory besides the stacks. Raises ModelError.
+    """
+    roles = ("gate", "up", "down") if gated else ("up", "down")
+    wanted = {(expert, role) for expert in range(experts) for role in roles}
+    if wanted != found.keys():
+        expert, role = min(wanted ^ found.keys())
+        lacks = "lacks" if (expert, role) in wanted else "has, and the model does not,"
+        raise ModelError(f"{files.folder} {lacks} expert {expert}'s {role} projection in {what}")
+    first = found[0, "down"]
+    base = next(iter(first.values())).rpartition(".")[0]
+    form = form_for(files, base, first, recipe, hidden, intermediate)
+    layer = ExpertLayer(
+        hidden=hidden, intermediate=intermediate, experts=experts, top_k=1, gated=gated, weight_format=form,
+        activation="silu" if gated else "identity",
+    )  # fmt: skip
+    return (
+        _read_stack(files, found, recipe, layer.up, roles[:-1]),
+        _read_stack(files, found, recipe, layer.down, roles[-1:]),
+    )
+
+
+def form_for(files: TensorFiles, base: str, parts: Mapping[str, str], recipe: Recipe, *widths: int) -> str:
+    """Return the weight format that holds a recipe's weights of `widths` inputs; `parts` are those of one of them."""
+    if recipe.kind == "fp8":
+        scale = files.place(_scale_key(base, parts)).shape
+        return f"fp8_{recipe.scaled or ('tensor' if scale in ((), (1,), (1, 1)) else 'channel')}"
+    if recipe.stored == "awq":
+        return f"awq_g{recipe.group}"
+    if recipe.kind == "int8" and not recipe.group:
+        return "int8_channel"
+    try:
+        return f"{recipe.kind}_g{stored_group(recipe.group, *widths)}"
+    except InputError as error:
+        raise ModelError(f"{base}: {error}") from error
+
+
+def read_rows(
+    files: TensorFiles, base: str, parts: Mapping[str, str], recipe: Recipe, shape: tuple[int, int], form: str
+) -> Rows:
+    """Return one linear layer's weight [N, K] as rows of a stack in `form`. Raises ModelError."""
+    if {"g_idx", "weight_g_idx"} & parts.keys():
+        raise ModelError(f"{base} has its inputs in an order of its own (activation order), which is not supported")
+    optional = ("weight_zero_point", "weight_shape", "weight_scale_inv", "weight_scale")
+    for part in PARTS[recipe.stored]:
+        if part not in parts and part not in optional:
+            raise ModelError(f"{files.folder}: {base} has no {part}")
+    read = {part: files.read(key) for part, key in parts.items() if part != "weight_shape"}
+    try:
+        if recipe.stored == "awq":
+            tensors = AwqTensors(read["qweight"], read["qzeros"], read["scales"])
+            check_awq(tensors, shape, recipe.group, base)
+            return rows_of_awq(tensors)
+        scale = read[_scale_key(base, parts).rpartition(".")[2]]
+        if recipe.stored == "fp8":
+            return rows_of_fp8(read["weight"], scale, shape=shape, form=form, what=base)
+        if recipe.stored == "int8":
+            return rows_of_int8(read["weight"], scale, shape=shape, group=recipe.group, form=form, what=base)
+        return rows_of_packed(
+            read["weight_packed"], scale, read.get("weight_zero_point"), shape=shape, group=recipe.group, form=form,
+            what=base,
+        )  # fmt: skip
+    except InputError as error:
+        raise ModelError(f"{files.folder}: {error}") from error
+
+
+def _read_stack(
+    files: TensorFiles, found: Mapping[tuple[int, str], Mapping[str, str]], recipe: Recipe, gemm: ExpertGemm,
+    roles: Sequence[str],
+) -> QuantizedStack:  # fmt: skip
+    form = weight_format(gemm.layer.weight_format)
+    width, (scale_count, groups) = gemm.n // len(roles), scale_shape(gemm)
+    each = scale_count // len(roles)
+    codes = torch.empty((gemm.layer.experts, gemm.n, gemm.k // form.codes_per_byte), dtype=CODE_DTYPES[form.kind])
+    scales: torch.Tensor | None = None
+    zeros = torch.empty((gemm.layer.experts, gemm.n, groups), dtype=torch.uint8) if form.kind == "awq" else None
+    for expert in range(gemm.layer.experts):
+        for part, role in enumerate(roles):
+            parts = found[expert, role]
+            base = next(iter(parts.values())).rpartition(".")[0]
+            rows = read_rows(files, base, parts, recipe, (width, gemm.k), gemm.layer.weight_format)
+            if scales is None:
+                scales = torch.empty((gemm.layer.experts, scale_count, groups), dtype=rows.scales.dtype)
+            here = slice(part * width, (part + 1) * width)
+            codes.view(torch.uint8)[expert, here] = rows.codes.view(torch.uint8)
+            scales[expert, part * each : (part + 1) * each] = rows.scales
+            if zeros is not None and rows.zeros is not None:
+                zeros[expert, here] = rows.zeros
+    assert scales is not None
+    return QuantizedStack(format=gemm.layer.weight_format, codes=codes, scales=scales, zeros=zeros)
+
+
+def _scale_key(base: str, parts: Mapping[str, str]) -> str:
+    for part in ("weight_scale_inv", "weight_scale"):
+        if part in parts:
+            return parts[part]
+    raise ModelError(f"{base} has no weight_scale")
+
+
+def _shape_of(files: TensorFiles, base: str, parts: Mapping[str, str], recipe: Recipe) -> tuple[int, int]:
+    name = PARTS[recipe.stored][0]
+    if name not in parts:
+        raise ModelError(f"{files.folder}: {base} has no {name}")
+    shape = files.place(parts[name]).shape
+    if len(shape) != 2:
+        raise ModelError(f"{files.folder}: {parts[name]} is {shape}, expected two dimensions")
+    if recipe.stored == "awq":
+        return shape[1] * 8, shape[0]
+    return (shape[0], shape[1] * 32 // recipe.bits) if recipe.stored == "packed" else (shape[0], shape[1])
+
+
+# What configs say ------------------------------------------------------------------------------------------------
+
+
+def _awq(found: Mapping[str, Any]) -> Recipe:
+    version = str(found.get("version", found.get("format", "gemm"))).lower()
+    if version != "gemm":
+        raise ModelError(
+            f"the AWQ checkpoint is of version {version!r:.40}, which packs its words in another order; expected "
+            "'gemm', convert it"
+        )
+    bits, group = found.get("bits", found.get("w_bit", 4)), found.get("group_size", found.get("q_group_size", 128))
+    if bits != 4 or found.get("zero_point", True) is not True or group not in GROUPS:
+        raise ModelError(
+            f"the AWQ checkpoint has bits {bits!r:.20}, group_size {group!r:.20} and zero_point "
+            f"{found.get('zero_point')!r:.20}, expected 4, one of {', '.join(map(str, GROUPS))}, and true"
+        )
+    return Recipe(stored="awq", kind="awq", group=int(group), bits=4)
+
+
+def _fp8(found: Mapping[str, Any]) -> Recipe:
+    block, form = found.get("weight_block_size"), str(found.get("fmt", "e4m3"))
+    if (block is not None and list(block) != [BLOCK, BLOCK]) or form not in ("e4m3", "e4m3fn", "float8_e4m3fn"):
+        raise ModelError(
+            f"the fp8 checkpoint has fmt {form!r:.20} and weight_block_size {block!r:.40}, expected e4m3 and "
+            f"[{BLOCK}, {BLOCK}] or none"
+        )
+    return Recipe(stored="fp8", kind="fp8", scaled="" if block is None else f"block{BLOCK}")
+
+
+def _compressed(found: Mapping[str, Any]) -> Recipe:
+    named = found.get("config_groups")
+    groups = list(named.values()) if isinstance(named, Mapping) else []
+    schemes = [group.get("weights") if isinstance(group, Mapping) else None for group in groups]
+    if not schemes or not isinstance(schemes[0], Mapping) or any(s != schemes[0] for s in schemes):
+        raise ModelError(f"compressed-tensors has {len(schemes)} groups of weights, expected one scheme for all")
+    scheme = schemes[0]
+    kind, bits, strategy = scheme.get("type", "int"), scheme.get("num_bits", 8), scheme.get("strategy") or "tensor"
+    group = int(scheme.get("group_size") or 0) if strategy == "group" else 0
+    stored = str(found.get("format") or groups[0].get("format"))
+    symmetric = bool(scheme.get("symmetric", True))
+    block = scheme.get("block_structure")
+    if scheme.get("actorder") not in (None, "weight", "static"):
+        raise ModelError(f"compressed-tensors has actorder {scheme['actorder']!r:.20}, which is not supported")
+    if kind == "float" and bits == 8 and strategy in ("tensor", "channel"):
+        return Recipe(stored="fp8", kind="fp8", scaled=strategy)
+    if kind == "float" and bits == 8 and strategy == "block" and list(block or ()) == [BLOCK, BLOCK]:
+        return Recipe(stored="fp8", kind="fp8", scaled=f"block{BLOCK}")
+    if kind == "int" and strategy in ("group", "channel"):
+        if stored == "pack-quantized" and (bits, symmetric) in ((4, True), (4, False), (8, True)):
+            return Recipe(
+                stored="packed", kind=f"int{bits}" if symmetric else "awq", group=max(group, 0), bits=int(bits)
+            )
+        if stored in ("int-quantized", "naive-quantized") and bits == 8 and symmetric:
+            return Recipe(stored="int8", kind="int8", group=max(group, 0))
+    raise ModelError(
+        f"compressed-tensors has {kind}{bits} weights by {strategy!r:.20} in format {stored!r:.40} (symmetric "
+        f"{symmetric}), expected int4 or int8 by group or channel, packed, or fp8"
+    )

@@ -1,0 +1,244 @@
+"""Loading a quantised checkpoint into transformers' model: experts as they are stored, the rest dense.
+
+transformers' own loaders replace linear layers, and so leave experts that lie in one tensor as they were drawn, or
+dequantise them. Here transformers loads what is not quantised, and dequantised copies of what is quantised outside
+the experts; the experts are read from the files into stacks. All weights are found, or there is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tilecast.engine.checkpoint import inspect_checkpoint
+from tilecast.engine.quantized import Contents, Recipe, contents_of, dense_weight, read_stacks, recipe_of
+from tilecast.engine.quantized_module import Stacks, attach
+from tilecast.engine.tensor_files import TensorFiles
+from tilecast.errors import ModelError, UsageError
+
+METHOD = "tilecast"
+"""The name of our quantiser among those of transformers."""
+LAYER = re.compile(r"\blayers\.(\d+)\.")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+GIVEN = (
+    "pretrained_model_name_or_path", "config", "state_dict", "quantization_config", "use_safetensors",
+    "output_loading_info", "dtype", "torch_dtype",
+)  # fmt: skip
+"""Arguments of `from_pretrained` that loading without a folder gives itself, or has no use for."""
+
+Find = Callable[[torch.nn.Module], list[tuple[str, torch.nn.Module]]]
+
+
+class _Taken(NamedTuple):
+    """An experts module without its two parameters: the shape [E, H, I] and the dtype of the second."""
+
+    name: str
+    parameters: tuple[str, str]
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+
+class _Plan:
+    """What is read where: made before a model is, and used when its weights are loaded."""
+
+    def __init__(self, files: TensorFiles, contents: Contents, recipe: Recipe, find: Find) -> None:
+        self.files, self.contents, self.recipe, self.find = files, contents, recipe, find
+        self._modules: dict[int, _Taken] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Plan:
+        """Return itself: configs that hold it are copied."""
+        return self
+
+    def take_out(self, model: torch.nn.Module) -> None:
+        """Take the parameters of quantised experts out of a model without memory. Raises ModelError."""
+        for name, module in self.find(model):
+            match = LAYER.search(name + ".")
+            layer = int(match[1]) if match else -1
+            if layer not in self.contents.experts:
+                continue
+            if layer in self._modules:
+                raise ModelError(f"{self._modules[layer].name} and {name} are both experts of layer {layer}")
+            self._modules[layer] = _take(name, module)
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        for layer, found in self.contents.experts.items():
+            key = next(iter(next(iter(found.values())).values()))
+            if layer not in self._modules and not any(re.search(pattern, key) for pattern in ignored):
+                raise ModelError(f"{self.files.folder} has weights that the model does not: {key}")
+
+    def fill_in(self, model: torch.nn.Module) -> None:
+        """Read the experts of a model whose other weights are loaded. Raises ModelError."""
+        for layer, taken in self._modules.items():
+            around = model.get_submodule(taken.name.rpartition(".")[0])
+            experts, hidden, intermediate = taken.shape
+            stacks = read_stacks(
+                self.files, self.contents.experts[layer], self.recipe, hidden=hidden, intermediate=intermediate,
+                experts=experts, gated=taken.parameters[0] == "gate_up_proj", what=taken.name,
+            )  # fmt: skip
+            device = next((p.device for p in around.parameters()), torch.device("cpu"))
+            attach(model.get_submodule(taken.name), Stacks(*stacks).to(device), taken.parameters, taken.dtype)
+
+
+_as_stored = ContextVar("experts as stored", default=False)
+
+
+@contextmanager
+def experts_as_stored() -> Iterator[None]:
+    """Have `from_pretrained` read quantised experts into stacks whatever is to run them: that can be said later."""
+    token = _as_stored.set(True)
+    try:
+        yield
+    finally:
+        _as_stored.reset(token)
+
+
+def load_quantized(
+    load: Callable[..., Any], cls: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, name: str, find: Find
+) -> Any | None:
+    """Do what `cls.from_pretrained(*args, **kwargs)` would, with experts as stacks; None where it is to do it itself.
+
+    That is so unless `experts_implementation` is `name`, or the call is under `experts_as_stored`, and the config names
+    a quantisation that is read here. `load` is the function behind `from_pretrained`, and `find` gives a model's
+    experts modules by name. Raises ModelError.
+    """
+    config = kwargs.get("config")
+    asked = kwargs.get("experts_implementation") or getattr(config, "_experts_implementation", None)
+    where = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    if not (asked == name or _as_stored.get()) or where is None or kwargs.get("state_dict") is not None:
+        return None
+    if kwargs.get("quantization_config") is not None or kwargs.get("gguf_file") is not None:
+        return None
+    if not isinstance(config, _transformers().PreTrainedConfig):
+        chosen = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
+        config = cls.config_class.from_pretrained(where, **chosen)
+    recipe = recipe_of(config.to_dict())
+    if recipe is None:
+        return None
+    if kwargs.get("distributed_config") is not None or kwargs.get("tp_plan") is not None:
+        raise UsageError("quantised checkpoints are loaded by one rank so far; leave out tp and ep")
+    checkpoint = inspect_checkpoint(_folder(where, kwargs))
+    files = TensorFiles(checkpoint)
+    contents = contents_of(files)
+    config = copy.deepcopy(config)
+    said = _taken_out(config)
+    dtype = _dtype(kwargs, config)
+    options = {key: value for key, value in kwargs.items() if key not in GIVEN}
+    dense = {key: files.read(key) for key in contents.plain}
+    for base, parts in contents.linears.items():
+        dense[f"{base}.weight"] = dense_weight(files, base, parts, recipe).to(dtype)
+    model, info = load(
+        cls, None, *args[1:], config=config, state_dict=dense, dtype=dtype, output_loading_info=True,
+        quantization_config=_config_class()(_Plan(files, contents, recipe, find)), **options,
+    )  # fmt: skip
+    model.config.quantization_config = said
+    _finish(model, checkpoint.folder)
+    return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def _take(name: str, module: torch.nn.Module) -> _Taken:
+    """Take the weights of quantised experts out of a module without memory. Raises ModelError."""
+    parameters = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
+    known = [module._parameters.get(parameter) for parameter in parameters]
+    first, second = known
+    if first is None or second is None or second.dim() != 3:
+        raise ModelError(f"{name} does not hold its experts as {' and '.join(parameters)} [E, …, …]")
+    experts, hidden, intermediate = second.shape
+    if getattr(module, "is_transposed", False):
+        hidden, intermediate = intermediate, hidden
+    for parameter in parameters:
+        # So it is neither missing among the weights that are loaded nor drawn at random.
+        module._parameters[parameter] = None
+    module.__dict__["_is_hf_initialized"] = True
+    return _Taken(name, parameters, (experts, hidden, intermediate), second.dtype)
+
+
+def _finish(model: Any, folder: Path) -> None:
+    """Do what transformers does for a model that it loads from a folder, besides its weights."""
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = _transformers().GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+
+
+def _taken_out(config: Any) -> Any:
+    """Take what a config says of quantisation out of it and its parts, and return it."""
+    said = None
+    for holder in (config, config.get_text_config(decoder=True)):
+        if getattr(holder, "quantization_config", None) is not None:
+            said = holder.quantization_config
+            del holder.quantization_config
+    return said
+
+
+def _dtype(kwargs: Mapping[str, Any], config: Any) -> torch.dtype:
+    asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    if asked in (None, "auto"):
+        asked = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    if isinstance(asked, str):
+        asked = DTYPES.get(asked.removeprefix("torch."))
+    return asked if isinstance(asked, torch.dtype) else torch.float32
+
+
+def _folder(where: Any, kwargs: Mapping[str, Any]) -> Path:
+    """Return the folder of a checkpoint, which is fetched first where it has only a name on a hub."""
+    folder = Path(where)
+    if folder.is_dir():
+        return folder / kwargs["subfolder"] if kwargs.get("subfolder") else folder
+    options = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if kwargs.get(key)}
+    hub = importlib.import_module("huggingface_hub")
+    return Path(hub.snapshot_download(str(where), allow_patterns=list(FILES), **options))
+
+
+def _transformers() -> Any:
+    return importlib.import_module("transformers")
+
+
+@functools.cache
+def _config_class() -> Any:
+    """Return transformers' kind of config that carries a plan, with our quantiser registered for it."""
+    quantizers = importlib.import_module("transformers.quantizers")
+    auto = importlib.import_module("transformers.quantizers.auto")
+    mixin = importlib.import_module("transformers.utils.quantization_config").QuantizationConfigMixin
+
+    class ExpertsConfig(mixin):  # type: ignore[misc, valid-type]
+        """Carries the plan of one loading."""
+
+        quant_method = METHOD
+
+        def __init__(self, plan: _Plan | None = None) -> None:
+            self.plan = plan
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": METHOD}
+
+    class ExpertsQuantizer(quantizers.HfQuantizer):  # type: ignore[misc, name-defined]
+        """Keeps experts out of transformers' loading, and reads them when it is done."""
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            self.quantization_config.plan.take_out(model)
+            return model
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            self.quantization_config.plan.fill_in(model)
+            # The plan holds the files' names, and configs are copied often.
+            self.quantization_config.plan = None
+            return model
+
+        def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    auto.register_quantization_config(METHOD)(ExpertsConfig)
+    auto.register_quantizer(METHOD)(ExpertsQuantizer)
+    return ExpertsConfig
