@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tilecast.kernels.formats import quantize
 from tilecast.kernels.reference import reference_down, reference_up
 from tilecast.kernels.routing import ExpertLayout, sort_slots
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel
@@ -72,7 +73,8 @@ def draw_ids(layer: ExpertLayer, tokens: int, routing: str, generator: torch.Gen
 def weights_of(gemm: ExpertGemm, generator: torch.Generator) -> GemmWeights:
     layer = gemm.layer
     dtype = TORCH_DTYPES[layer.dtype]
-    data = (torch.randn(layer.experts, gemm.n, gemm.k, generator=generator) / math.sqrt(gemm.k)).to(dtype)
+    drawn = torch.randn(layer.experts, gemm.n, gemm.k, generator=generator) / math.sqrt(gemm.k)
+    data = drawn.to(dtype) if layer.weight_format == "dense" else quantize(drawn, gemm)
     bias = torch.randn(layer.experts, gemm.n, generator=generator).to(dtype) if layer.bias else None
     return GemmWeights(gemm=gemm, layout=PLAIN, data=data, bias=bias)
 

@@ -16,6 +16,7 @@ import torch
 
 from tilecast.canonical import Json
 from tilecast.environment import Environment
+from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.reference import activate
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, GemmWeights
@@ -98,11 +99,15 @@ class TorchKernel:
 
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         assert weights.layout == PLAIN and layout == "transposed"
-        data = weights.data.transpose(1, 2).contiguous()
+        data = weights.data
+        # Of quantised weights the codes are stored otherwise, and dequantised a product at a time.
+        data = _Turned(data) if isinstance(data, QuantizedStack) else data.transpose(1, 2).contiguous()
         return GemmWeights(gemm=weights.gemm, layout=layout, data=data, bias=weights.bias)
 
     def unpack(self, weights: GemmWeights) -> GemmWeights:
-        data = weights.data if weights.layout == PLAIN else weights.data.transpose(1, 2).contiguous()
+        data = weights.data
+        if weights.layout != PLAIN:
+            data = data.stack() if isinstance(data, _Turned) else data.transpose(1, 2).contiguous()
         return GemmWeights(gemm=weights.gemm, layout=PLAIN, data=data, bias=weights.bias)
 
     def up(
@@ -163,9 +168,7 @@ class TorchKernel:
                 yield expert, route.slots[start : min(start + step, offsets[expert + 1], last)].long()
 
     def _product(self, config: TileConfig, rows: torch.Tensor, weights: GemmWeights, expert: int) -> torch.Tensor:
-        weight = weights.data[expert].float()
-        if weights.layout == PLAIN:
-            weight = weight.T
+        weight = _dense(weights, expert)
         rows = rows.float()
         chunk = config.integer("chunk_k")
         match config["variant"]:
@@ -182,6 +185,27 @@ class TorchKernel:
             case _:
                 total = _chained(rows, weight, chunk)
         return total if weights.bias is None else total + weights.bias[expert].float()
+
+
+class _Turned:
+    """Quantised weights whose codes are stored as [E, K, N]."""
+
+    def __init__(self, stack: QuantizedStack) -> None:
+        self.codes = stack.codes.transpose(1, 2).contiguous()
+        self.format, self.scales, self.zeros = stack.format, stack.scales, stack.zeros
+
+    def stack(self) -> QuantizedStack:
+        codes = self.codes.transpose(1, 2).contiguous()
+        return QuantizedStack(format=self.format, codes=codes, scales=self.scales, zeros=self.zeros)
+
+
+def _dense(weights: GemmWeights, expert: int) -> torch.Tensor:
+    """Return one expert's weights [K, N] in float32."""
+    data = weights.data
+    if isinstance(data, _Turned | QuantizedStack):
+        stack = data if isinstance(data, QuantizedStack) else data.stack()
+        return stack.dequantized(weights.gemm, expert, torch.float32).T
+    return data[expert].float().T if weights.layout == PLAIN else data[expert].float()
 
 
 class SortedTorchKernel(TorchKernel):

@@ -221,7 +221,10 @@ class ExpertGemm:
         if form.kind == "dense":
             return count * self.n * self.k * DTYPES[self.layer.dtype]
         columns = -(-self.k // form.group) if form.group else 1
-        rows = self.n if form.rows == 1 else -(-self.n // form.rows) if form.rows else 1
+        # Blocks and tensors of gate and up are apart.
+        parts = 2 if self.name == "up" and self.layer.gated else 1
+        blocks = -(-self.n // parts // form.rows) if form.rows else 1
+        rows = self.n if form.rows == 1 else parts * blocks
         # Scales of 16 bits where they belong to a row's group, of 32 elsewhere; a zero point is a byte.
         scale = (3 if form.kind == "awq" else 2) if form.kind != "fp8" else 4
         return count * (self.n * self.k * form.bits // 8 + rows * columns * scale)

@@ -24,6 +24,7 @@ from tilecast.errors import DeviceError
 from tilecast.kernels import sort_slots
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Registry, numerics_class
+from tilecast.kernels.stacks import backward, reversal
 from tilecast.problem import ExpertGemm, TileConfig
 
 BATCHES = (7, 251)
@@ -225,11 +226,10 @@ class _Bench:
 
     def control(self, config: TileConfig, expected: Outputs) -> tuple[int, str]:
         """Return on how many inputs the sum taken from the other end has other bits, and what raised, if so."""
-        data = self._weights.data.flip(-1)
-        backward = replace(self._weights, data=data, plans={})
+        turned = replace(self._weights, data=backward(self._weights.data, self._gemm), plans={})
         batch, order = self._arrangements()[-1]
         try:
-            got = self._in_batches(config, self._packed_as(config, backward), batch, order, backward=True)
+            got = self._in_batches(config, self._packed_as(config, turned), batch, order, turned=True)
         except Exception as error:  # As for the reference.
             return 0, self.raised(config, error)
         return int(_differing(got, {dtype: rows[order] for dtype, rows in expected.items()}).sum()), ""
@@ -250,7 +250,7 @@ class _Bench:
         return orders
 
     def _in_batches(
-        self, config: TileConfig, weights: GemmWeights, batch: int, order: torch.Tensor, *, backward: bool = False
+        self, config: TileConfig, weights: GemmWeights, batch: int, order: torch.Tensor, *, turned: bool = False
     ) -> Outputs:
         layer = self._gemm.layer
         dtype = TORCH_DTYPES[layer.dtype]
@@ -260,7 +260,7 @@ class _Bench:
         for tokens in torch.split(order, batch):
             route = sort_slots(self._ids[tokens].to(self._device), layer.experts)
             rows = self._rows[tokens.to(self._device)].flatten(0, -2)
-            rows = rows.flip(-1) if backward else rows
+            rows = rows.index_select(-1, reversal(self._gemm).to(self._device)) if turned else rows
             for kind in dtypes:
                 parts[kind].append(self._launch(config, weights, tokens, route, rows, kind))
         return {kind: torch.cat(made) for kind, made in parts.items()}

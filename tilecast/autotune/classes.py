@@ -14,6 +14,7 @@ import torch
 
 from tilecast.autotune.measure import device_lost, failure
 from tilecast.autotune.prescreen import describe
+from tilecast.autotune.stacks import half_of, moved, wide_stack
 from tilecast.autotune.workload import (
     Inputs,
     device_of,
@@ -28,6 +29,7 @@ from tilecast.environment import Environment
 from tilecast.errors import DeviceError
 from tilecast.kernels import sort_slots
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Registry
+from tilecast.kernels.stacks import Weights, backward, reversal
 from tilecast.problem import Bucket, ExpertGemm, TileConfig
 
 EXPONENTS = 12
@@ -134,16 +136,15 @@ class ClassVerifier:
             inputs = operands.inputs(torch.arange(PROBES))
             dtype = self._out_dtypes(operands.gemm)[0]
             rows = self._run(operands, config, inputs, dtype)
-            weights = replace(operands.weights, data=operands.weights.data.flip(-1), plans={})
-            backward = self._launch(
-                config, replace(inputs, rows=inputs.rows.flip(-1)), self._pack(config, weights), dtype
-            )
+            weights = replace(operands.weights, data=backward(operands.weights.data, operands.gemm), plans={})
+            turned = inputs.rows.index_select(-1, reversal(operands.gemm).to(inputs.rows.device))
+            other_way = self._launch(config, replace(inputs, rows=turned), self._pack(config, weights), dtype)
         except Exception as error:  # As in `verify`.
             return _raised(config, error)
         present = (inputs.route.ids >= 0) & (inputs.route.ids < operands.gemm.layer.experts)
         compared = present.flatten() if gemm.name == "up" else present.any(1)
         kind = INTEGERS[rows.dtype]
-        other = (rows.view(kind) != backward.view(kind)).any(1)[compared]
+        other = (rows.view(kind) != other_way.view(kind)).any(1)[compared]
         if 2 * int(other.sum()) >= max(1, len(other)):
             return None
         return f"with K reversed only {int(other.sum())} of {len(other)} rows had other bits"
@@ -255,36 +256,52 @@ def wide_operands(
     They have the same values on every device. Signs are random, exponents spread over `EXPONENTS`
     powers of two. The second half of K repeats the first with the rows' sign turned, but for a sixteenth of much
     smaller weights: large partial sums cancel, and what is left is of the size of their rounding errors, so that
-    even a result rounded to bfloat16 tells orders apart. Some slots are absent; a token may use an expert twice.
+    even a result rounded to bfloat16 tells orders apart. Quantised weights cannot be much smaller at some elements of
+    K; there the rows are. Some slots are absent; a token may use an expert twice.
     """
     device = device or torch.device("cpu")
     layer = replace(gemm.layer, experts=min(MAX_EXPERTS, gemm.layer.experts))
     small = ExpertGemm(layer=layer, name=gemm.name)
     dtype = TORCH_DTYPES[layer.dtype]
     generator = torch.Generator().manual_seed(hash_seed(seed, 17))
-    weight = _wide((layer.experts, small.n, small.k), -EXPONENTS, 0, generator).to(dtype)
-    half = small.k // 2
-    left = torch.randperm(half, generator=generator)[: math.ceil(half / 16)]
-    for columns in (left, left + half):
-        small_values = _wide((layer.experts, small.n, len(left)), -EXPONENTS - 6, -6, generator)
-        weight[..., half : 2 * half] = weight[..., :half]
-        weight[..., columns] = small_values.to(dtype)
+    weight, left = _wide_weights(small, generator)
+    half = half_of(small)
     bias = _wide((layer.experts, small.n), -EXPONENTS, 0, generator).to(dtype) if layer.bias else None
     tokens = tokens or max(PROBES, tokens_cap(gemm))
     per_token = 1 if gemm.name == "up" else layer.top_k
     rows = _wide((tokens, per_token, small.k), 3 - EXPONENTS, 3, generator).to(dtype)
     rows[..., half : 2 * half] = -rows[..., :half]
+    if layer.weight_format != "dense":
+        # What no half of whole groups holds does not cancel either.
+        places = torch.cat((left, left + half, torch.arange(2 * half, small.k)))
+        rows[..., places] = _wide((tokens, per_token, len(places)), -3 - EXPONENTS, -3, generator).to(dtype)
     ids = torch.randint(layer.experts, (tokens, layer.top_k), generator=generator)
     ids[torch.rand(ids.shape, generator=generator) < 1 / 16] = -1
     topk_weights = torch.rand(tokens, layer.top_k, generator=generator) + 0.1
     bias = None if bias is None else bias.to(device)
+    weight = weight.to(device) if isinstance(weight, torch.Tensor) else moved(weight, device)
     return _Operands(
         gemm=small,
-        weights=GemmWeights(gemm=small, layout=PLAIN, data=weight.to(device), bias=bias),
+        weights=GemmWeights(gemm=small, layout=PLAIN, data=weight, bias=bias),
         rows=rows.to(device),
         ids=ids.to(torch.int32).to(device),
         topk_weights=topk_weights.to(device),
     )
+
+
+def _wide_weights(gemm: ExpertGemm, generator: torch.Generator) -> tuple[Weights, torch.Tensor]:
+    """Return weights whose second half of K repeats the first, and the elements of a half where sums do not cancel."""
+    half = half_of(gemm)
+    if gemm.layer.weight_format != "dense":
+        return wide_stack(gemm, generator), torch.randperm(half, generator=generator)[: math.ceil(half / 16)]
+    experts, dtype = gemm.layer.experts, TORCH_DTYPES[gemm.layer.dtype]
+    weight = _wide((experts, gemm.n, gemm.k), -EXPONENTS, 0, generator).to(dtype)
+    left = torch.randperm(half, generator=generator)[: math.ceil(half / 16)]
+    for columns in (left, left + half):
+        small_values = _wide((experts, gemm.n, len(left)), -EXPONENTS - 6, -6, generator)
+        weight[..., half : 2 * half] = weight[..., :half]
+        weight[..., columns] = small_values.to(dtype)
+    return weight, left
 
 
 def _wide(shape: tuple[int, ...], low: int, high: int, generator: torch.Generator) -> torch.Tensor:

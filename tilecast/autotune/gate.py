@@ -22,6 +22,7 @@ from tilecast.autotune.workload import (
 from tilecast.kernels import routing, sort_slots
 from tilecast.kernels.reference import reference_down, reference_up
 from tilecast.kernels.spec import TORCH_DTYPES, Kernel
+from tilecast.kernels.stacks import Weights
 from tilecast.problem import ExpertGemm, TileConfig
 
 MAX_ERROR_RATIO = 2.0
@@ -62,24 +63,27 @@ class Gate:
     """Checks configs on two launches of the full problem: as routed, and with some slots absent.
 
     Outputs are poisoned with NaN before, and so is what no present slot may read. Expected values are made
-    once per (GEMM, tokens) in float64, on a few seeded tokens, the first and the last among them.
+    once per (GEMM, tokens) in float64, on a few seeded tokens, the first and the last among them; for kernels whose
+    numerics round activations first, from rows rounded so.
     """
 
     def __init__(self, workload: Workload) -> None:
         """Take operands from `workload`."""
         self._workload = workload
         self._held: tuple[ExpertGemm, int] | None = None
-        self._cases: tuple[_Case, ...] = ()
+        self._cases: dict[str, tuple[_Case, ...]] = {}
 
     def check(self, gemm: ExpertGemm, tokens: int, config: TileConfig, kernel: Kernel) -> Verdict:
         """Launch `config` and judge its output. Whatever the kernel raises passes through."""
         if self._held != (gemm, tokens):
-            self._cases = self._make_cases(gemm, tokens)
-            self._held = (gemm, tokens)
+            self._held, self._cases = (gemm, tokens), {}
+        activations = str(kernel.numerics(gemm, config, self._workload.environment).get("activations", ""))
+        if activations not in self._cases:
+            self._cases[activations] = self._make_cases(gemm, tokens, activations)
         weights = self._workload.weights(gemm, kernel, kernel.layout(gemm, config))
         order = kernel.order(gemm, config)
         worst = 0.0
-        for case in self._cases:
+        for case in self._cases[activations]:
             device = self._workload.device
             out = poisoned_output(gemm, tokens, case.out_dtype, device)
             launch(kernel, config, weights, in_order(gemm, case.inputs, order), out)
@@ -99,9 +103,9 @@ class Gate:
 
     def release(self) -> None:
         """Drop the expected values."""
-        self._held, self._cases = None, ()
+        self._held, self._cases = None, {}
 
-    def _make_cases(self, gemm: ExpertGemm, tokens: int) -> tuple[_Case, ...]:
+    def _make_cases(self, gemm: ExpertGemm, tokens: int, activations: str) -> tuple[_Case, ...]:
         full = self._workload.inputs(gemm, tokens, GATE_SEED)
         variants = [full]
         if tokens * gemm.layer.top_k > 1:
@@ -110,7 +114,7 @@ class Gate:
         weights = self._workload.plain(gemm)
         device = self._workload.device
         sampled = _sampled_tokens(tokens, max(2, SAMPLED_SLOTS // gemm.layer.top_k)).to(device)
-        expected = _expected(gemm, variants, sampled, weights.data, weights.bias)
+        expected = _expected(gemm, variants, sampled, weights.data, weights.bias, activations)
         dtype = TORCH_DTYPES[gemm.layer.dtype]
         cases = []
         for number, (inputs, (exact, torch_values)) in enumerate(zip(variants, expected, strict=True)):
@@ -214,7 +218,12 @@ def _with_absent_slots(gemm: ExpertGemm, full: Inputs) -> Inputs:
 
 
 def _expected(
-    gemm: ExpertGemm, variants: list[Inputs], sampled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    gemm: ExpertGemm,
+    variants: list[Inputs],
+    sampled: torch.Tensor,
+    weight: Weights,
+    bias: torch.Tensor | None,
+    activations: str,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return (float64, same-dtype torch) results of the sampled tokens of each variant, both as float64.
 
@@ -228,12 +237,12 @@ def _expected(
     for dtype in (torch.float64, TORCH_DTYPES[layer.dtype]):
         if gemm.name == "up":
             rows = torch.cat([v.rows[sampled] for v in variants])
-            result = reference_up(layer, rows, weight, route, bias, dtype)
+            result = reference_up(layer, rows, weight, route, bias, dtype, activations)
         else:
             slots = _slots_of(sampled, top_k)
             rows = torch.cat([v.rows[slots] for v in variants])
             scale = torch.cat([v.topk_weights[sampled] for v in variants])
-            result = reference_down(layer, rows, weight, route, scale, bias, dtype)
+            result = reference_down(layer, rows, weight, route, scale, bias, dtype, activations)
         results.append(result.double())
     exact, torch_values = (result.chunk(len(variants)) for result in results)
     return list(zip(exact, torch_values, strict=True))

@@ -16,11 +16,13 @@ from functools import lru_cache
 import torch
 
 from tilecast.autotune.routing_profiles import UNIFORM, RoutingProfile, as_profile
+from tilecast.autotune.stacks import quantized_stack
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
 from tilecast.kernels import sort_slots
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel
+from tilecast.kernels.stacks import Weights
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
 ROTATION = 4
@@ -178,6 +180,14 @@ def normal_stack(
     return out
 
 
+def weight_stack(gemm: ExpertGemm, seed: int, device: torch.device | None = None) -> Weights:
+    """Return random plain weights of a GEMM, scaled so that activations keep their size, in its weight format."""
+    std = 1 / math.sqrt(gemm.k)
+    if gemm.layer.weight_format != "dense":
+        return quantized_stack(gemm, std, seed, device)
+    return normal_stack((gemm.layer.experts, gemm.n, gemm.k), TORCH_DTYPES[gemm.layer.dtype], std, seed, device)
+
+
 def launch(kernel: Kernel, config: TileConfig, weights: GemmWeights, inputs: Inputs, out: torch.Tensor) -> None:
     """Run one GEMM once, as the engine does."""
     if weights.gemm.name == "up":
@@ -332,9 +342,8 @@ class Workload:
     def _plain(self, gemm: ExpertGemm, copy: int) -> GemmWeights:
         dtype = TORCH_DTYPES[gemm.layer.dtype]
         seed = hash_seed(self.seed, 11, copy)
-        shape = (gemm.layer.experts, gemm.n, gemm.k)
-        data = normal_stack(shape, dtype, 1 / math.sqrt(gemm.k), seed, self.device)
-        bias = normal_stack(shape[:2], dtype, 0.5, seed + 1, self.device) if gemm.layer.bias else None
+        data = weight_stack(gemm, seed, self.device)
+        bias = normal_stack(data.shape[:2], dtype, 0.5, seed + 1, self.device) if gemm.layer.bias else None
         return GemmWeights(gemm=gemm, layout=PLAIN, data=data, bias=bias)
 
     def _make_room(self, gemm: ExpertGemm) -> None:

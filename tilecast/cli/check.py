@@ -125,6 +125,7 @@ def _runner(layer: ExpertLayer, runtime: Runtime, group: Group, *, parallel: boo
     from tilecast.engine.bench import make_weights
     from tilecast.engine.experts import prepare_experts
     from tilecast.engine.parallel import TensorParallelExperts
+    from tilecast.kernels.spec import TORCH_DTYPES
 
     weights = make_weights(layer)
     common: dict[str, Any] = {
@@ -133,6 +134,7 @@ def _runner(layer: ExpertLayer, runtime: Runtime, group: Group, *, parallel: boo
         "gated": layer.gated,
         "bias13": weights.bias13,
         "bias2": weights.bias2,
+        "dtype": TORCH_DTYPES[layer.dtype],
     }
     if parallel:
         return TensorParallelExperts(weights.w13, weights.w2, group=group, policy=runtime.policy, **common)

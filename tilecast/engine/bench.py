@@ -20,10 +20,10 @@ import torch
 
 from tilecast.autotune.clock import Clock, clock_for
 from tilecast.autotune.gate import MAX_ERROR_RATIO, error_ratio
-from tilecast.autotune.workload import device_of, hash_seed, normal_stack, uniform_ids
+from tilecast.autotune.workload import device_of, hash_seed, normal_stack, uniform_ids, weight_stack
 from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timing, best_peaks
 from tilecast.engine.experts import PreparedExperts, prepare_experts
-from tilecast.engine.peers import PEERS, Bound, LayerWeights, Peer, Prepared
+from tilecast.engine.peers import PEERS, Bound, LayerWeights, Peer, Prepared, refused
 from tilecast.engine.runtime import Runtime, default_registry
 from tilecast.environment import Environment, here
 from tilecast.errors import UsageError
@@ -167,6 +167,7 @@ class _Bench:
         return prepare_experts(
             weights.w13, weights.w2, top_k=layer.top_k, activation=layer.activation, gated=layer.gated,
             bias13=weights.bias13, bias2=weights.bias2, global_experts=layer.global_experts, runtime=runtime,
+            dtype=TORCH_DTYPES[layer.dtype],
         )  # fmt: skip
 
     def point(self, tokens: int, peers: Sequence[Peer], rounds: int, share_s: float) -> Point:
@@ -197,7 +198,7 @@ class _Bench:
 
     def _enter(self, peer: Peer, tokens: int) -> _Contestant:
         contestant = _Contestant(name=peer.name, gemms_only=peer.gemms_only)
-        reason = peer.available(self.layer, tokens, self.device.type)
+        reason = refused(peer, self.layer, tokens, self.device.type)
         if reason is not None:
             contestant.fail("unavailable", reason)
             return contestant
@@ -266,7 +267,7 @@ def make_weights(layer: ExpertLayer, seed: int = 0, device: torch.device | None 
     dtype = TORCH_DTYPES[layer.dtype]
     (w13, bias13), (w2, bias2) = (
         (
-            normal_stack((layer.experts, gemm.n, gemm.k), dtype, gemm.k**-0.5, hash_seed(seed, place), device),
+            weight_stack(gemm, hash_seed(seed, place), device),
             normal_stack((layer.experts, gemm.n), dtype, 0.5, hash_seed(seed, place, 1), device)
             if layer.bias
             else None,

@@ -16,13 +16,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tilecast.engine import op, recording
 from tilecast.engine import runtime as runtime_module
-from tilecast.engine.operands import check_device, check_inputs, layer_of, seen
+from tilecast.engine.operands import check_device, check_inputs, layer_of, place_of, seen
 from tilecast.engine.runtime import MAX_MISSES, Runtime
 from tilecast.engine.table_index import Entry
 from tilecast.errors import DeviceError, InputError
 from tilecast.kernels import route, sort_slots
+from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.routing import SCORINGS
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel, numerics_class
+from tilecast.kernels.stacks import Weights, detached, tensors_of
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig, check_name
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class PreparedExperts:
     """One layer's experts, with the weights stored as the table's configs want them.
 
     Call it with hidden [..., H], topk_ids (integers [..., k]) and topk_weights (any float dtype [..., k]); it
-    returns a fresh tensor [..., H] in the weights' dtype, or in float32, not rounded, with
+    returns a fresh tensor [..., H] in the layer's dtype, or in float32, not rounded, with
     `out_dtype=torch.float32` (a rank's partial sum). Ids outside 0 to E-1 are absent and count as zero.
     It keeps the table that was in use when it was made, since its weights are stored for that one. What was
     compiled with it (`torch.compile`) can run as long as it lives.
@@ -47,9 +49,9 @@ class PreparedExperts:
         self._up = up
         self._down = down
         self._dtype = TORCH_DTYPES[layer.dtype]
-        self._plain = up.layout == down.layout == PLAIN
-        # Compiled code finds packed weights by the handle of these experts; plain ones it gets as tensors, so that
-        # layers which differ in nothing else share one compiled graph.
+        # Compiled code finds packed and quantised weights by the handle of these experts; plain dense ones it gets as
+        # tensors, so that layers which differ in nothing else share one compiled graph.
+        self._plain = up.layout == down.layout == PLAIN and layer.weight_format == "dense"
         self._handle = op.handle_of(runtime if self._plain else self)
         if self._plain:
             op.remember(up.data, self)
@@ -70,7 +72,7 @@ class PreparedExperts:
         if out_dtype is None:
             out_dtype = self._dtype
         elif out_dtype is not torch.float32 and out_dtype is not self._dtype:
-            raise InputError(f"out_dtype is {out_dtype}, expected {self._dtype} (the weights' dtype) or torch.float32")
+            raise InputError(f"out_dtype is {out_dtype}, expected {self._dtype} (the layer's dtype) or torch.float32")
         if rows.shape[0] == 0:
             return torch.empty(hidden.shape, dtype=out_dtype, device=hidden.device)
         entry = self.runtime.lookup(layer, rows.shape[0])
@@ -114,8 +116,8 @@ class PreparedExperts:
 
 
 def prepare_experts(
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weights,
+    w2: Weights,
     *,
     top_k: int,
     activation: str = "silu",
@@ -123,21 +125,23 @@ def prepare_experts(
     bias13: torch.Tensor | None = None,
     bias2: torch.Tensor | None = None,
     global_experts: int | None = None,
+    dtype: torch.dtype | None = None,
     policy: str | None = None,
     runtime: Runtime | None = None,
 ) -> PreparedExperts:
     """Store one layer's weights as its decisions want them and return the callable layer.
 
     w13 is [E, 2I, H] (gate rows before up rows; [E, I, H] if not gated), w2 [E, H, I], both contiguous and of one
-    dtype (float32, bfloat16 or float16); bias13 [E, 2I or I] and bias2 [E, H], both or none. `global_experts` is
-    what the router chooses among if these are one rank's share. Where the layout is another than the plain one
-    the weights are copied, and the caller may drop the originals; the plain layout shares their memory.
-    `policy` overrides that of the table in use; `runtime` gives another table than the one in use.
+    dtype (float32, bfloat16 or float16), or both `QuantizedStack`s of one format, with `dtype` that of the hidden
+    states; bias13 [E, 2I or I] and bias2 [E, H], both or none. `global_experts` is what the router chooses among if
+    these are one rank's share. Where the layout is another than the plain one the weights are copied, and the caller
+    may drop the originals; the plain layout shares their memory. `policy` overrides that of the table in use;
+    `runtime` gives another table than the one in use.
     Raises InputError for weights that do not fit, DeviceError if no kernel here can run the layer.
     """
     layer = layer_of(
         w13, w2, top_k=top_k, activation=activation, gated=gated, bias13=bias13, bias2=bias2,
-        global_experts=global_experts,
+        global_experts=global_experts, dtype=dtype,
     )  # fmt: skip
     chosen = runtime or runtime_module.current(w13.device.type)
     if policy is not None:
@@ -152,8 +156,8 @@ def prepare_experts(
 
 def fused_experts(
     hidden: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weights,
+    w2: Weights,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     *,
@@ -165,12 +169,19 @@ def fused_experts(
 ) -> torch.Tensor:
     """Run one expert layer on plain weights and return a fresh tensor of hidden's shape and dtype.
 
-    Operands as in `prepare_experts` and `PreparedExperts`; top-k is topk_ids' last dimension. Under
+    Operands as in `prepare_experts` and `PreparedExperts`; top-k is topk_ids' last dimension, and hidden's dtype that
+    of a layer whose weights are quantised. Under
     `reproducible` the bits equal those of prepared experts. Where the table's config wants packed weights, one
     of the same numerics class that reads plain ones runs instead: prepare the experts to get the tuned speed.
     Raises InputError for operands that do not fit, CoverageError with miss=error.
     """
     if torch.compiler.is_compiling():
+        if isinstance(w13, QuantizedStack) and isinstance(w2, QuantizedStack):
+            return op.call_quantized(
+                hidden, topk_ids, topk_weights, w13, w2, bias13, bias2, activation=activation, gated=gated,
+                global_experts=global_experts,
+            )  # fmt: skip
+        assert isinstance(w13, torch.Tensor) and isinstance(w2, torch.Tensor), "one weight format for both"
         return op.call(
             hidden, topk_ids, topk_weights, w13, w2, bias13, bias2, handle=op.IN_USE, activation=activation,
             gated=gated, global_experts=global_experts, out_dtype=hidden.dtype,
@@ -183,8 +194,8 @@ def fused_experts(
 
 def run_plain(
     hidden: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weights,
+    w2: Weights,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     *,
@@ -199,19 +210,20 @@ def run_plain(
     """Do what `fused_experts` says, outside of any compilation, by `runtime`'s table (None: that in use)."""
     if topk_ids.dim() == 0:
         raise InputError(f"topk_ids is {seen(topk_ids)}, expected integers [..., k]")
-    options = (topk_ids.shape[-1], activation, gated, global_experts)
+    dtype = hidden.dtype if isinstance(w13, QuantizedStack) else None
+    options = (topk_ids.shape[-1], activation, gated, global_experts, dtype)
     form: _Form | None = None
     if bias13 is None and bias2 is None:
-        form = _forms.get(w13)  # type: ignore[no-untyped-call]
+        form = _forms.get(tensors_of(w13)[0])  # type: ignore[no-untyped-call]
     if form is None or form.options != options or not form.fits(w13, w2):
         layer = layer_of(
             w13, w2, top_k=options[0], activation=activation, gated=gated, bias13=bias13, bias2=bias2,
-            global_experts=global_experts,
+            global_experts=global_experts, dtype=dtype,
         )  # fmt: skip
         form = _Form(options, layer, *(_plain(gemm, w, b) for gemm, w, b in _pairs(layer, w13, w2, bias13, bias2)))
         if bias13 is None:
             # Not with a bias: kernels may keep a converted copy, which a change in place would not reach.
-            _forms[w13] = form
+            _forms[tensors_of(w13)[0]] = form
     chosen = runtime or runtime_module.current(w13.device.type)
     check_device(w13, chosen)
     rows, ids, scales = check_inputs(form.layer, hidden, topk_ids, topk_weights)
@@ -232,8 +244,8 @@ class MoeBlock(torch.nn.Module):
     def __init__(
         self,
         router_weight: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
+        w13: Weights,
+        w2: Weights,
         *,
         top_k: int,
         scoring: str = "softmax",
@@ -242,6 +254,7 @@ class MoeBlock(torch.nn.Module):
         gated: bool = True,
         bias13: torch.Tensor | None = None,
         bias2: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
         policy: str | None = None,
     ) -> None:
         """Prepare the experts. router_weight is [E, H] of any float dtype; the rest as in `prepare_experts`.
@@ -251,8 +264,9 @@ class MoeBlock(torch.nn.Module):
         """
         super().__init__()
         self.experts = prepare_experts(
-            w13, w2, top_k=top_k, activation=activation, gated=gated, bias13=bias13, bias2=bias2, policy=policy
-        )
+            w13, w2, top_k=top_k, activation=activation, gated=gated, bias13=bias13, bias2=bias2, dtype=dtype,
+            policy=policy,
+        )  # fmt: skip
         layer = self.experts.layer
         check_name("scoring", scoring, SCORINGS)
         if router_weight.shape != (layer.experts, layer.hidden) or not router_weight.dtype.is_floating_point:
@@ -293,7 +307,7 @@ def _run(
 ) -> torch.Tensor:
     recorder = recording.active()
     if recorder is not None:
-        recorder.count(layer, ids, hit=entry.hit, place=up.data.data_ptr())
+        recorder.count(layer, ids, hit=entry.hit, place=place_of(up.data))
     layout = sort_slots(ids, layer.experts)
     tokens, top_k = ids.shape
     intermediate = torch.empty((tokens * top_k, layer.intermediate), dtype=rows.dtype, device=rows.device)
@@ -303,12 +317,12 @@ def _run(
     return out
 
 
-def _plain(gemm: ExpertGemm, data: torch.Tensor, bias: torch.Tensor | None) -> GemmWeights:
-    return GemmWeights(gemm=gemm, layout=PLAIN, data=data.detach(), bias=None if bias is None else bias.detach())
+def _plain(gemm: ExpertGemm, data: Weights, bias: torch.Tensor | None) -> GemmWeights:
+    return GemmWeights(gemm=gemm, layout=PLAIN, data=detached(data), bias=None if bias is None else bias.detach())
 
 
 def stored_weights(
-    gemm: ExpertGemm, data: torch.Tensor, bias: torch.Tensor | None, kernel: Kernel, config: TileConfig
+    gemm: ExpertGemm, data: Weights, bias: torch.Tensor | None, kernel: Kernel, config: TileConfig
 ) -> GemmWeights:
     """Return plain weights stored as `config` of `kernel` reads them."""
     plain = _plain(gemm, data, bias)
@@ -318,35 +332,43 @@ def stored_weights(
 
 def _pairs(
     layer: ExpertLayer,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weights,
+    w2: Weights,
     bias13: torch.Tensor | None,
     bias2: torch.Tensor | None,
-) -> tuple[tuple[ExpertGemm, torch.Tensor, torch.Tensor | None], ...]:
+) -> tuple[tuple[ExpertGemm, Weights, torch.Tensor | None], ...]:
     return (layer.up, w13, bias13), (layer.down, w2, bias2)
 
 
 class _Form(NamedTuple):
-    """What the functional form keeps per w13 tensor, so that validation happens once."""
+    """What the functional form keeps per w13 tensor (or codes), so that validation happens once."""
 
-    options: tuple[int, str, bool, int | None]
+    options: tuple[int, str, bool, int | None, torch.dtype | None]
     layer: ExpertLayer
     up: GemmWeights
     down: GemmWeights
 
-    def fits(self, w13: torch.Tensor, w2: torch.Tensor) -> bool:
-        """Whether these are still the tensors that were validated: same memory, shape and dtype."""
-        known13, known2 = self.up.data, self.down.data
-        return bool(
-            w13.data_ptr() == known13.data_ptr()
-            and w2.data_ptr() == known2.data_ptr()
-            and w13.shape == known13.shape
-            and w2.shape == known2.shape
-            and w13.dtype == known13.dtype
-            and w2.dtype == known2.dtype
-            and w13.is_contiguous()
-            and w2.is_contiguous()
-        )
+    def fits(self, w13: Weights, w2: Weights) -> bool:
+        """Whether these are still the weights that were validated: same memory, shapes, dtypes and format."""
+        if isinstance(w13, torch.Tensor) and isinstance(w2, torch.Tensor):
+            return _same(w13, self.up.data) and _same(w2, self.down.data)
+        return _same_stack(w13, self.up.data) and _same_stack(w2, self.down.data)
+
+
+def _same(tensor: torch.Tensor, known: object) -> bool:
+    return bool(
+        isinstance(known, torch.Tensor)
+        and tensor.data_ptr() == known.data_ptr()
+        and tensor.shape == known.shape
+        and tensor.dtype == known.dtype
+        and tensor.is_contiguous()
+    )
+
+
+def _same_stack(stack: Weights, known: object) -> bool:
+    if not (isinstance(stack, QuantizedStack) and isinstance(known, QuantizedStack)) or stack.format != known.format:
+        return False
+    return all(_same(tensor, other) for tensor, other in zip(stack.tensors, known.tensors, strict=True))
 
 
 _forms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -1,8 +1,9 @@
 """The layer as operators that `torch.compile` puts into its graph whole, without looking into them.
 
 Inside, at run time, an operator is the ordinary call: the table is looked up with the real token count, kernels
-launch on the current stream. Weights in the plain layout are tensors of the graph. Packed ones are no tensors that a
-graph could hold: it holds a number by which the experts are found while they live.
+launch on the current stream. Dense weights in the plain layout are tensors of the graph. Packed ones are no tensors
+that a graph could hold: it holds a number by which the experts are found while they live; so it is with prepared
+quantised ones. The functional form gives quantised weights as the tensors that they consist of.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tilecast import kernels
 from tilecast.errors import InputError, UsageError
+from tilecast.kernels.formats import QuantizedStack
 
 if TYPE_CHECKING:
     from tilecast.engine.experts import PreparedExperts
@@ -135,6 +137,77 @@ def _(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     return hidden.new_empty(hidden.shape, dtype=out_dtype)
+
+
+def call_quantized(
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13: QuantizedStack,
+    w2: QuantizedStack,
+    bias13: torch.Tensor | None,
+    bias2: torch.Tensor | None,
+    *,
+    activation: str,
+    gated: bool,
+    global_experts: int | None,
+) -> torch.Tensor:
+    """Call the operator on plain quantised weights, by the table in use. Raises InputError as `call` does."""
+    if hidden.requires_grad and torch.is_grad_enabled():
+        raise InputError("hidden requires grad, but expert layers are forward only; run under torch.inference_mode()")
+    out: torch.Tensor = quantized_experts(
+        hidden, topk_ids, _detached(topk_weights), [w13.codes, w2.codes], [w13.scales, w2.scales],
+        [zeros for zeros in (w13.zeros, w2.zeros) if zeros is not None], f"{w13.format}+{w2.format}",
+        _detached(bias13), _detached(bias2), activation, gated, global_experts,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("tilecast::quantized_experts", mutates_args=())
+def quantized_experts(
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    zeros: list[torch.Tensor],
+    formats: str,
+    bias13: torch.Tensor | None,
+    bias2: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    global_experts: int | None,
+) -> torch.Tensor:
+    """Run one expert layer on plain quantised weights, those of w13 before those of w2 in each list."""
+    # Imported here: the layer builds on this module.
+    from tilecast.engine.experts import run_plain
+
+    w13, w2 = (
+        QuantizedStack(format=name, codes=codes[place], scales=scales[place], zeros=zeros[place] if zeros else None)
+        for place, name in enumerate(formats.split("+"))
+    )
+    return run_plain(
+        hidden, w13, w2, topk_ids, topk_weights, activation=activation, gated=gated, bias13=bias13, bias2=bias2,
+        global_experts=global_experts,
+    )  # fmt: skip
+
+
+@quantized_experts.register_fake
+def _(
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    zeros: list[torch.Tensor],
+    formats: str,
+    bias13: torch.Tensor | None,
+    bias2: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    global_experts: int | None,
+) -> torch.Tensor:
+    return torch.empty_like(hidden)
 
 
 @torch.library.custom_op("tilecast::route", mutates_args=())

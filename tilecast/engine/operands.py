@@ -7,15 +7,17 @@ import torch
 from tilecast.engine.runtime import Runtime
 from tilecast.environment import environment_for
 from tilecast.errors import DeviceError, InputError
+from tilecast.kernels.formats import QuantizedStack, check_sizes
 from tilecast.kernels.spec import TORCH_DTYPES
+from tilecast.kernels.stacks import Weights, tensors_of
 from tilecast.problem import ExpertLayer, check_int
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def layer_of(
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weights,
+    w2: Weights,
     *,
     top_k: int,
     activation: str = "silu",
@@ -23,42 +25,62 @@ def layer_of(
     bias13: torch.Tensor | None = None,
     bias2: torch.Tensor | None = None,
     global_experts: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ExpertLayer:
     """Return the layer that plain weights make, as `prepare_experts` takes them. Raises InputError."""
-    if w13.dim() != 3 or w2.dim() != 3:
+    if len(w13.shape) != 3 or len(w2.shape) != 3:
         raise InputError(
             f"w13 is {seen(w13)} and w2 {seen(w2)}, expected [E, {'2I' if gated else 'I'}, H] and [E, H, I]"
         )
-    if w13.dtype not in DTYPE_NAMES or w2.dtype != w13.dtype:
-        raise InputError(
-            f"w13 is {w13.dtype} and w2 {w2.dtype}, expected one of {', '.join(DTYPE_NAMES.values())} for both"
-        )
+    name, weight_format = _stored_as(w13, w2, dtype)
     experts, hidden, intermediate = w2.shape
     wanted = (experts, intermediate * (2 if gated else 1), hidden)
     if w13.shape != wanted:
         raise InputError(f"w13 is {seen(w13)}, expected {wanted} to fit w2 {tuple(w2.shape)} with gated={gated}")
     if (bias13 is None) != (bias2 is None):
         raise InputError("one of bias13 and bias2 is given, expected both or none; pass zeros for the other")
-    for name, bias, shape in (("bias13", bias13, wanted[:2]), ("bias2", bias2, (experts, hidden))):
+    for what, bias, shape in (("bias13", bias13, wanted[:2]), ("bias2", bias2, (experts, hidden))):
         if bias is not None and (bias.shape != shape or not bias.dtype.is_floating_point):
-            raise InputError(f"{name} is {seen(bias)}, expected floats {shape}")
-    for name, tensor in (("w13", w13), ("w2", w2), ("bias13", bias13), ("bias2", bias2)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise InputError(f"{name} {tuple(tensor.shape)} is not contiguous; pass {name}.contiguous()")
+            raise InputError(f"{what} is {seen(bias)}, expected floats {shape}")
+    for what, tensor in (("w13", w13), ("w2", w2), ("bias13", bias13), ("bias2", bias2)):
+        if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
+            raise InputError(f"{what} {tuple(tensor.shape)} is not contiguous; pass {what}.contiguous()")
         if tensor is not None and tensor.device != w13.device:
-            raise InputError(f"{name} is on {tensor.device}, expected {w13.device} like w13")
+            raise InputError(f"{what} is on {tensor.device}, expected {w13.device} like w13")
     check_int("top-k", top_k, 1)
-    return ExpertLayer(
+    layer = ExpertLayer(
         hidden=hidden,
         intermediate=intermediate,
         experts=experts,
         top_k=top_k,
-        dtype=DTYPE_NAMES[w13.dtype],
+        dtype=name,
+        weight_format=weight_format,
         activation=activation,
         gated=gated,
         bias=bias13 is not None,
         global_experts=experts if global_experts is None else global_experts,
     )
+    for gemm, weights in zip(layer.gemms, (w13, w2), strict=True):
+        check_sizes(gemm)
+        if isinstance(weights, QuantizedStack):
+            weights.check(gemm)
+    return layer
+
+
+def _stored_as(w13: Weights, w2: Weights, dtype: torch.dtype | None) -> tuple[str, str]:
+    """Return the name of the hidden states' dtype and the weight format. Raises InputError."""
+    known = ", ".join(DTYPE_NAMES.values())
+    if isinstance(w13, torch.Tensor) and isinstance(w2, torch.Tensor):
+        if w13.dtype not in DTYPE_NAMES or w2.dtype != w13.dtype:
+            raise InputError(f"w13 is {w13.dtype} and w2 {w2.dtype}, expected one of {known} for both")
+        if dtype is not None and dtype is not w13.dtype:
+            raise InputError(f"dtype is {dtype}, expected {w13.dtype} like the weights, or none")
+        return DTYPE_NAMES[w13.dtype], "dense"
+    if isinstance(w13, torch.Tensor) or isinstance(w2, torch.Tensor) or w13.format != w2.format:
+        raise InputError(f"w13 is {seen(w13)} and w2 {seen(w2)}, expected one weight format for both")
+    if dtype not in DTYPE_NAMES:
+        raise InputError(f"dtype is {dtype} with {w13.format} weights, expected the hidden states', one of {known}")
+    return DTYPE_NAMES[dtype], w13.format
 
 
 def check_inputs(
@@ -67,7 +89,8 @@ def check_inputs(
     """Return contiguous hidden [T, H], ids [T, k] and float32 weights [T, k]. Raises InputError."""
     width, top_k = layer.hidden, layer.top_k
     if hidden.dtype is not TORCH_DTYPES[layer.dtype]:
-        raise InputError(f"hidden is {hidden.dtype}, expected {TORCH_DTYPES[layer.dtype]} like the weights")
+        like = "like the weights" if layer.weight_format == "dense" else "as the experts were prepared for"
+        raise InputError(f"hidden is {hidden.dtype}, expected {TORCH_DTYPES[layer.dtype]} {like}")
     if hidden.dim() < 1 or hidden.shape[-1] != width:
         raise InputError(f"hidden is {seen(hidden)}, expected [..., {width}] to fit the weights")
     rows = hidden if hidden.dim() == 2 else hidden.reshape(-1, width)
@@ -88,12 +111,20 @@ def check_inputs(
     return rows.contiguous(), ids, scales.to(torch.float32).contiguous()
 
 
-def seen(tensor: torch.Tensor) -> str:
-    """Return what a message says of a tensor: its dtype and shape."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+def seen(weights: Weights) -> str:
+    """Return what a message says of a tensor or a stack: its dtype or weight format, and its shape."""
+    kind = weights.format if isinstance(weights, QuantizedStack) else str(weights.dtype).removeprefix("torch.")
+    return f"{kind} {tuple(weights.shape)}"
 
 
-def check_device(weights: torch.Tensor, runtime: Runtime) -> None:
+def place_of(data: object) -> int:
+    """Return a number that tells one layer's weights, as a kernel has them, from others while both live."""
+    if isinstance(data, torch.Tensor | QuantizedStack):
+        return tensors_of(data)[0].data_ptr()
+    return id(data)
+
+
+def check_device(weights: Weights, runtime: Runtime) -> None:
     """Raise DeviceError unless `runtime` is for the device, or one of equal name and architecture, of the weights."""
     device, wanted = weights.device, runtime.environment
     if device in runtime.devices:

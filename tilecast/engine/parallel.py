@@ -17,8 +17,11 @@ from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.group import Group
 from tilecast.engine.operands import check_inputs, layer_of
 from tilecast.errors import AgreementError, ModelError
-from tilecast.models.sharding import split
-from tilecast.problem import ExpertLayer
+from tilecast.kernels.formats import QuantizedStack
+from tilecast.kernels.spec import TORCH_DTYPES
+from tilecast.kernels.stacks import Weights, cut_stack
+from tilecast.models.sharding import check_cut, split
+from tilecast.problem import ExpertGemm, ExpertLayer
 
 SPINS = 200
 """How often a wait looks without sleeping: a sum over ranks usually takes some tens of microseconds."""
@@ -28,15 +31,15 @@ SPINS = 200
 class ExpertShard:
     """One rank's part of a layer's plain weights, contiguous copies; biases are None or as in `shard_experts`."""
 
-    w13: torch.Tensor
-    w2: torch.Tensor
+    w13: Weights
+    w2: Weights
     bias13: torch.Tensor | None = None
     bias2: torch.Tensor | None = None
 
 
 def shard_experts(
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weights,
+    w2: Weights,
     *,
     tp: int,
     rank: int,
@@ -49,34 +52,44 @@ def shard_experts(
 
     I is cut into `tp` parts, the gate's and the up projection's rows each, and E into `ep`; sizes differ by at
     most one, larger parts first; rank = ep_rank * tp + tp_rank. The down projection's bias must be added once,
-    so only the first tensor-parallel rank keeps it and the others hold zeros. Raises ModelError for impossible numbers,
-    InputError for weights that do not fit each other.
+    so only the first tensor-parallel rank keeps it and the others hold zeros. Quantised weights are cut with their
+    scales and zero points. Raises ModelError for impossible numbers, among them a cut inside a group or a block that
+    shares a scale; InputError for weights that do not fit each other.
     """
-    layer = layer_of(w13, w2, top_k=1, gated=gated, bias13=bias13, bias2=bias2)
+    # What is cut has the same numbers whatever the dtype of hidden states.
+    dtype = TORCH_DTYPES["fp32"] if isinstance(w13, QuantizedStack) else None
+    layer = layer_of(w13, w2, top_k=1, gated=gated, bias13=bias13, bias2=bias2, dtype=dtype)
     experts, intermediate = layer.experts, layer.intermediate
     for name, parts, total in (("tp", tp, intermediate), ("ep", ep, experts)):
         if not 1 <= parts <= total:
             raise ModelError(f"{name} is {parts}, expected 1 to {total}, the size that it splits")
     if not 0 <= rank < tp * ep:
         raise ModelError(f"rank is {rank}, expected 0 to {tp * ep - 1} (tp={tp} times ep={ep} ranks)")
+    check_cut(layer, tp)
     ep_rank, tp_rank = divmod(rank, tp)
     chosen, columns = split(experts, ep)[ep_rank], split(intermediate, tp)[tp_rank]
     mine = slice(chosen.start, chosen.stop)
     starts = (0, intermediate) if gated else (0,)
+    halves = [range(start + columns.start, start + columns.stop) for start in starts]
 
     def rows(tensor: torch.Tensor) -> torch.Tensor:
-        parts = [tensor[mine, start + columns.start : start + columns.stop] for start in starts]
-        return torch.cat(parts, dim=1)
+        return torch.cat([tensor[mine, part.start : part.stop] for part in halves], dim=1)
 
     down_bias = None
     if bias2 is not None:
         down_bias = bias2[mine].clone() if tp_rank == 0 else torch.zeros_like(bias2[mine])
     return ExpertShard(
-        w13=rows(w13),
-        w2=w2[mine, :, columns.start : columns.stop].clone(memory_format=torch.contiguous_format),
+        w13=rows(w13) if isinstance(w13, torch.Tensor) else cut_stack(w13, layer.up, mine, halves),
+        w2=_columns(w2, layer.down, mine, columns),
         bias13=None if bias13 is None else rows(bias13),
         bias2=down_bias,
     )
+
+
+def _columns(weights: Weights, gemm: ExpertGemm, experts: slice, columns: range) -> Weights:
+    if isinstance(weights, QuantizedStack):
+        return cut_stack(weights, gemm, experts, [range(gemm.n)], columns)
+    return weights[experts, :, columns.start : columns.stop].clone(memory_format=torch.contiguous_format)
 
 
 def local_ids(topk_ids: torch.Tensor, first: int, count: int) -> torch.Tensor:
@@ -138,8 +151,8 @@ class TensorParallelExperts:
 
     def __init__(
         self,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
+        w13: Weights,
+        w2: Weights,
         *,
         top_k: int,
         tp: int | None = None,
@@ -148,6 +161,7 @@ class TensorParallelExperts:
         gated: bool = True,
         bias13: torch.Tensor | None = None,
         bias2: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
         policy: str | None = None,
         group: Group | None = None,
     ) -> None:
@@ -163,7 +177,7 @@ class TensorParallelExperts:
             shard = shard_experts(w13, w2, tp=chosen_tp, ep=ep, rank=mine.rank, gated=gated, bias13=bias13, bias2=bias2)
             self._local: PreparedExperts = prepare_experts(
                 shard.w13, shard.w2, top_k=top_k, activation=activation, gated=gated, bias13=shard.bias13,
-                bias2=shard.bias2, global_experts=w2.shape[0], policy=policy,
+                bias2=shard.bias2, global_experts=w2.shape[0], dtype=dtype, policy=policy,
             )  # fmt: skip
             # torch's rendezvous blocks for half an hour and notices no failure: nobody enters it before all can.
             mine.gather("experts ready", b"")

@@ -24,6 +24,7 @@ from tilecast.kernels.cpu.onednn import cannot_prepack_here, prepack, prepacked_
 from tilecast.kernels.reference import activate
 from tilecast.kernels.routing import sort_slots
 from tilecast.kernels.spec import TORCH_DTYPES
+from tilecast.kernels.stacks import Weights
 from tilecast.problem import ExpertLayer
 
 Bound = Callable[[], torch.Tensor]
@@ -44,14 +45,20 @@ MAX_GATHERED_BYTES = 2 << 30
 class LayerWeights:
     """A layer's weights as checkpoints hold them.
 
-    w13 is [E, 2I or I, H] (gate rows before up rows), w2 [E, H, I], in the layer's dtype; biases are None or
-    [E, 2I or I] and [E, H].
+    w13 is [E, 2I or I, H] (gate rows before up rows), w2 [E, H, I], in the layer's dtype or weight format; biases are
+    None or [E, 2I or I] and [E, H]. Peers get dense ones only.
     """
 
-    w13: torch.Tensor
-    w2: torch.Tensor
+    w13: Weights
+    w2: Weights
     bias13: torch.Tensor | None = None
     bias2: torch.Tensor | None = None
+
+    @property
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return w13 and w2 of a layer whose weights are dense."""
+        assert isinstance(self.w13, torch.Tensor) and isinstance(self.w2, torch.Tensor), "a peer got quantised weights"
+        return self.w13, self.w2
 
 
 class Peer(Protocol):
@@ -99,9 +106,9 @@ class TorchLoop:
             token, position = torch.where(ids == expert)
             if token.numel() == 0:
                 continue
-            product = F.linear(hidden[token], weights.w13[expert], _row(weights.bias13, expert))
+            product = F.linear(hidden[token], weights.dense[0][expert], _row(weights.bias13, expert))
             value = _activate_halves(layer, product)
-            value = F.linear(value, weights.w2[expert], _row(weights.bias2, expert))
+            value = F.linear(value, weights.dense[1][expert], _row(weights.bias2, expert))
             value = value * scale[token, position, None]
             out.index_add_(0, token, value.to(out.dtype))
         return out
@@ -129,12 +136,12 @@ class TorchGroupedMm:
         slots = route.slots[: int(route.offsets[-1])].long()
         expert = route.ids.flatten()[slots]
         product = F.grouped_mm(
-            hidden[slots // route.top_k], weights.w13.transpose(1, 2), offs=route.offsets[1:]
+            hidden[slots // route.top_k], weights.dense[0].transpose(1, 2), offs=route.offsets[1:]
         ).float()
         if weights.bias13 is not None:
             product += weights.bias13[expert]
         value = _activate_halves(layer, product).to(hidden.dtype)
-        product = F.grouped_mm(value, weights.w2.transpose(1, 2), offs=route.offsets[1:]).float()
+        product = F.grouped_mm(value, weights.dense[1].transpose(1, 2), offs=route.offsets[1:]).float()
         if weights.bias2 is not None:
             product += weights.bias2[expert]
         by_slot = product.new_zeros(ids.numel(), layer.hidden)
@@ -181,8 +188,8 @@ class TransformersExperts:
         config._experts_implementation = self.implementation
         with torch.device("meta"):
             experts = modeling.MixtralExperts(config)
-        experts.gate_up_proj = torch.nn.Parameter(weights.w13, requires_grad=False)
-        experts.down_proj = torch.nn.Parameter(weights.w2, requires_grad=False)
+        experts.gate_up_proj = torch.nn.Parameter(weights.dense[0], requires_grad=False)
+        experts.down_proj = torch.nn.Parameter(weights.dense[1], requires_grad=False)
         # The router of transformers returns int64 ids.
         return lambda hidden, ids, scale: partial(experts, hidden, ids.long(), scale)
 
@@ -204,7 +211,7 @@ class OneDnnGemms:
     def prepare(self, layer: ExpertLayer, weights: LayerWeights, tokens: int = 1) -> Prepared:
         """Pack every expert's weights: a copy of them all."""
         rows = max(1, math.ceil(tokens * layer.top_k / layer.global_experts))
-        up, down = ([prepack(w, rows) for w in stack] for stack in (weights.w13, weights.w2))
+        up, down = ([prepack(w, rows) for w in stack] for stack in weights.dense)
         return lambda hidden, ids, scale: partial(self._run, self._calls(layer, up, down, hidden, ids))
 
     @staticmethod
@@ -236,6 +243,13 @@ PEERS: tuple[Peer, ...] = (
     OneDnnGemms(),
 )
 """Every peer, in the order in which tables list them."""
+
+
+def refused(peer: Peer, layer: ExpertLayer, tokens: int, device: str) -> str | None:
+    """Return why a peer cannot run `layer` with so many tokens here; None when it can."""
+    if layer.weight_format != "dense":
+        return f"runs dense weights, the layer's are {layer.weight_format}"
+    return peer.available(layer, tokens, device)
 
 
 def find_peers(names: Sequence[str]) -> tuple[Peer, ...]:

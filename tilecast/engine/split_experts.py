@@ -17,7 +17,7 @@ import torch
 
 from tilecast.engine import op, recording
 from tilecast.engine.experts import stored_weights
-from tilecast.engine.operands import check_device, check_inputs
+from tilecast.engine.operands import check_device, check_inputs, place_of
 from tilecast.engine.runtime import Runtime
 from tilecast.engine.table_index import Entry
 from tilecast.errors import UsageError
@@ -172,7 +172,7 @@ class SplitExperts:
         entry = self.runtime.lookup(layer, tokens)
         recorder = recording.active()
         if recorder is not None:
-            recorder.count(layer, ids, hit=entry.hit, place=weights.data.data_ptr())
+            recorder.count(layer, ids, hit=entry.hit, place=place_of(weights.data))
         return entry
 
     def _by_rows(self, function: Rows, rows: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The whole layer in float64: the oracle of every test and of the tuner's correctness gate.
 
 Each function takes operands in the layer's dtype and computes exactly what NUMERICS asks for, without any
-intermediate rounding, so that its distance to a kernel's result is the kernel's own error.
+intermediate rounding, so that its distance to a kernel's result is the kernel's own error. Quantised weights count as
+the numbers that they stand for; they are dequantised a few rows of one expert at a time.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ import torch.nn.functional as F
 
 from tilecast.errors import InputError
 from tilecast.kernels.routing import ExpertLayout
-from tilecast.problem import ExpertLayer
+from tilecast.kernels.stacks import Weights
+from tilecast.problem import ExpertGemm, ExpertLayer
 
 SWIGLU_OAI_ALPHA = 1.702
 SWIGLU_OAI_LIMIT = 7.0
 """gpt-oss's clamped SwiGLU: (clamp(u, ±7) + 1) · g · sigmoid(1.702 g), g clamped from above at 7."""
+FP8_ROWS = "fp8_g128"
+"""The value of the numerics field `activations` of kernels that round rows to e4m3, a scale for each 128 of K."""
+ROWS_GROUP = 128
+MAX_DEQUANTIZED = 1 << 24
+"""Elements of quantised weights that are dequantised at once."""
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
@@ -46,19 +53,22 @@ def activate(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> to
 def reference_up(
     layer: ExpertLayer,
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weights,
     route: ExpertLayout,
     bias: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    activations: str = "",
 ) -> torch.Tensor:
     """Return the up GEMM's result [T·k, I] in `dtype`: hidden [T, H], weight [E, N, H], bias [E, N] or None.
 
-    Rows of absent slots are zero. With a lower `dtype` this is the same-dtype torch that errors are judged by.
+    Rows of absent slots are zero. With a lower `dtype` this is the same-dtype torch that errors are judged by; it gets
+    quantised weights dequantised in float32 and rounded once. `activations` is what kernels of that numerics field
+    round rows to: nothing, or `FP8_ROWS`.
     """
-    rows = hidden.to(dtype)
+    rows = rounded_rows(hidden, activations).to(dtype)
     out = torch.zeros(route.tokens * route.top_k, layer.intermediate, dtype=dtype, device=hidden.device)
     for expert, slots in _experts(route):
-        product = rows[slots // route.top_k] @ weight[expert].to(dtype).T
+        product = _product(rows[slots // route.top_k], weight, layer.up, expert)
         if bias is not None:
             product = product + bias[expert].to(dtype)
         gate = product[:, : layer.intermediate]
@@ -70,18 +80,19 @@ def reference_up(
 def reference_down(
     layer: ExpertLayer,
     intermediate: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weights,
     route: ExpertLayout,
     topk_weights: torch.Tensor,
     bias: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    activations: str = "",
 ) -> torch.Tensor:
     """Return the down GEMM and combine [T, H] in `dtype`: intermediate [T·k, I], weight [E, H, I]."""
-    rows = intermediate.to(dtype)
+    rows = rounded_rows(intermediate, activations).to(dtype)
     slots_out = torch.zeros(route.tokens * route.top_k, layer.hidden, dtype=dtype, device=intermediate.device)
     scale = topk_weights.to(dtype).flatten()
     for expert, slots in _experts(route):
-        product = rows[slots] @ weight[expert].to(dtype).T
+        product = _product(rows[slots], weight, layer.down, expert)
         if bias is not None:
             product = product + bias[expert].to(dtype)
         slots_out[slots] = product * scale[slots, None]
@@ -91,8 +102,8 @@ def reference_down(
 def reference_layer(
     layer: ExpertLayer,
     hidden: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weights,
+    w2: Weights,
     route: ExpertLayout,
     topk_weights: torch.Tensor,
     bias13: torch.Tensor | None = None,
@@ -102,6 +113,36 @@ def reference_layer(
     """Return the whole layer's result [T, H] in `dtype`, without rounding the intermediate."""
     intermediate = reference_up(layer, hidden, w13, route, bias13, dtype)
     return reference_down(layer, intermediate, w2, route, topk_weights, bias2, dtype)
+
+
+def rounded_rows(rows: torch.Tensor, activations: str) -> torch.Tensor:
+    """Return rows [M, K] as a kernel with this numerics field multiplies them; float64 where they are rounded.
+
+    A scale is the largest magnitude in 128 elements of one row over the largest of e4m3. Raises InputError.
+    """
+    if not activations:
+        return rows
+    if activations != FP8_ROWS:
+        raise InputError(f"activations are {activations!r}, expected none or {FP8_ROWS}")
+    count, width = rows.shape
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    grouped = F.pad(rows.to(torch.float32), (0, -width % ROWS_GROUP)).view(count, -1, ROWS_GROUP)
+    scales = (grouped.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-12)
+    codes = (grouped / scales).clamp(-largest, largest).to(torch.float8_e4m3fn)
+    return (codes.double() * scales.double()).flatten(1)[:, :width]
+
+
+def _product(rows: torch.Tensor, weight: Weights, gemm: ExpertGemm, expert: int) -> torch.Tensor:
+    """Return rows [M, K] times one expert's weights [N, K], in the rows' dtype."""
+    if isinstance(weight, torch.Tensor):
+        return rows @ weight[expert].to(rows.dtype).T
+    exact = torch.float64 if rows.dtype is torch.float64 else torch.float32
+    step = max(1, MAX_DEQUANTIZED // gemm.k)
+    parts = [
+        rows @ weight.dequantized(gemm, expert, exact, slice(first, first + step)).to(rows.dtype).T
+        for first in range(0, gemm.n, step)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _experts(route: ExpertLayout) -> list[tuple[int, torch.Tensor]]:

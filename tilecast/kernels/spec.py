@@ -23,7 +23,8 @@ PLAIN = "plain"
 class GemmWeights:
     """The weights of one grouped GEMM, stored as one layout says.
 
-    `data` is a tensor [E, N, K] for the layout `plain`; otherwise whatever the layout's kernel made of it.
+    `data` is a tensor [E, N, K] for the layout `plain`, or a `QuantizedStack` where the layer's weight format is not
+    dense; otherwise whatever the layout's kernel made of it.
     `bias` is None or a tensor [E, N]. `plans` is where kernels keep what they need to launch on this stack.
     """
 
@@ -65,7 +66,11 @@ class Kernel(Protocol):
         ...
 
     def numerics(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> dict[str, Json]:
-        """Return the fields of the config's numerics class: configs with equal fields give equal bits."""
+        """Return the fields of the config's numerics class: configs with equal fields give equal bits.
+
+        A kernel that rounds rows before it multiplies them says to what in the field `activations`
+        (`reference.rounded_rows`); it is compared with an oracle that rounds them so, too.
+        """
         ...
 
     def batch_invariant(self, gemm: ExpertGemm, config: TileConfig) -> bool:

@@ -187,6 +187,10 @@ def _files(engine: str, path: str, series: _Series, evidence: Evidence) -> tuple
     if not picked:
         return [], left_out
     defaults = default_tiles(engine, layer.experts, hip=series.environment.arch.startswith("gfx"))
+    if layer.weight_format != "dense":
+        # What the engines run for these without a file depends on more than a row can say.
+        defaults = []
+        remarks.append("token counts outside of the table get the nearest row of the file, not the engine's default")
     parts = {path: False} if engine == "vllm" else {path: False, path.removesuffix(".json") + "_down.json": True}
     files = []
     for part, down in parts.items():

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 from tilecast.environment import Environment
 from tilecast.errors import CacheError
-from tilecast.problem import MAX_DIMENSION, ExpertLayer
+from tilecast.problem import MAX_DIMENSION, ExpertLayer, weight_format
 
 ENGINES = ("vllm", "sglang")
 ENGINE_TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
 DTYPE_TAGS = {"bf16": "", "fp16": "", "fp32": "float32"}
-"""The tag in the name of a layer's files, by its dtype; 16-bit layers have none."""
+"""The tag in the name of a layer's files, by its dtype where weights are dense; 16-bit layers have none."""
+WEIGHT_TAGS = {"awq": "int4_w4a16", "int4": "int4_w4a16", "int8": "int8_w8a16", "fp8": "fp8_w8a8"}
+"""The tag by what weights are quantised to. Groups of integers have no place in a name: files are for all of them."""
 BUILT_TAGS = {
     "vllm": frozenset({"", "float32", "fp8_w8a8", "fp8_w8a16", "int8_w8a16", "int4_w4a16"}),
     "sglang": frozenset({"", "float32", "fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16"}),
@@ -98,12 +100,20 @@ def device_in_name(engine: str, device: str) -> str:
 
 
 def name_for(engine: str, layer: ExpertLayer, environment: Environment, *, down: bool = False) -> PeerName:
-    """Return the name of a layer's file on the environment's device."""
+    """Return the name of a layer's file on the environment's device.
+
+    Blocks are in the name for fp8 alone (the engines leave out a block shape with a zero in it, which is what groups
+    of integers have), and scales by channel for SGLang alone.
+    """
+    form = weight_format(layer.weight_format)
+    by_channel = engine == "sglang" and form.kind == "fp8" and (form.group, form.rows) == (0, 1)
     return PeerName(
         experts=layer.experts,
         intermediate=layer.intermediate,
         device=device_in_name(engine, environment.device),
-        dtype=DTYPE_TAGS[layer.dtype],
+        dtype=DTYPE_TAGS[layer.dtype] if form.kind == "dense" else WEIGHT_TAGS[form.kind],
+        block_shape=(form.rows, form.group) if form.rows > 1 else None,
+        per_channel=by_channel,
         down=down,
     )
 
