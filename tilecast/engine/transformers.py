@@ -27,6 +27,8 @@ from tilecast.engine.agreement import check_coverage, process_group, startup
 from tilecast.engine.announce import announce
 from tilecast.engine.expert_module import Form, Unsupported, form_of, local, plain_weights
 from tilecast.engine.group import Group
+from tilecast.engine.quantized_loading import load_quantized
+from tilecast.engine.quantized_module import make_dense
 from tilecast.engine.runtime import Runtime
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import InputError, UsageError
@@ -193,7 +195,7 @@ def _prepare_late(module: torch.nn.Module, top_k: int) -> Adapted:
         raise UsageError("prepare the model before it is compiled: tilecast.prepare_model(model)")
     known = adapted_of(module)
     if known is not None:
-        known.restore(module)
+        known.restore(module, quantized=True)
     group = process_group()
     with group.guard():
         form, _, reason = _inspected(module, top_k)
@@ -352,14 +354,19 @@ def _after_loading(model_class: Any) -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("experts_implementation") == NAME and _options.settings is None:
+        # The Auto classes hand it on within the config.
+        given = getattr(kwargs.get("config"), "_experts_implementation_internal", None)
+        asked = NAME in (kwargs.get("experts_implementation"), given)
+        if asked and _options.settings is None:
             # A variable that cannot be understood is found out before the weights are read.
             Settings.from_environment()
-        loaded = load(cls, *args, **kwargs)
+        loaded = load_quantized(load, cls, args, kwargs, name=NAME, find=experts_modules)
+        if loaded is None:
+            loaded = load(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if any(_asks_for_us(module) for _, module in experts_modules(model)):
             prepare_model(model)
-        elif kwargs.get("experts_implementation") == NAME:
+        elif asked:
             logger.warning("%s has no experts that transformers lets others run", type(model).__name__)
         return loaded
 
@@ -372,6 +379,8 @@ def _after_loading(model_class: Any) -> None:
             if state is not None and not _asks_for_us(module):
                 state.restore(module)
                 _forget(module)
+            elif not _asks_for_us(module):
+                make_dense(module)
         if any(_asks_for_us(module) and adapted_of(module) is None for module in modules):
             prepare_model(self)
         return done
