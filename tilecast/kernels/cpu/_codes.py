@@ -25,14 +25,15 @@ FP8_ROW_EXPONENT, FP8_SUM_EXPONENT = 64, 56
 class Codes:
     """How quantised weights lie and how a group of K enters the totals: total += scale · (sum - zero · row sum).
 
-    kind: `int4`, `int8` or `fp8`; group: elements of K that are summed before they are scaled; moves: whether each
-    group has scales of its own, or one serves all of K; scale: dtype of the scales; shared: one scale a vector of
-    columns, not one a column; zero: `stored` (a byte a column and group), `eight`, or empty; panel: columns of one
-    panel of scales.
+    kind: `int4`, `int8` or `fp8`; group: elements of K that are summed before they are scaled; span: elements that
+    share a scale; moves: whether each span has scales of its own, or one serves all of K; scale: dtype of the scales;
+    shared: one scale a vector of columns, not one a column; zero: `stored` (a byte a column and span), `eight`, or
+    empty; panel: columns of one panel of scales.
     """
 
     kind: str
     group: int
+    span: int
     moves: bool
     scale: str
     shared: bool
@@ -45,7 +46,7 @@ class Codes:
         return CODES_PER_WORD[self.kind]
 
     def scale_pitch(self, lanes: int) -> int:
-        """Return the bytes from a group's scales to the next one's, in a panel."""
+        """Return the bytes from a span's scales to the next one's, in a panel."""
         return (4 * self.panel // lanes if self.shared else self.panel * DTYPES[self.scale]) if self.moves else 0
 
     def row_factors(self) -> tuple[float, ...]:
@@ -61,10 +62,21 @@ class Codes:
 
 def codes_of(form: WeightFormat, *, chain: int, scale: str, panel: int) -> Codes:
     """Return how a format's weights lie; without groups, chains of `chain` elements are scaled alike."""
+    span = form.group or chain
     return Codes(
-        kind="int4" if form.bits == 4 else form.kind, group=form.group or chain, moves=form.group > 0, scale=scale,
-        shared=form.rows != 1, zero={"awq": "stored", "int4": "eight"}.get(form.kind, ""), panel=panel,
+        kind="int4" if form.bits == 4 else form.kind, group=zero_chain(form) or span, span=span,
+        moves=form.group > 0, scale=scale, shared=form.rows != 1,
+        zero={"awq": "stored", "int4": "eight"}.get(form.kind, ""), panel=panel,
     )  # fmt: skip
+
+
+def zero_chain(form: WeightFormat) -> int:
+    """Return the length of chains with a zero point, 0 for formats without.
+
+    Unsigned codes make sums larger than what is left of them when the zero point is taken off: shorter chains make up
+    for the rounding. Every group is a multiple.
+    """
+    return 32 if form.kind in ("awq", "int4") else 0
 
 
 def decode(emit: Emit, kind: str, word: Value, k: int) -> Value:

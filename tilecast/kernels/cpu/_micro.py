@@ -137,6 +137,7 @@ def _groups(
             emit.set(slot, emit.splat(0.0))
         start = emit.imul(group, length)
         turns(start, emit.imin(steps, emit.iadd(start, length)))
+        span = emit.idiv(emit.imul(group, codes.group), codes.span)
         fresh = emit.and_(is_first, emit.icmp_unsigned("==", group, i64(0)))
         row_sums = []
         if codes.zero:
@@ -144,8 +145,8 @@ def _groups(
             row_sums = [emit.splat(emit.load(start, at, F32, align=4)) for start in starts]
         emit_group_end(
             emit, codes, [[emit.get(slot, emit.floats) for slot in row] for row in acc], row_sums, totals, fresh,
-            (emit.at(scales, emit.imul(group, codes.scale_pitch(emit.lanes))), scale_stride),
-            (emit.at(zeros, emit.imul(group, codes.panel)), zero_stride),
+            (emit.at(scales, emit.imul(span, codes.scale_pitch(emit.lanes))), scale_stride),
+            (emit.at(zeros, emit.imul(span, codes.panel)), zero_stride),
         )  # fmt: skip
 
 

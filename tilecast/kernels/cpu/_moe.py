@@ -300,16 +300,16 @@ class Gemm:
         emit, args, codes, lanes = self.emit, self.args, self.variant.codes, self.variant.lanes
         if codes is None:
             return []
-        group, panel = emit.idiv(k, codes.group), emit.idiv(column, codes.panel)
+        span, panel = emit.idiv(k, codes.span), emit.idiv(column, codes.panel)
         within = emit.urem(column, i64(codes.panel))
         at = emit.iadd(emit.imul(expert, args["scale_expert_stride"]), emit.imul(panel, args["scale_panel_stride"]))
-        at = emit.iadd(at, emit.imul(group, codes.scale_pitch(lanes)))
+        at = emit.iadd(at, emit.imul(span, codes.scale_pitch(lanes)))
         each = emit.imul(emit.idiv(within, lanes), 4) if codes.shared else emit.imul(within, DTYPES[codes.scale])
         scales = emit.at(args["scales"], emit.iadd(at, each))
         at = emit.iadd(emit.imul(expert, args["zero_expert_stride"]), emit.imul(panel, args["zero_panel_stride"]))
-        at = emit.iadd(at, emit.iadd(emit.imul(group, codes.panel), within))
+        at = emit.iadd(at, emit.iadd(emit.imul(span, codes.panel), within))
         zeros = emit.at(args["zeros"], at)
-        sums = emit.imul(emit.iadd(args["k_padded"], group), 4)
+        sums = emit.imul(emit.iadd(args["k_padded"], emit.idiv(k, codes.group)), 4)
         return [scales, args["scale_panel_stride"], zeros, args["zero_panel_stride"], sums]
 
     def _chunk(self, tile: Tile, weights: Value, column: Value, k: Value, length: Value) -> tuple[Value, Value]:

@@ -18,6 +18,7 @@ import torch
 from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, InputError
+from tilecast.kernels.cpu._codes import zero_chain
 from tilecast.kernels.cpu._micro import CACHE_LINE
 from tilecast.kernels.cpu._moe import ARGS, FLUSH_K, Variant
 from tilecast.kernels.cpu.isa import Isa, host_isa
@@ -33,7 +34,7 @@ from tilecast.kernels.cpu.quantized import (
     unpack_codes,
 )
 from tilecast.kernels.cpu.work import moe_gemm_work
-from tilecast.kernels.formats import QuantizedStack, check_sizes, scale_shape
+from tilecast.kernels.formats import QuantizedStack, check_sizes
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
 from tilecast.kernels.work import Work
@@ -126,18 +127,18 @@ class MoeGemm:
         narrow, wide = (f"panel{max(16, vectors * isa.lanes)}" for vectors in (2, 4))
         shapes, many = shapes_of(gemm, isa, tokens, rows), rows > 6
         for dot, layout, (mr, nv) in product(dots, dict.fromkeys((narrow, wide, PLAIN)), shapes):
-            favourite, unroll = (mr, nv) in shapes[:2], 2 if nv > 2 else 4
+            favourite, unroll = (mr, nv) in shapes[:2], turn_steps(gemm, nv, 0)
             if layout != narrow and not favourite:
                 continue
             keeps_up = prefetch_lines(isa, nv, unroll, dtype)
             for block_n, prefetch, stage, block_k in product(
                 (64, 256),
-                (0,) if layout == PLAIN else (1, keeps_up) if many else (0, keeps_up),
+                (0,) if layout == PLAIN else dict.fromkeys((int(many), keeps_up)),
                 (1,) if layout == PLAIN else (0, 1) if many and layout == narrow else (0,),
                 (0, 512) if many and favourite and layout == narrow else (0,),
             ):
                 yield self._config(
-                    mr=mr, nv=nv, unroll=unroll, layout=layout, stage=stage,
+                    mr=mr, nv=nv, unroll=turn_steps(gemm, nv, stage), layout=layout, stage=stage,
                     block_n=max(block_n, nv * isa.lanes), block_k=block_k, prefetch=prefetch, dot=dot,
                 )  # fmt: skip
 
@@ -153,7 +154,7 @@ class MoeGemm:
         if like is not None:
             dot = str(like["dot"])
         mr, nv = shapes_of(gemm, isa, tokens, rows)[0]
-        unroll = 2 if nv > 2 else 4
+        unroll = turn_steps(gemm, nv, int(layout == PLAIN))
         prefetch = 1 if rows > 6 else prefetch_lines(isa, nv, unroll, dtype) if rows > 1 else 0
         active = min(gemm.layer.experts, tokens * gemm.layer.top_k)
         jobs = active * padded_columns(gemm, isa.lanes) // 256
@@ -176,7 +177,7 @@ class MoeGemm:
             "accumulator": "fp32",
             "k_order": "ascending pairs" if dot else "ascending",
             "multiply_add": "vdpbf16ps" if dot else "fma" if self.isa.fma else "separate",
-            "flush_k": form.group or FLUSH_K,
+            "flush_k": zero_chain(form) or form.group or FLUSH_K,
             **({"weights": gemm.layer.weight_format, "scaled": GROUP_RULE} if form.bits else {}),
             "rounding": "intermediate once, output once",
             "combine": "slot order",
@@ -287,12 +288,20 @@ def shapes_of(gemm: ExpertGemm, isa: Isa, tokens: int, rows: int) -> tuple[tuple
     """Return the register tiles worth trying for a GEMM: `tile_shapes`, or those for codes made into floats."""
     if gemm.layer.weight_format == "dense":
         return tile_shapes(isa, tokens, rows, gemm.layer.dtype)
-    if tokens == 1 or rows == 1:
-        return ((1, 4), (1, 8), (2, 4), (3, 4))
+    if tokens == 1:
+        return ((1, 8), (1, 4), (2, 4))
     wide = isa.registers > 16
+    # Eight sums leave room for what becomes of the codes in tiles of 1, 2 and 4 rows; more rows make up for less room.
     if rows <= 6:
-        return ((4, 4), (6, 4), (2, 8), (8, 2)) if wide else ((2, 4), (3, 4), (4, 2), (6, 2))
-    return ((12, 2), (6, 4), (8, 2)) if wide else ((6, 2), (5, 2), (4, 2), (3, 4))
+        return ((4, 4), (8, 2), (6, 4), (2, 8)) if wide else ((4, 2), (2, 4), (6, 2), (1, 8))
+    return ((12, 2), (8, 2), (6, 4)) if wide else ((6, 2), (5, 2), (4, 2))
+
+
+def turn_steps(gemm: ExpertGemm, nv: int, stage: int) -> int:
+    """Return the default `unroll`: a step of codes is a whole word of them, long enough as it is."""
+    if gemm.layer.weight_format != "dense":
+        return 4 if stage else 1
+    return 2 if nv > 2 else 4
 
 
 def _pairs_dot(gemm: ExpertGemm, isa: Isa) -> bool:
@@ -332,7 +341,7 @@ class Plan:
         self.row_bytes = 4 * depth if self.variant.widens else DTYPES[layer.dtype] * gemm.k
         if self.variant.codes is not None and self.variant.codes.zero:
             # The sums of each row's groups lie behind it.
-            self.row_bytes += 4 * scale_shape(gemm)[1]
+            self.row_bytes += 4 * (gemm.k // self.variant.codes.group)
         _, _, _, self.scratch_bytes = self.variant.scratch_layout(BLOCK_M, block_n)
         self.depth, self.k, self.dtype = depth, gemm.k, TORCH_DTYPES[layer.dtype]
         self.width = layer.intermediate if gemm.name == "up" else layer.hidden

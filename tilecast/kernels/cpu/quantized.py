@@ -112,7 +112,7 @@ def unpack_codes(packed: PanelStack, gemm: ExpertGemm, isa: Isa) -> QuantizedSta
     width = gemm.k // weight_format(gemm.layer.weight_format).codes_per_byte
     plain = torch.empty((experts, gemm.n, width), dtype=torch.uint8)
     for expert in range(experts):
-        rows = packed.codes[expert].transpose(1, 2).reshape(panels * panel, words).view(torch.uint8)
+        rows = packed.codes[expert].transpose(1, 2).reshape(panels * panel, words).contiguous().view(torch.uint8)
         plain[expert].index_copy_(0, order[present], rows[present, :width])
     scales, zeros = _unpack_scales(packed.scales, gemm, isa)
     kind = weight_format(packed.format).kind

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilecast.environment import Environment
+from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes, codes_of
 from tilecast.kernels.cpu._moe import FLUSH_K, Tile, Variant
 from tilecast.kernels.cpu.isa import Isa
-from tilecast.kernels.cpu.layouts import padded_columns, padded_k
+from tilecast.kernels.cpu.layouts import column_bytes, padded_columns, padded_k
+from tilecast.kernels.cpu.quantized import PLAIN_SCALE_PANEL
 from tilecast.kernels.spec import PLAIN
 from tilecast.kernels.work import Work, nothing, present
-from tilecast.problem import DTYPES, ExpertGemm, TileConfig
+from tilecast.problem import DTYPES, ExpertGemm, TileConfig, weight_format
 
 FMA_UNITS, LOAD_PORTS, VECTOR_PIPES = 2, 2, 4
 FMA_LATENCY = 4
@@ -51,7 +53,7 @@ OVERLAP, PREFETCHED_OVERLAP = 0.5, 0.8
 
 @dataclass(frozen=True)
 class Shape:
-    """What the cycles of a tile depend on besides its rows and vectors. source: `f32`, `f16` or `pairs`."""
+    """What the cycles of a tile depend on besides its rows and vectors. source: as in `Micro`."""
 
     source: str
     dot: bool
@@ -67,7 +69,7 @@ def step_cycles(rows: int, nv: int, shape: Shape) -> float:
     pairs = shape.source == "pairs" and not shape.dot
     # A word of two bf16 is loaded once for two steps, and widened by a shift and a mask.
     loads = (nv / 2 if pairs else nv) + rows
-    widening = nv if pairs else 2 * nv if shape.source == "f16" else 0
+    widening = nv if pairs else 2 * nv if shape.source == "f16" or shape.source in CODES_PER_WORD else 0
     # Operands that one row alone uses are taken as they come; others are held until the last row had them.
     held = 2 if rows == 1 else 2 * nv if pairs else nv
     cycles = max(sums / FMA_UNITS, loads / LOAD_PORTS, (sums + widening) / VECTOR_PIPES, FMA_LATENCY)
@@ -94,8 +96,13 @@ def variant_of(isa: Isa, gemm: ExpertGemm, config: TileConfig, block_n: int) -> 
         max_nv=max(nv, min(8, block_n // isa.lanes)), unroll=config.integer("unroll"),
         panel=0 if layout == PLAIN else int(layout.removeprefix("panel")), stage=bool(config["stage"]),
         dot="native" if config["dot"] == "bf16" else "", prefetch=config.integer("prefetch"), lanes=isa.lanes,
-        fma=isa.fma,
+        fma=isa.fma, codes=_codes(gemm),
     )  # fmt: skip
+
+
+def _codes(gemm: ExpertGemm) -> Codes | None:
+    form = weight_format(gemm.layer.weight_format)
+    return codes_of(form, chain=FLUSH_K, scale="fp16", panel=PLAIN_SCALE_PANEL) if form.bits else None
 
 
 def moe_gemm_work(
@@ -108,6 +115,7 @@ def moe_gemm_work(
     if not rows_present:
         return nothing(path)
     layer, size, columns = gemm.layer, DTYPES[gemm.layer.dtype], padded_columns(gemm, isa.lanes)
+    depth_bytes = column_bytes(gemm, 1 << 10) / (1 << 10)
     block_n = min(config.integer("block_n"), columns)
     variant = variant_of(isa, gemm, config, block_n)
     depth = padded_k(gemm, pairs=variant.panel > 0 and layer.dtype == "bf16")
@@ -131,11 +139,14 @@ def moe_gemm_work(
     rows, passes = sum(rows_present), parts.total()
     flops = 2.0 * rows * columns * depth
     ideal = flops / (2 * isa.lanes * FMA_UNITS * (2 if dot else 1))
-    cached = columns * depth * size <= environment.llc_bytes // 2
+    # Scales and zero points are read with the codes.
+    scale_bytes = gemm.weight_bytes(1) - gemm.n * column_bytes(gemm, gemm.k)
+    expert_bytes = columns * depth * depth_bytes + scale_bytes
+    cached = expert_bytes <= environment.llc_bytes // 2
     cache_bytes += (8 * rows * depth if variant.widens else 0) + (0 if gemm.name == "up" else 8 * rows * gemm.n)
     width = layer.intermediate if gemm.name == "up" else layer.hidden / layer.top_k
     return Work(
-        weight_bytes=float((len(rows_present) if cached else passes) * columns * depth * size),
+        weight_bytes=float((len(rows_present) if cached else passes) * expert_bytes),
         row_bytes=float(rows * gemm.k * size), out_bytes=float(rows * width * size), cache_bytes=cache_bytes,
         flops=flops, useful_flops=float(gemm.flops(rows)), programs=passes * -(-columns // block_n), path=path,
         efficiency=min(1.0, ideal / cycles), largest=longest / cycles, memory_efficiency=passes / memory_cost,
@@ -149,10 +160,12 @@ def _product_cycles(variant: Variant, tile: Tile, rows: int, depth: int, isa: Is
     source = micro.source
     step = 2 if dot else 1
     steps, chunks = depth / step, -(-depth // FLUSH_K)
+    element_bytes = 4 / variant.codes.per_word if variant.codes else DTYPES[variant.dtype]
+    groups = -(-depth // variant.codes.group) if variant.codes else chunks
     blocks = row_blocks(rows, tile.most)
     turns = FLUSH_K / micro.step / micro.unroll
-    chunk_bytes = FLUSH_K * tile.nr * (4 if source == "f32" else 2)
-    weights_bytes = FLUSH_K * tile.nr * DTYPES[variant.dtype]
+    chunk_bytes = FLUSH_K * tile.nr * (4 if source == "f32" else min(2, element_bytes))
+    weights_bytes = FLUSH_K * tile.nr * element_bytes
     asked = turns * micro.panels * micro.lines_per_panel * 64 * blocks.total()
     covered = min(1.0, asked / weights_bytes) if variant.panel and tile.nr >= variant.panel else 0.0
     shape = Shape(
@@ -162,7 +175,8 @@ def _product_cycles(variant: Variant, tile: Tile, rows: int, depth: int, isa: Is
     )  # fmt: skip
     cycles = 0.0
     for size, times in blocks.items():
-        cycles += times * (steps * step_cycles(size, nv, shape) + chunks * (CALL_CYCLES + SUM_CYCLES * size * nv))
+        ends = chunks * CALL_CYCLES + groups * SUM_CYCLES * size * nv
+        cycles += times * (steps * step_cycles(size, nv, shape) + ends)
     if variant.stage:
         cycles += depth * nv * (STAGE_PACKED_CYCLES if variant.panel else STAGE_PLAIN_CYCLES)
     return cycles, covered
