@@ -130,7 +130,7 @@ def summary(rates: dict[str, list[float]], phase: str) -> dict[str, Any]:
     found = {
         name: {
             "tokens_per_s": round(statistics.median(seen), 3),
-            "quartiles": [round(q, 3) for q in statistics.quantiles(seen, n=4)[::2]],
+            "quartiles": [round(q, 3) for q in statistics.quantiles(seen, n=4, method="inclusive")[::2]],
             "rounds": len(seen),
         }
         for name, seen in rates.items()
@@ -143,7 +143,7 @@ def summary(rates: dict[str, list[float]], phase: str) -> dict[str, Any]:
         "implementations": found,
         "best_of_transformers": best,
         "ratio": round(statistics.median(ratios), 3),
-        "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
+        "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4, method="inclusive")[::2]],
         "asked": ASKED[phase],
     }
 
