@@ -23,7 +23,9 @@ from tests.interop.engines import (
 )
 from tests.store_contract import HERE
 from tilecast.cache_store.interop.export import EngineExport, engine_files, write_engine_files
+from tilecast.cache_store.interop.peers import PeerFolder
 from tilecast.cache_store.interop.pinned import Span, pinned, spans
+from tilecast.cache_store.interop.rows import read_peer
 from tilecast.errors import CacheError, UsageError
 from tilecast.evidence import TuningTable
 from tilecast.kernels.gpu.grouped import Grouped
@@ -236,3 +238,52 @@ def test_unknown_formats_are_refused() -> None:
 def test_the_kernels_have_the_parameters_that_are_said() -> None:
     assert set(dict(SMALL.params)) == set(Grouped.domain)
     assert set(dict(TMA.params)) == set(Tma.domain)
+
+
+QUANTIZED = [
+    ("awq_g128", "triton.moe_gemm", "dtype=int4_w4a16", "dtype=int4_w4a16"),
+    ("int4_g32", "triton.moe_gemm", "dtype=int4_w4a16", "dtype=int4_w4a16"),
+    ("int8_channel", "triton.moe_gemm", "dtype=int8_w8a16", "dtype=int8_w8a16"),
+    ("fp8_block128", "triton.moe_fp8", "dtype=fp8_w8a8,block_shape=[128,128]", "dtype=fp8_w8a8,block_shape=[128, 128]"),
+]
+
+
+@pytest.mark.parametrize(("weights", "kernel", "vllm", "sglang"), QUANTIZED)
+def test_quantised_layers_have_files_of_their_own(
+    weights: str, kernel: str, vllm: str, sglang: str, tmp_path: Path
+) -> None:
+    layer = replace(LAYER, weight_format=weights)
+    config = TileConfig(kernel, {**dict(LARGE.params), "block_k": 128})
+    table = table_of({4: (choice(config),) * 2, 64: (choice(config),) * 2}, layer=layer)
+    export = written(table, "vllm", tmp_path)
+    (file,) = export.files
+    assert file.path == f"E=8,N=3584,device_name=NVIDIA_H200,{vllm}.json"
+    found = json.loads((tmp_path / file.path).read_text())
+    found.pop("triton_version")
+    # Nothing is said of counts that were not tuned, as what runs there without a file is no tile.
+    assert found == {"4": row(config), "64": row(config)}
+    assert "not the engine's default" in " ".join(file.remarks)
+    names = [file.path.rpartition("/")[2] for file in engine_files(table, "sglang").files]
+    assert names[0] == f"E=8,N=3584,device_name=NVIDIA_H200_NVL,{sglang}.json"
+    # What is written is found again, for this format alone.
+    folder = PeerFolder(tmp_path / "kept")
+    folder.keep(read_peer(tmp_path / file.path, "vllm"))
+    assert folder.hints_for(layer.up, 8, H200) == (config,)
+    assert folder.hints_for(LAYER.up, 8, H200) == ()
+
+
+def test_what_is_not_the_same_there_is_left_out() -> None:
+    rows16 = table_of({4: (choice(LARGE),) * 2}, layer=replace(LAYER, weight_format="fp8_block128"))
+    export = engine_files(rows16, "vllm")
+    assert not export.files and "rows are rounded to fp8" in export.left_out[0].reason
+    fp8 = TileConfig("triton.moe_fp8", {**dict(LARGE.params), "block_k": 128})
+    export = engine_files(table_of({4: (choice(fp8),) * 2}, layer=replace(LAYER, weight_format="fp8_channel")), "vllm")
+    assert not export.files and "128 elements at a time" in export.left_out[0].reason
+
+
+def test_formats_of_one_name_are_said_to_be() -> None:
+    first, second = (
+        table_of({4: (choice(SMALL),) * 2}, layer=replace(LAYER, weight_format=f"awq_g{group}")) for group in (32, 64)
+    )
+    export = engine_files(TuningTable(first.environments, (*first.decisions, *second.decisions)), "vllm")
+    assert len(export.files) == 1 and "its file would be" in export.left_out[0].reason

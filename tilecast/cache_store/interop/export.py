@@ -15,7 +15,7 @@ from tilecast.cache_store.interop.tiles import Evidence, Picked, default_tiles, 
 from tilecast.environment import Environment
 from tilecast.errors import CacheError, UsageError
 from tilecast.evidence import Decision, Measurement, TuningTable
-from tilecast.problem import Bucket, ExpertLayer
+from tilecast.problem import Bucket, ExpertLayer, weight_format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +149,8 @@ def _unsayable(engine: str, environment: Environment, layer: ExpertLayer) -> str
         return f"was tuned on a {environment.device_kind.upper()}; the files are for GPUs"
     if layer.dtype == "fp32":
         return "fp32: that kernel multiplies in TF32, so its tiles and times are other ones"
+    if weight_format(layer.weight_format).kind == "fp8" and layer.weight_format != "fp8_block128":
+        return f"{layer.weight_format}: that kernel rounds whole rows to fp8, ours 128 elements at a time"
     device = environment.device
     if not device.strip() or set(device) & set(",/\\") or not device.isprintable():
         return f"the device's name {device!r:.60} cannot stand in a file's name"

@@ -10,7 +10,7 @@ from pathlib import Path
 from tilecast.cache_store.files import write_atomically
 from tilecast.cache_store.interop.names import ENGINES, name_for, triton_folder, triton_version, version_key
 from tilecast.cache_store.interop.rows import TRITON_KEY, PeerConfigs, Row, read_peer, tile_config
-from tilecast.cache_store.interop.tiles import Evidence, known_times
+from tilecast.cache_store.interop.tiles import Evidence, kernel_of, known_times
 from tilecast.environment import Environment
 from tilecast.errors import CacheError
 from tilecast.evidence import Decision
@@ -82,7 +82,7 @@ class PeerFolder:
                     triton=configs.triton,
                     tokens=key,
                     row=row,
-                    config=tile_config(row, kind),
+                    config=tile_config(row, kind, kernel_of(gemm.layer.weight_format)),
                 )
             )
         return tuple(found)

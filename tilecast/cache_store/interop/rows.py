@@ -155,8 +155,8 @@ def _outside(name: str, value: object) -> str | None:
     return None if fits else f"an integer from {low} to {high}"
 
 
-def tile_config(row: Row, device_kind: str = "cuda") -> TileConfig | None:
-    """Return the config of ours that means the same as a row, None for another kernel's or a split K.
+def tile_config(row: Row, device_kind: str = "cuda", kernel: str = "triton.moe_gemm") -> TileConfig | None:
+    """Return the config of ours (of `kernel`) that means the same as a row, None for another kernel's or a split K.
 
     A row without warps or stages has Triton's defaults: 4 warps and 3 stages, 2 on AMD (`device_kind` `hip`).
     Whether this kernel takes the values is for its own checks to say.
@@ -172,5 +172,7 @@ def tile_config(row: Row, device_kind: str = "cuda") -> TileConfig | None:
         "num_stages": int(row.get("num_stages", 2 if device_kind == "hip" else 3)),
     }
     if row.get("USE_TMA", False):
+        if kernel != "triton.moe_gemm":
+            return None
         return TileConfig("triton.moe_tma", {**params, "waves": 0, "specialize": 0})
-    return TileConfig("triton.moe_gemm", {**params, "swap": 0})
+    return TileConfig(kernel, {**params, "swap": 0})

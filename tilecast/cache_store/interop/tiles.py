@@ -2,7 +2,8 @@
 
 Their kernel (`fused_moe_kernel`) computes one tile of BLOCK_SIZE_M expert-sorted rows and BLOCK_SIZE_N columns of the
 weight a program, BLOCK_SIZE_K of the reduction a step, GROUP_SIZE_M row tiles sweeping all columns together. That is
-`triton.moe_gemm` with rows on the left: its block_n counts columns of the weight, too, gate and up together.
+`triton.moe_gemm` with rows on the left: its block_n counts columns of the weight, too, gate and up together. Integer
+weights are dequantised in it as in ours; fp8 ones are multiplied with rows rounded to fp8, which is `triton.moe_fp8`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from statistics import median
 
 from tilecast.cache_store.interop.pinned import Span
 from tilecast.evidence import Choice, Decision, Measurement
-from tilecast.problem import TileConfig
+from tilecast.problem import TileConfig, weight_format
 
 Times = dict["EngineTile", float]
 Evidence = Mapping[tuple[str, str, str, int, str], Mapping[TileConfig, float]]
@@ -81,15 +82,22 @@ def _vllm_default(tokens: int, experts: int, *, hip: bool) -> EngineTile:
     )
 
 
-def engine_tile(config: TileConfig, *, tma: bool = False) -> EngineTile | str:
-    """Return a config as the engines have it, or why they have none that means the same.
+def kernel_of(weights: str) -> str:
+    """Return which of our kernels is the engines' one on weights of a format."""
+    return "triton.moe_fp8" if weight_format(weights).kind == "fp8" else "triton.moe_gemm"
+
+
+def engine_tile(config: TileConfig, *, weights: str = "dense", tma: bool = False) -> EngineTile | str:
+    """Return a config for weights of a format as the engines have it, or why they have none that means the same.
 
     With `tma`, for SGLang's down projection, tensor descriptors can be said, too.
     """
     params = dict(config.params)
-    if config.kernel == "triton.moe_gemm":
+    if config.kernel == kernel_of(weights):
         if params.get("swap"):
             return "swapped operands (swap=1) have no setting there"
+    elif config.kernel == "triton.moe_gemm":
+        return f"rows of 16 bits with {weights} weights have no files there: rows are rounded to fp8"
     elif config.kernel == "triton.moe_tma":
         if not tma:
             return "tensor descriptors (triton.moe_tma) have no setting there"
@@ -130,7 +138,8 @@ def shared_tile(decision: Decision, evidence: Evidence) -> Picked | str:
         best = min(both, key=lambda tile: (both[tile], tile))
         return Picked(up=best, down=best, sum_us=both[best], remark=_loss(decision, both[best]))
     for gemm, other in (("up", "down"), ("down", "up")):
-        tile = engine_tile(decision.choice("up" if gemm == "up" else "down").config)
+        chosen = decision.choice("up" if gemm == "up" else "down").config
+        tile = engine_tile(chosen, weights=decision.layer.weight_format)
         if isinstance(tile, EngineTile):
             remark = f"no config was timed for both GEMMs; {gemm}'s is written, its time for {other} is unknown"
             return Picked(up=tile, down=tile, sum_us=None, remark=remark)
@@ -143,7 +152,9 @@ def tile_pair(decision: Decision, evidence: Evidence) -> Picked | str:
     Both have one BLOCK_SIZE_M, as SGLang sorts rows once for both: where the decided ones differ in it, the pair with
     the smallest sum is taken.
     """
-    up_tile, down_tile = engine_tile(decision.up.config), engine_tile(decision.down.config, tma=True)
+    weights = decision.layer.weight_format
+    up_tile = engine_tile(decision.up.config, weights=weights)
+    down_tile = engine_tile(decision.down.config, weights=weights, tma=True)
     if isinstance(up_tile, EngineTile) and isinstance(down_tile, EngineTile) and up_tile.block_m == down_tile.block_m:
         return Picked(up=up_tile, down=down_tile, sum_us=decision.tuned_us)
     up, down = _times(decision, "up", evidence), _times(decision, "down", evidence, tma=True)
@@ -171,7 +182,8 @@ def known_times(decision: Decision, gemm: str, evidence: Evidence) -> dict[TileC
 
 def _times(decision: Decision, gemm: str, evidence: Evidence, *, tma: bool = False) -> Times:
     known = known_times(decision, gemm, evidence)
-    tiles = ((engine_tile(config, tma=tma), us) for config, us in known.items())
+    weights = decision.layer.weight_format
+    tiles = ((engine_tile(config, weights=weights, tma=tma), us) for config, us in known.items())
     return {tile: us for tile, us in tiles if isinstance(tile, EngineTile)}
 
 
@@ -184,7 +196,7 @@ def _loss(decision: Decision, sum_us: float) -> str:
 def _reasons(decision: Decision, *, tma: bool) -> str:
     found = []
     for gemm, choice in (("up", decision.up), ("down", decision.down)):
-        tile = engine_tile(choice.config, tma=tma and gemm == "down")
+        tile = engine_tile(choice.config, weights=decision.layer.weight_format, tma=tma and gemm == "down")
         if isinstance(tile, str):
             found.append(f"{gemm}: {tile}")
     return "; ".join(found)
