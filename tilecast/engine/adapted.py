@@ -16,9 +16,11 @@ import torch
 from tilecast.engine.expert_module import Form, Plain, form_of, local, mesh_of, plain_weights, stored_again
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.parallel import ordered_sum
+from tilecast.engine.quantized_module import Stacks, dense_weights, detach, hand_back, make_dense
 from tilecast.engine.runtime import Runtime
 from tilecast.engine.split_experts import SplitExperts, prepare_split
 from tilecast.errors import UsageError
+from tilecast.kernels.formats import QuantizedStack
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,12 @@ class Adapted:
         """The experts as they were prepared first."""
         return next(iter(self._by_top_k.values()))
 
-    def prepare(self, module: torch.nn.Module, runtime: Runtime, top_k: int, *, release: bool = True) -> None:
+    def prepare(
+        self, module: torch.nn.Module, runtime: Runtime, top_k: int, *, release: bool = True, summed: bool = True
+    ) -> None:
         """Store a module's weights as `runtime` wants them; with `release`, instead of as the module has them.
+
+        `summed` says that what calls the module adds the outputs of the ranks that its weights are split over.
 
         Raises InputError for weights that make no layer, DeviceError where no kernel runs it.
         """
@@ -57,11 +63,15 @@ class Adapted:
         self._is_first = mesh is None or mesh.get_local_rank() == 0
         plain = plain_weights(module, self.form, first_rank=self._is_first)
         self.runtime = runtime
-        self._dtype = plain.w13.dtype
+        self._dtype = plain.dtype
         self._by_top_k = {top_k: self._prepared(plain, top_k, module)}
-        ordered = mesh is not None and runtime.policy == "reproducible" and sums_outside(module)
+        ordered = mesh is not None and runtime.policy == "reproducible" and summed
         self._sum = _ordered_over(mesh) if ordered else None
-        if release and (self.experts.packed or not plain.shared):
+        if isinstance(plain.w13, QuantizedStack):
+            # Its parameters never had memory; the stacks live on as these experts have them.
+            detach(module)
+            self._mark_released(module)
+        elif release and (self.experts.packed or not plain.shared):
             self._release(module)
         self._seen = _fingerprint(module, self.form)
 
@@ -103,22 +113,36 @@ class Adapted:
         """Return the weights, gate rows before up rows, bit for bit as they were given."""
         assert self.form is not None
         up, down = self.experts.unpacked()
-        return Plain(w13=up.data, w2=down.data, bias13=up.bias, bias2=down.bias, shared=False)
+        return Plain(w13=up.data, w2=down.data, bias13=up.bias, bias2=down.bias, dtype=self._dtype, shared=False)
 
-    def restore(self, module: torch.nn.Module) -> None:
-        """Give a module its own weights back, on the device and in the dtype that its parameters now have."""
-        if self.released and self.form is not None:
-            stored = self._stored()
-            for name, tensor in stored.items():
+    def restore(self, module: torch.nn.Module, *, quantized: bool = False) -> None:
+        """Give a module its own weights back, on the device and in the dtype that its parameters now have.
+
+        Quantised ones are dequantised, unless they are to stay so (`quantized`).
+        """
+        if not self.released or self.form is None:
+            return
+        plain = self.plain()
+        if isinstance(plain.w13, QuantizedStack) and isinstance(plain.w2, QuantizedStack):
+            hand_back(module, Stacks(plain.w13, plain.w2), self.form.names[:2])
+            if not quantized:
+                logger.info("experts of %s are dequantised, as something else is to run them", plain.w13.format)
+                make_dense(module)
+        else:
+            for name, tensor in self._stored().items():
                 now = local(module.get_parameter(name))
                 _replace(module, name, tensor.to(device=now.device, dtype=now.dtype))
-            self.released = False
+        self.released = False
 
     def _stored(self) -> dict[str, torch.Tensor]:
         """Return w13 and w2 as the module had them, by parameter name."""
         assert self.form is not None
         plain = self.plain()
-        w13, w2 = stored_again(plain.w13, plain.w2, self.form)
+        w13, w2 = plain.w13, plain.w2
+        if isinstance(w13, QuantizedStack) and isinstance(w2, QuantizedStack):
+            w13, w2 = dense_weights(Stacks(w13, w2), gated=self.form.gated, dtype=self._dtype)
+        assert isinstance(w13, torch.Tensor) and isinstance(w2, torch.Tensor), "one weight format for both"
+        w13, w2 = stored_again(w13, w2, self.form)
         return {self.form.names[0]: w13, self.form.names[1]: w2}
 
     def _prepared(self, plain: Plain, top_k: int, module: torch.nn.Module | None) -> PreparedExperts | SplitExperts:
@@ -126,6 +150,7 @@ class Adapted:
         layers = plain.layers(self.form, top_k)
         if len(layers) == 2:
             assert module is not None, "its own code runs between the GEMMs"
+            assert isinstance(plain.w13, torch.Tensor) and isinstance(plain.w2, torch.Tensor), "refused above"
             return prepare_split(
                 layers, plain.w13, plain.w2, plain.bias13, plain.bias2, module, runtime=self.runtime,
                 gated=self.form.gated, normed=self.form.normed,
@@ -133,7 +158,7 @@ class Adapted:
         (layer,) = layers
         return prepare_experts(
             plain.w13, plain.w2, top_k=top_k, activation=layer.activation, gated=layer.gated, bias13=plain.bias13,
-            bias2=plain.bias2, global_experts=layer.global_experts, runtime=self.runtime,
+            bias2=plain.bias2, global_experts=layer.global_experts, dtype=plain.dtype, runtime=self.runtime,
         )  # fmt: skip
 
     def _for_top_k(self, top_k: int) -> PreparedExperts | SplitExperts:
@@ -152,6 +177,9 @@ class Adapted:
             held = local(getattr(module, name))
             empty = torch.full((1,), float("nan"), dtype=held.dtype, device=held.device).expand(held.shape)
             _replace(module, name, empty)
+        self._mark_released(module)
+
+    def _mark_released(self, module: torch.nn.Module) -> None:
         self.released = True
         if HOOKED not in module.__dict__:
             # They do nothing while the module has its weights.
@@ -190,22 +218,17 @@ def adapted_of(module: torch.nn.Module) -> Adapted | None:
 
 
 def adapt(module: torch.nn.Module, reason: str | None = None, form: Form | None = None) -> Adapted:
-    """Give a module a state, and return it. `form` is looked up where neither it nor a reason is given."""
+    """Give a module a state, and return it. `form` is looked up where neither it nor a reason is given.
+
+    With a reason the model's own code runs it, which needs dense weights.
+    """
     if form is None and reason is None:
         form = form_of(module)
+    if reason is not None:
+        make_dense(module)
     found = Adapted(module, form, reason)
     module.__dict__[STATE] = found
     return found
-
-
-def sums_outside(module: torch.nn.Module) -> bool:
-    """Whether transformers adds the ranks' outputs of a module that is split over them."""
-    asked = getattr(getattr(module, "config", None), "distributed_config", None)
-    if asked is None:
-        return True
-    options: dict[str, Any] = asked if isinstance(asked, dict) else vars(asked)
-    ep, tp = int(options.get("ep_size") or 1), int(options.get("tp_size") or 1)
-    return not (ep > 1 and (options.get("ep_implementation") == "all_to_all" or ep != tp))
 
 
 def _ordered_over(mesh: Any) -> Callable[[torch.Tensor], torch.Tensor]:

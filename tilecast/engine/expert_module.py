@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from tilecast.engine.operands import layer_of
+from tilecast.engine.quantized_module import stacks_of
 from tilecast.engine.split_experts import split_layers
 from tilecast.errors import InputError
 from tilecast.kernels.reference import activate
+from tilecast.kernels.stacks import Weights
 from tilecast.problem import ACTIVATIONS, ExpertLayer
 
 PROBE_TOLERANCE = 2e-6
@@ -88,12 +90,16 @@ def mesh_of(module: torch.nn.Module, form: Form) -> Any | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Plain:
-    """One module's weights as `prepare_experts` takes them; `shared` if they are the module's own memory."""
+    """One module's weights as `prepare_experts` takes them; `shared` if they are the module's own memory.
 
-    w13: torch.Tensor
-    w2: torch.Tensor
+    `dtype` is that of hidden states, and of weights that are not quantised.
+    """
+
+    w13: Weights
+    w2: Weights
     bias13: torch.Tensor | None
     bias2: torch.Tensor | None
+    dtype: torch.dtype
     shared: bool
 
     def layers(self, form: Form, top_k: int) -> tuple[ExpertLayer, ...]:
@@ -101,10 +107,12 @@ class Plain:
         experts = max(form.global_experts, top_k)
         layer = layer_of(
             self.w13, self.w2, top_k=top_k, activation=form.activation or "silu", gated=form.gated,
-            bias13=self.bias13, bias2=self.bias2, global_experts=experts,
+            bias13=self.bias13, bias2=self.bias2, global_experts=experts, dtype=self.dtype,
         )  # fmt: skip
         if form.activation is not None:
             return (layer,)
+        if not isinstance(self.w13, torch.Tensor) or not isinstance(self.w2, torch.Tensor):
+            raise Unsupported("its own code runs between the GEMMs, which quantised weights do not support yet")
         return split_layers(
             self.w13, self.w2, top_k=top_k, dtype=layer.dtype, bias=layer.bias, global_experts=experts,
             normed=form.normed,
@@ -112,24 +120,29 @@ class Plain:
 
 
 def plain_weights(module: torch.nn.Module, form: Form, *, first_rank: bool = True) -> Plain:
-    """Return a module's local weights, gate rows before up rows, [E, out, in].
+    """Return a module's local weights, gate rows before up rows, [E, out, in]; stacks where it has those.
 
     Where the intermediate size is split, the down projection's bias is kept by the first rank alone, as the ranks'
     outputs are added.
     """
     found = [local(getattr(module, name)) for name in form.names]
     w13, w2, *biases = found
-    if form.transposed:
-        w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
-    if form.interleaved and form.gated:
-        w13 = torch.cat((w13[:, ::2], w13[:, 1::2]), dim=1)
-        biases = [torch.cat((b[:, ::2], b[:, 1::2]), dim=1) if i == 0 else b for i, b in enumerate(biases)]
-    w13, w2 = w13.contiguous(), w2.contiguous()
-    bias13, bias2 = (None, None) if not biases else (biases[0].contiguous(), biases[1].contiguous())
+    bias13, bias2 = (None, None) if not biases else (biases[0], biases[1].contiguous())
+    parted = form.interleaved and form.gated
+    if bias13 is not None:
+        bias13 = torch.cat((bias13[:, ::2], bias13[:, 1::2]), dim=1) if parted else bias13.contiguous()
     if bias2 is not None and form.split == "intermediate" and not first_rank:
         bias2 = torch.zeros_like(bias2)
+    stacks = stacks_of(module)
+    if stacks is not None:
+        return Plain(w13=stacks.w13, w2=stacks.w2, bias13=bias13, bias2=bias2, dtype=w2.dtype, shared=True)
+    if form.transposed:
+        w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
+    if parted:
+        w13 = torch.cat((w13[:, ::2], w13[:, 1::2]), dim=1)
+    w13, w2 = w13.contiguous(), w2.contiguous()
     shared = w13.data_ptr() == found[0].data_ptr() and w2.data_ptr() == found[1].data_ptr()
-    return Plain(w13=w13, w2=w2, bias13=bias13, bias2=bias2, shared=shared)
+    return Plain(w13=w13, w2=w2, bias13=bias13, bias2=bias2, dtype=w2.dtype, shared=shared)
 
 
 def stored_again(w13: torch.Tensor, w2: torch.Tensor, form: Form) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,7 @@ from tilecast.engine.checkpoint import (
     inspect_checkpoint,
 )
 from tilecast.engine.group import Group
+from tilecast.engine.quantized import recipe_of
 from tilecast.engine.watch import is_connection_error, together
 from tilecast.errors import DeviceError, ModelError, TilecastError, UsageError
 from tilecast.settings import Settings, launcher
@@ -104,7 +105,8 @@ def load_model(
             _join_collectives(group, place)
     with together(group, on_stuck):
         with _quiet(transformers):
-            model = _loaded(transformers, checkpoint, wanted, _distributed(tp, ep))
+            with _experts_as_stored(checkpoint):
+                model = _loaded(transformers, checkpoint, wanted, _distributed(tp, ep))
             check_heads(model, tp * ep)
             if group.world_size == 1:
                 model = model.to(place)
@@ -249,6 +251,20 @@ def _distributed(tp: int, ep: int) -> Any | None:
     if "ep_size" not in {field.name for field in dataclasses.fields(made)}:
         return made(tp_size=ranks, tp_plan="auto", enable_expert_parallel=True)
     return made(tp_size=ranks, ep_size=ranks, tp_plan="auto")
+
+
+@contextmanager
+def _experts_as_stored(checkpoint: Checkpoint) -> Iterator[None]:
+    """Keep experts as a quantised checkpoint has them while it is loaded; `_use_experts` says what runs them."""
+    if recipe_of(checkpoint.config) is None:
+        yield
+        return
+    from tilecast.engine import quantized_loading
+    from tilecast.engine import transformers as adapter
+
+    adapter.register_transformers()
+    with quantized_loading.experts_as_stored():
+        yield
 
 
 def _loaded(transformers: Any, checkpoint: Checkpoint, dtype: torch.dtype, distributed: Any | None) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 from collections.abc import Callable
@@ -135,7 +136,13 @@ def prepare_model(
             state = adapt(module, reason, form) if reason or form else None
             if state is not None and reason is None:
                 kind = local(next(module.parameters())).device.type
-                state.prepare(module, runtime_module.current(kind), own[0].top_k, release=release)
+                state.prepare(
+                    module,
+                    runtime_module.current(kind),
+                    own[0].top_k,
+                    release=release,
+                    summed=_summed(module, form, model),
+                )
         if group.world_size > 1:
             # Nobody runs a collective of the model before all have packed.
             group.gather("experts packed", b"")
@@ -203,7 +210,8 @@ def _prepare_late(module: torch.nn.Module, top_k: int) -> Adapted:
         state = adapt(module, reason, form)
         if reason is None:
             kind = local(next(module.parameters())).device.type
-            state.prepare(module, runtime_module.current(kind), top_k, release=_options.release)
+            summed = _summed(module, form, module)
+            state.prepare(module, runtime_module.current(kind), top_k, release=_options.release, summed=summed)
         else:
             logger.warning("experts fall back to %s: %s", OTHERWISE, reason)
     return state
@@ -337,6 +345,34 @@ def _import(name: str) -> Any:
     if numbers < LEAST_VERSION:
         raise UsageError(f"transformers is {version}, expected at least {'.'.join(map(str, LEAST_VERSION))}")
     return found
+
+
+def _summed(module: torch.nn.Module, form: Form | None, model: torch.nn.Module) -> bool:
+    """Whether transformers adds the ranks' outputs of a module that is split over them.
+
+    It does not where it brings each token to its experts' ranks and back: always from 5.18 to 5.20, on demand before
+    and after; then ranks call their experts with different tokens. It also does that while gradients are recorded.
+    """
+    if form is None or form.split != "experts":
+        return True
+    configs = [getattr(holder, "config", None) for holder in (module, model)]
+    plans = [getattr(config, "base_model_ep_plan", None) or {} for config in configs]
+    asked = next((found for config in configs if (found := getattr(config, "distributed_config", None))), None)
+    options: dict[str, Any] = {} if asked is None else asked if isinstance(asked, dict) else vars(asked)
+    styles = {style for plan in [*plans, options.get("ep_plan") or {}] for style in plan.values()}
+    if "ep_dispatch_experts" not in styles:
+        return True
+    known = importlib.util.find_spec("transformers.distributed.expert_parallel") is not None
+    same_batch = asked is not None and options.get("ep_size") == options.get("tp_size")
+    if not known or not same_batch or options.get("ep_implementation", "auto") not in ("auto", "all_reduce"):
+        return False
+    module.register_forward_pre_hook(_without_gradients)
+    return True
+
+
+def _without_gradients(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Take hidden states out of the graph, so that how tokens reach the experts does not depend on it."""
+    return tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in args)
 
 
 def _is_experts(module: torch.nn.Module) -> bool:
