@@ -30,6 +30,7 @@ from tilecast.cli import (
     doctor,
     generate,
     prescreen,
+    quantize,
     tune,
 )
 from tilecast.cli._exit import guarded, quiet_broken_pipe
@@ -132,6 +133,7 @@ _COMMANDS: tuple[tuple[typer.Typer, str, Callable[..., None]], ...] = (
     (app, "prescreen", prescreen.prescreen),
     (app, "certify", certify.certify),
     (app, "compare", compare.compare),
+    (app, "quantize", quantize.quantize),
     (app, "demo", demo.demo),
     (_cache, "show", cache_show.show),
     (_cache, "explain", cache_explain.explain),
