@@ -20,12 +20,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[Any]
 
 CANONICAL_NAN = np.uint32(0x7FFFFFFF).view(np.float32)
-SMALLEST_NORMAL = {"bf16": 2.0**-126, "fp16": 2.0**-14, "fp32": 2.0**-126}
+SMALLEST_NORMAL = {"bf16": 2.0**-126, "fp16": 2.0**-14, "fp32": 2.0**-126, "fp8": 2.0**-6}
+FP8_CORE = (32, 13)
+"""(g, F) of one instruction on e4m3 of sm_90 (docs/numerics.md)."""
 _EXPONENT = np.int64(0x7FF << 52)
 
 
@@ -124,12 +127,24 @@ def to_bfloat16(values: Floats, truncate: bool = False) -> NDArray[np.uint16]:
     return np.where(np.isnan(values), np.uint16(0x7FFF), kept.astype(np.uint16))
 
 
+def from_e4m3(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the values of e4m3 numbers given by their bits."""
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
+
+
+def to_e4m3(values: Floats) -> NDArray[np.uint8]:
+    """Return the bits of float32 values rounded to e4m3, to nearest even; values beyond its range become NaN."""
+    rounded = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8).numpy()
+
+
 @contextmanager
 def tensor_core(group: int, fraction_bits: int) -> Iterator[None]:
-    """Within it, Triton's interpreter computes `tl.dot`, `tl.fma` and bfloat16 conversions as the model does.
+    """Within it, Triton's interpreter computes `tl.dot`, `tl.fma` and conversions of bfloat16 and e4m3 as the model.
 
-    `tl.dot` takes bf16, fp16, and float32 with `input_precision="ieee"`, and accumulates in float32; it raises
-    TypeError for anything else. Arithmetic on bfloat16 itself stays wrong in the interpreter: convert to float32.
+    `tl.dot` takes bf16, fp16, e4m3 (always as sm_90 sums it), and float32 with `input_precision="ieee"`, and
+    accumulates in float32; it raises TypeError for anything else. Arithmetic on bfloat16 itself stays wrong in the
+    interpreter: convert to float32.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _ir
@@ -143,6 +158,8 @@ def tensor_core(group: int, fraction_bits: int) -> Iterator[None]:
             result = tensor_core_dot(*operands, "bf16", group, fraction_bits)
         elif kinds == (tl.float16, tl.float16, tl.float32):
             result = tensor_core_dot(a.data, b.data, d.data, "fp16", group, fraction_bits)
+        elif kinds == (tl.float8e4nv, tl.float8e4nv, tl.float32):
+            result = tensor_core_dot(from_e4m3(a.data), from_e4m3(b.data), d.data, "fp8", *FP8_CORE)
         else:
             names = " × ".join(str(kind) for kind in kinds[:2])
             raise TypeError(f"no model of tl.dot for {names} into {kinds[2]} with {input_precision}")
@@ -154,12 +171,16 @@ def tensor_core(group: int, fraction_bits: int) -> Iterator[None]:
         return TensorHandle(fma(x.data, y.data, z.data), tl.float32)
 
     def converted(src: Any, target: Any, truncate: bool) -> Any:
-        """The handle of a conversion between float32 and bfloat16, None for any other."""
+        """The handle of a conversion between float32 and bfloat16 or e4m3, None for any other."""
         pair = (src.dtype.scalar, target.scalar)
         if pair == (tl.bfloat16, tl.float32):
             return TensorHandle(from_bfloat16(src.data), tl.float32)
         if pair == (tl.float32, tl.bfloat16):
             return TensorHandle(to_bfloat16(src.data, truncate), tl.bfloat16)
+        if pair == (tl.float8e4nv, tl.float32):
+            return TensorHandle(from_e4m3(src.data), tl.float32)
+        if pair == (tl.float32, tl.float8e4nv):
+            return TensorHandle(to_e4m3(src.data), tl.float8e4nv)
         return None
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:

@@ -41,7 +41,7 @@ DEFAULTS, SAMPLES, SEED = 18, 50, 20
 REDUCTION = {"hip:gfx950": 32}
 """K of the 16-bit instruction where it is not 16: sums of other lengths would be another numerics class."""
 GEMMS = ("grouped", "persistent", "tma_tiles", "split_tiles", "decode_up", "decode_down")
-KERNELS = tuple(kernel for kernel in registry if isinstance(kernel, TritonExperts))
+KERNELS = tuple(kernel for kernel in registry if isinstance(kernel, TritonExperts) and "dense" in kernel.formats)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from tilecast.errors import InputError
+from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.gpu.layouts import LAYOUTS
+from tilecast.kernels.gpu.quantized import check_stack, quantized
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import TORCH_DTYPES, GemmWeights
 
@@ -51,19 +53,31 @@ def check_boundary(what: str, tensor: torch.Tensor) -> None:
 def check_weights(weights: GemmWeights) -> None:
     """Raise InputError unless the stored weights are what their layout says."""
     gemm, data, bias = weights.gemm, weights.data, weights.bias
+    if quantized(gemm):
+        for tensor in check_stack(data, gemm).tensors:
+            check_boundary(f"{gemm.layer.weight_format} weights", tensor)
+        _check_bias(bias, (gemm.layer.experts, gemm.n), data.device)
+        return
     shape = (gemm.layer.experts, gemm.k, gemm.n) if weights.layout.startswith("kn") else (
         gemm.layer.experts, gemm.n, gemm.k
     )  # fmt: skip
     dtype = TORCH_DTYPES[gemm.layer.dtype]
+    if isinstance(data, QuantizedStack):
+        raise InputError(f"weights are a stack of {data.format}, the layer's are dense")
     if weights.layout not in LAYOUTS or data.dtype != dtype or data.shape != shape or not data.is_contiguous():
         raise InputError(
             f"weights in layout {weights.layout} are {data.dtype} {tuple(data.shape)}, expected contiguous {dtype} "
             f"{shape} in one of {', '.join(LAYOUTS)}"
         )
-    if bias is not None and (bias.shape != (shape[0], gemm.n) or bias.dtype not in TRITON_TYPES):
-        raise InputError(f"bias is {bias.dtype} {tuple(bias.shape)}, expected floats {(shape[0], gemm.n)}")
-    if bias is not None and (not bias.is_contiguous() or bias.device != data.device):
-        raise InputError(f"bias is on {bias.device} with strides {bias.stride()}, expected contiguous on {data.device}")
     check_boundary("weights", data)
-    if bias is not None:
-        check_boundary("biases", bias)
+    _check_bias(bias, (shape[0], gemm.n), data.device)
+
+
+def _check_bias(bias: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+    if bias is None:
+        return
+    if bias.shape != shape or bias.dtype not in TRITON_TYPES:
+        raise InputError(f"bias is {bias.dtype} {tuple(bias.shape)}, expected floats {shape}")
+    if not bias.is_contiguous() or bias.device != device:
+        raise InputError(f"bias is on {bias.device} with strides {bias.stride()}, expected contiguous on {device}")
+    check_boundary("biases", bias)

@@ -14,13 +14,14 @@ import torch
 from tilecast.environment import Environment
 from tilecast.kernels.gpu.build import Build
 from tilecast.kernels.gpu.defaults import DECODE, MAX_TOP_K, default_config, least_rows
-from tilecast.kernels.gpu.moe import Domain, Plan, TritonExperts, gemm_constants, make_build
+from tilecast.kernels.gpu.moe import Domain, Plan, TritonExperts, gemm_constants, make_build, weight_signature
+from tilecast.kernels.gpu.quantized import CODE_CONSTANTS, code_constants, quantized
 from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
 from tilecast.kernels.gpu.work import decode_work
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.kernels.work import Work
-from tilecast.problem import ExpertGemm, TileConfig
+from tilecast.problem import WEIGHT_FORMATS, ExpertGemm, TileConfig
 
 UP_CONSTANTS = (
     "EXPERTS", "K", "WIDTH", "TOP_K", "EXPERT_STRIDE", "COLUMN_STRIDE", "UP_STRIDE", "K_STRIDE", "ACTIVATION", "GATED",
@@ -29,6 +30,14 @@ UP_CONSTANTS = (
 DOWN_CONSTANTS = (
     "EXPERTS", "K", "WIDTH", "TOP_K", "SLOTS", "EXPERT_STRIDE", "COLUMN_STRIDE", "K_STRIDE", "HAS_BIAS", "BIAS_EXPERT",
     "EVEN_N", "BLOCK_N", "BLOCK_K", "SWAP",
+)  # fmt: skip
+CODED_UP = (
+    "EXPERTS", "K", "WIDTH", "TOP_K", "EXPERT_STRIDE", "COLUMN_STRIDE", "UP_STRIDE", *CODE_CONSTANTS, "ACTIVATION",
+    "GATED", "HAS_BIAS", "BIAS_EXPERT", "BIAS_COLUMN", "BIAS_UP", "BLOCK_M", "BLOCK_N", "BLOCK_K", "SWAP",
+)  # fmt: skip
+CODED_DOWN = (
+    "EXPERTS", "K", "WIDTH", "TOP_K", "SLOTS", "EXPERT_STRIDE", "COLUMN_STRIDE",
+    *(name for name in CODE_CONSTANTS if name != "SCALE_UP"), "HAS_BIAS", "BIAS_EXPERT", "BLOCK_N", "BLOCK_K", "SWAP",
 )  # fmt: skip
 SLOTS_PER_EXPERT = 4
 """With more routed slots than this for each expert, weights are read too often."""
@@ -43,6 +52,7 @@ class Decode(TritonExperts):
 
     name = DECODE
     row_order = "slot"
+    formats = WEIGHT_FORMATS
     domain: Domain = {  # noqa: RUF012  # the protocol wants an instance's view
         "block_m": (8, 16, 32),
         "block_n": (16, 32, 64, 128),
@@ -104,26 +114,31 @@ class Decode(TritonExperts):
         layout: str = PLAIN,
         out_dtype: str | None = None,
         bias_dtype: str | None = None,
+        scale_dtype: str | None = None,
     ) -> tuple[Build, ...]:
         """Return what a launch of `config` compiles: one kernel."""
         dtype, is_up = gemm.layer.dtype, gemm.name == "up"
         constants = gemm_constants(gemm, config, layout, bias=gemm.layer.bias)
         constants |= {"SWAP": bool(config["swap"]), "SLOTS": config["block_m"]}
+        names: tuple[str, ...] = UP_CONSTANTS if is_up else DOWN_CONSTANTS
+        coded = quantized(gemm)
+        if coded:
+            names, constants = CODED_UP if is_up else CODED_DOWN, constants | code_constants(gemm, target)
         operands = (
-            ("rows", f"*{dtype}"), ("weights", f"*{dtype}"), ("bias", f"*{bias_dtype or dtype}"),
+            ("rows", f"*{dtype}"), *weight_signature(gemm, scale_dtype, bias_dtype),
             ("out", f"*{dtype if is_up else out_dtype or dtype}"), ("ids", "*i32"),
         )  # fmt: skip
-        if is_up:
-            return (make_build("_decode", "decode_up", operands, UP_CONSTANTS, constants, config, target),)
-        weighted = (*operands, ("scale", "*fp32"))
-        return (make_build("_decode", "decode_down", weighted, DOWN_CONSTANTS, constants, config, target),)
+        if not is_up:
+            operands = (*operands, ("topk_weights" if coded else "scale", "*fp32"))
+        module, prefix = ("_quantized", "code_") if coded else ("_decode", "")
+        return (make_build(module, f"{prefix}decode_{gemm.name}", operands, names, constants, config, target),)
 
     def launch_up(
         self, plan: Plan, hidden: torch.Tensor, weights: GemmWeights, route: DeviceLayout, out: torch.Tensor
     ) -> None:
         """Launch the up GEMM; row s of `out` is slot s."""
         grid = (out.shape[0], plan.columns)
-        plan.builds[0].launch(grid, out.device, hidden, weights.data, plan.bias, out, route.ids)
+        plan.builds[0].launch(grid, out.device, hidden, *plan.weights, plan.bias, out, route.ids)
 
     def launch_down(
         self,
@@ -136,6 +151,5 @@ class Decode(TritonExperts):
     ) -> None:
         """Launch the down GEMM with its combine."""
         grid = (out.shape[0], plan.columns)
-        plan.builds[0].launch(
-            grid, out.device, intermediate, weights.data, plan.bias, out, route.ids, topk_weights
-        )  # fmt: skip
+        operands = (intermediate, *plan.weights, plan.bias, out, route.ids, topk_weights)
+        plan.builds[0].launch(grid, out.device, *operands)

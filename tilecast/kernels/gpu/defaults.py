@@ -34,9 +34,10 @@ def swapped(config: TileConfig | None) -> int:
 def bound_unit(gemm: ExpertGemm, target: Target, like: TileConfig | None) -> str | None:
     """Return `large` or `small`, the instruction that `like`'s class needs; None where both give the same bits.
 
-    Where the sum of the target's matrix units is not known, each kind of instruction is a class of its own.
+    Where the sum of the target's matrix units is not known, or weights are codes, each kind is a class of its own.
     """
-    if like is None or target.group or len(target.mma) < 2:
+    known = target.group and gemm.layer.weight_format == "dense"
+    if like is None or known or len(target.mma) < 2:
         return None
     return "large" if instruction(gemm, like, target) == target.mma[0] else "small"
 

@@ -25,17 +25,24 @@ from tilecast.kernels.gpu.moe import (
     launch_combine,
     make_build,
     tile_arguments,
+    weight_signature,
 )
+from tilecast.kernels.gpu.quantized import CODE_CONSTANTS, code_constants, quantized
 from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
 from tilecast.kernels.gpu.tiles import block_rows, crowds, rows_per_expert
 from tilecast.kernels.spec import PLAIN, GemmWeights
-from tilecast.problem import ExpertGemm, TileConfig
+from tilecast.problem import WEIGHT_FORMATS, ExpertGemm, TileConfig
 
 CONSTANTS = (
     "UP", "K", "WIDTH", "TOP_K", "N_TILES", "EXPERT_STRIDE", "COLUMN_STRIDE", "UP_STRIDE", "K_STRIDE", "ACTIVATION",
     "GATED", "HAS_BIAS", "BIAS_EXPERT", "BIAS_COLUMN", "BIAS_UP", "EVEN_K", "EVEN_N", "BLOCK_M", "BLOCK_N", "BLOCK_K",
     "GROUP_M", "SWAP",
+)  # fmt: skip
+CODED = (
+    "UP", "K", "WIDTH", "TOP_K", "N_TILES", "EXPERT_STRIDE", "COLUMN_STRIDE", "UP_STRIDE", *CODE_CONSTANTS,
+    "ACTIVATION", "GATED", "HAS_BIAS", "BIAS_EXPERT", "BIAS_COLUMN", "BIAS_UP", "EVEN_K", "BLOCK_M", "BLOCK_N",
+    "BLOCK_K", "GROUP_M", "SWAP",
 )  # fmt: skip
 
 
@@ -48,6 +55,7 @@ class Grouped(TritonExperts):
 
     name = GROUPED
     function = "grouped"
+    formats = WEIGHT_FORMATS
     domain: Domain = {  # noqa: RUF012  # the protocol wants an instance's view
         "block_m": BLOCKS[:5],
         "block_n": BLOCKS[1:],
@@ -101,17 +109,23 @@ class Grouped(TritonExperts):
         layout: str = PLAIN,
         out_dtype: str | None = None,
         bias_dtype: str | None = None,
+        scale_dtype: str | None = None,
     ) -> tuple[Build, ...]:
         """Return what a launch of `config` compiles: the GEMM, and for down the combine."""
         dtype, is_up = gemm.layer.dtype, gemm.name == "up"
         constants = gemm_constants(gemm, config, layout, bias=gemm.layer.bias)
         constants |= {"GROUP_M": config.integer("group_m"), "SWAP": bool(config["swap"])}
+        names: tuple[str, ...] = CONSTANTS
+        module, function, scale = "_grouped", self.function, "scale"
+        if quantized(gemm):
+            module, function, scale = "_quantized", f"code_{function}", "topk_weights"
+            names, constants = CODED, constants | code_constants(gemm, target)
         signature = (
-            ("rows", f"*{dtype}"), ("weights", f"*{dtype}"), ("bias", f"*{bias_dtype or dtype}"),
-            ("out", f"*{dtype}" if is_up else "*fp32"), ("slots", "*i32"), ("scale", "*i32" if is_up else "*fp32"),
+            ("rows", f"*{dtype}"), *weight_signature(gemm, scale_dtype, bias_dtype),
+            ("out", f"*{dtype}" if is_up else "*fp32"), ("slots", "*i32"), (scale, "*i32" if is_up else "*fp32"),
             *TILE_MAP,
         )  # fmt: skip
-        main = make_build("_grouped", self.function, signature, CONSTANTS, constants, config, target)
+        main = make_build(module, function, signature, names, constants, config, target)
         return (main,) if is_up else (main, combine_build(gemm, out_dtype or dtype, target))
 
     def programs(self, plan: Plan, max_tiles: int) -> int:
@@ -123,7 +137,7 @@ class Grouped(TritonExperts):
     ) -> None:
         """Launch the up GEMM; its rows come out expert-sorted."""
         tiles = route.tiles(plan.config.integer("block_m"))
-        arguments = (hidden, weights.data, plan.bias, out, route.slots, tiles.count, *tile_arguments(tiles))
+        arguments = (hidden, *plan.weights, plan.bias, out, route.slots, tiles.count, *tile_arguments(tiles))
         plan.builds[0].launch((self.programs(plan, tiles.max_tiles),), out.device, *arguments)
 
     def launch_down(
@@ -138,7 +152,8 @@ class Grouped(TritonExperts):
         """Launch the down GEMM into float32 rows by slot, then the combine."""
         tiles = route.tiles(plan.config.integer("block_m"))
         partial = torch.empty((intermediate.shape[0], out.shape[1]), dtype=torch.float32, device=out.device)
-        arguments = (intermediate, weights.data, plan.bias, partial, route.slots, topk_weights, *tile_arguments(tiles))
+        operands = (intermediate, *plan.weights, plan.bias, partial, route.slots, topk_weights)
+        arguments = (*operands, *tile_arguments(tiles))
         plan.builds[0].launch((self.programs(plan, tiles.max_tiles),), out.device, *arguments)
         launch_combine(plan.builds[1], partial, route, out)
 

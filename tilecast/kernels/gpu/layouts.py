@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tilecast.errors import ConfigError
+from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm
 
@@ -51,6 +52,8 @@ def relayout(weights: GemmWeights, layout: str) -> GemmWeights:
     if weights.layout != PLAIN:
         raise ConfigError(f"weights in layout {weights.layout} cannot be stored as {layout}; start from plain ones")
     data, bias = weights.data, weights.bias
+    if isinstance(data, QuantizedStack):
+        raise ConfigError(f"weights of {data.format} are read as {PLAIN}, not as {layout}")
     if layout.endswith("interleaved") and gemm.name == "up" and gemm.layer.gated:
         data = _alternate(data)
         bias = None if bias is None else _alternate(bias)

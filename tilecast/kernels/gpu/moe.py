@@ -16,10 +16,12 @@ import torch
 
 from tilecast.canonical import Json
 from tilecast.environment import Environment, gpu_toolchain
-from tilecast.errors import DeviceError
+from tilecast.errors import ConfigError, DeviceError
+from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.gpu.build import Build, Constant
 from tilecast.kernels.gpu.checks import TRITON_TYPES, check_call, check_output, check_rows, check_weights
 from tilecast.kernels.gpu.layouts import Strides, plain_again, relayout, strides
+from tilecast.kernels.gpu.quantized import code_numerics, code_operands, code_signature, quantized
 from tilecast.kernels.gpu.sorting import MAX_EXPERTS, DeviceLayout, TileMap, aligned
 from tilecast.kernels.gpu.target import Target, parse_target, target_of
 from tilecast.kernels.gpu.tiles import instruction, tile_reason
@@ -45,6 +47,9 @@ class TritonExperts(ABC):
     device_kind = "cuda"
     domain: Domain
     row_order = "sorted"
+    formats: tuple[str, ...] = ("dense",)
+    """Weight formats that it reads."""
+    formats_text = "dense"
 
     # What is asked before anything runs ----------------------------------------------
 
@@ -55,8 +60,10 @@ class TritonExperts(ABC):
         target = target_of(environment)
         if target is None:
             return f"{environment.arch} is none of the architectures that kernels are checked on"
-        if gemm.layer.weight_format != "dense":
-            return f"weight format {gemm.layer.weight_format} is not dense"
+        if gemm.layer.weight_format not in self.formats:
+            return f"weight format {gemm.layer.weight_format} is not {self.formats_text}"
+        if gemm.misfit is not None:
+            return gemm.misfit
         if gemm.layer.experts > MAX_EXPERTS:
             return f"{gemm.layer.experts} experts, at most {MAX_EXPERTS} are sorted"
         if gpu_toolchain()["triton"] == "absent":
@@ -96,6 +103,7 @@ class TritonExperts(ABC):
         if target is None:
             raise DeviceError(f"{environment.arch} is none of the architectures that kernels are checked on")
         return {
+            **(code_numerics(gemm, config, target) if quantized(gemm) else {}),
             "kernel": "triton",
             "dtype": gemm.layer.dtype,
             "accumulator": "fp32",
@@ -144,10 +152,12 @@ class TritonExperts(ABC):
         layout: str = PLAIN,
         out_dtype: str | None = None,
         bias_dtype: str | None = None,
+        scale_dtype: str | None = None,
     ) -> tuple[Build, ...]:
         """Return what a launch of `config` compiles, in the order of launching.
 
-        out_dtype is down's, `fp32` for a partial sum; bias_dtype that of the bias; by default the layer's.
+        out_dtype is down's, `fp32` for a partial sum; bias_dtype that of the bias; by default the layer's. scale_dtype
+        is that of quantised weights' scales, by default `scale_type`.
         """
 
     # Launching ----------------------------------------------------------------------------
@@ -233,7 +243,9 @@ class Plan:
         check_weights(weights)
         self.config = config
         self.target, self.units = device_facts(device)
-        self.bias = weights.data if weights.bias is None else weights.bias
+        codes = isinstance(weights.data, QuantizedStack)
+        self.weights = code_operands(weights.data) if codes else (weights.data,)
+        self.bias = self.weights[0] if weights.bias is None else weights.bias
         self.builds = kernel.builds(
             weights.gemm,
             config,
@@ -241,6 +253,7 @@ class Plan:
             layout=weights.layout,
             out_dtype=out_dtype,
             bias_dtype=None if weights.bias is None else TRITON_TYPES[weights.bias.dtype],
+            scale_dtype=TRITON_TYPES[weights.data.scales.dtype] if codes else None,
         )
         self.columns = columns_of(weights.gemm, config)
         self.descriptors: dict[str, Any] = {}
@@ -266,6 +279,8 @@ def columns_of(gemm: ExpertGemm, config: TileConfig) -> int:
 def gemm_constants(gemm: ExpertGemm, config: TileConfig, layout: str, *, bias: bool) -> dict[str, Constant]:
     """Return the constants that the GEMM kernels share."""
     layer, is_up = gemm.layer, gemm.name == "up"
+    if quantized(gemm) and layout != PLAIN:
+        raise ConfigError(f"{layer.weight_format} weights are in layout {layout}, the GPU kernels read {PLAIN} ones")
     where: Strides = strides(gemm, layout)
     block_n, block_k = config.integer("block_n"), config.integer("block_k")
     width = layer.intermediate if is_up else layer.hidden
@@ -278,6 +293,13 @@ def gemm_constants(gemm: ExpertGemm, config: TileConfig, layout: str, *, bias: b
         "EVEN_N": width % (block_n // 2 if is_up and layer.gated else block_n) == 0,
         "BLOCK_M": config.integer("block_m"), "BLOCK_N": block_n, "BLOCK_K": block_k,
     }  # fmt: skip
+
+
+def weight_signature(gemm: ExpertGemm, scale_dtype: str | None, bias_dtype: str | None) -> tuple[tuple[str, str], ...]:
+    """Return the arguments for weights and bias; without one, the weights stand in its place."""
+    dtype, layer = gemm.layer.dtype, gemm.layer
+    weights = code_signature(gemm, scale_dtype) if quantized(gemm) else (("weights", f"*{dtype}"),)
+    return (*weights, ("bias", f"*{bias_dtype or dtype}" if layer.bias or bias_dtype else weights[0][1]))
 
 
 def make_build(

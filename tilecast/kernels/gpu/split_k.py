@@ -110,6 +110,7 @@ class SplitK(TritonExperts):
         layout: str = PLAIN,
         out_dtype: str | None = None,
         bias_dtype: str | None = None,
+        scale_dtype: str | None = None,
     ) -> tuple[Build, ...]:
         """Return what a launch of `config` compiles: the tiles, and the sum over stretches."""
         layer, is_up = gemm.layer, gemm.name == "up"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import isqrt
 
 from tilecast.kernels.gpu.target import Target
-from tilecast.problem import DTYPES, ExpertGemm, TileConfig
+from tilecast.problem import DTYPES, ExpertGemm, TileConfig, weight_format
 
 ACCUMULATORS_PER_THREAD = 128
 """More float32 sums than this in a thread's registers spill (128×256 with 4 warps does)."""
@@ -17,6 +17,12 @@ SCRATCH_BYTES = 32 << 10
 """The most that re-laying a tile of sums for its store was seen to take, but for the down GEMM's after `wgmma`."""
 FMA_VALUES_PER_THREAD = 80
 """More operands of a step and sums of a thread than this spill where there is no matrix unit (96 was seen to)."""
+FP8 = "triton.moe_fp8"
+"""The kernel whose rows are codes, too."""
+LEAST_CODE_STEP = 64
+"""Shorter steps of codes would be multiplied with K in another order (4 bits: 64 of K for 8 bytes of a lane)."""
+FP8_SUMS_PER_THREAD = {"wgmma": 64, "mma.sync": 32, "tcgen05": 32, "mfma": 128}
+"""Sums of a thread that are scaled and added each step, in other registers than those that they come in."""
 FRAGMENT_M = 16
 """Rows of the smallest tensor-core instruction with activations on the left."""
 
@@ -50,6 +56,13 @@ def instruction(gemm: ExpertGemm, config: TileConfig, target: Target) -> str:
     return target.mma[0] if large else target.mma[-1]
 
 
+def operand_bytes(gemm: ExpertGemm, config: TileConfig) -> tuple[float, float]:
+    """Return the bytes of one element of the rows and of the weights, as they are loaded."""
+    rows = 1.0 if config.kernel == FP8 else float(DTYPES[gemm.layer.dtype])
+    form = weight_format(gemm.layer.weight_format)
+    return rows, form.bits / 8 if form.bits else rows
+
+
 def shared_bytes(gemm: ExpertGemm, config: TileConfig, target: Target) -> int:
     """Return an upper bound of the shared memory that a config's operand buffers take.
 
@@ -67,7 +80,22 @@ def shared_bytes(gemm: ExpertGemm, config: TileConfig, target: Target) -> int:
     # The sums of `wgmma` are stored as float32 by down: a tile of them takes its whole size, whatever that is.
     whole = gemm.name == "down" and instruction(gemm, config, target) == "wgmma"
     scratch = 4 * m * n if whole else min(4 * m * n, SCRATCH_BYTES)
-    return max(buffers * (m + n) * k * DTYPES[gemm.layer.dtype], scratch) + 1024
+    rows, weights = operand_bytes(gemm, config)
+    block_m, block_n = config.integer("block_m"), config.integer("block_n")
+    loaded = buffers * k * (block_m * rows + block_n * weights)
+    if gemm.layer.weight_format != "dense":
+        loaded += _scale_bytes(gemm, config) * max(buffers, stages)
+        if config.kernel != FP8:
+            # Weights that codes became are handed to the matrix unit through shared memory.
+            loaded += block_n * k * DTYPES[gemm.layer.dtype]
+    return int(max(loaded, scratch)) + 1024
+
+
+def _scale_bytes(gemm: ExpertGemm, config: TileConfig) -> int:
+    """Return an upper bound of what the scales and zero points of one step take."""
+    form = weight_format(gemm.layer.weight_format)
+    groups = max(1, config.integer("block_k") // form.group) if form.group else 0
+    return config.integer("block_n") * groups * 8 + (4 * config.integer("block_m") if config.kernel == FP8 else 0)
 
 
 def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | None:
@@ -79,6 +107,11 @@ def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | N
         return f"needs {needed} bytes of shared memory, {target.name} has {target.shared_bytes} for a program"
     sums = m * n // (target.warp_size * warps)
     limit = ACCUMULATORS_PER_THREAD if target.kind == "cuda" else 2 * ACCUMULATORS_PER_THREAD
+    if gemm.layer.weight_format != "dense":
+        if k < LEAST_CODE_STEP and gemm.layer.dtype != "fp32":
+            return f"steps of {k}, codes are multiplied in steps of {LEAST_CODE_STEP} or more"
+        if config.kernel == FP8:
+            limit = FP8_SUMS_PER_THREAD[instruction(gemm, config, target)]
     if sums > limit:
         return f"{m}×{n} sums over {warps} warps are {sums} a thread, more than {limit} spill"
     walks = bool(_optional(config, "waves"))
@@ -142,11 +175,13 @@ def default_tile(
         return _tile(block_m, 64, 128, group=8, warps=4, stages=2)
     hopper = target.mma[0] != "mma.sync"
     roomy = target.shared_bytes > 128 << 10
+    coded = layer.weight_format != "dense"
     if block_m == 128:
-        if hopper:
+        # Weights made of codes take the registers that as many sums again would.
+        if hopper and not coded:
             # One program fills an SM's registers anyway: a fourth buffer is free.
             return _tile(128, 256, 64, group=8, warps=8, stages=4)
-        return _tile(128, 128, 64 if roomy else 32, group=8, warps=8, stages=3)
+        return _tile(128, 128, 64 if roomy or coded else 32, group=8, warps=8, stages=3)
     if block_m == 64:
         return _tile(64, 128, 64, group=8, warps=4, stages=4 if hopper else 3)
     active = min(layer.experts, tokens * layer.top_k)

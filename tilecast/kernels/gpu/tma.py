@@ -112,6 +112,7 @@ class Tma(TritonExperts):
         layout: str = PLAIN,
         out_dtype: str | None = None,
         bias_dtype: str | None = None,
+        scale_dtype: str | None = None,
     ) -> tuple[Build, ...]:
         """Return what a launch of `config` compiles: the GEMM, and for down the combine."""
         dtype, is_up = gemm.layer.dtype, gemm.name == "up"

@@ -1,0 +1,88 @@
+"""Weights of the formats other than dense, as the Triton kernels take them: pointers, strides, limits, numerics.
+
+The kernels read a `QuantizedStack` as it is, in the layout `plain`, and make codes into numbers in registers. A scale
+that belongs to a group of K multiplies each weight, in float32, and the product is rounded once to the rows' dtype;
+one that holds for all of K multiplies the finished sum, and the codes themselves, exact in 16 bits, are multiplied.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tilecast.canonical import Json
+from tilecast.errors import InputError
+from tilecast.kernels.formats import QuantizedStack, scale_shape
+from tilecast.kernels.gpu.build import Constant
+from tilecast.kernels.gpu.target import Target
+from tilecast.kernels.gpu.tiles import instruction
+from tilecast.problem import MAX_DIMENSION, ExpertGemm, TileConfig, weight_format
+
+CODE_TYPES = {"awq": "u8", "int4": "u8", "int8": "i8", "fp8": "u8"}
+WIDENS_E4M3 = ("89", "90", "100", "120", "gfx950")
+"""Targets with an instruction that makes e4m3 of OCP's kind wider (PTX ISA, `cvt.f16x2.e4m3x2`; CDNA 4 ISA guide)."""
+CODE_CONSTANTS = ("KIND", "GROUP", "SCALE_EXPERT", "SCALE_ROW", "SCALE_BLOCK", "SCALE_UP", "BITWISE")
+"""What the kernels on codes are compiled for beside what those on dense weights are."""
+
+
+def quantized(gemm: ExpertGemm) -> bool:
+    """Return whether the weights are codes."""
+    return gemm.layer.weight_format != "dense"
+
+
+def code_type(gemm: ExpertGemm) -> str:
+    """Return Triton's name of the type that codes are read as; e4m3 as bytes, which every target has."""
+    return CODE_TYPES[weight_format(gemm.layer.weight_format).kind]
+
+
+def scale_type(gemm: ExpertGemm) -> str:
+    """Return the dtype of scales that `formats.quantize` makes and checkpoints mostly have."""
+    return "fp32" if weight_format(gemm.layer.weight_format).kind == "fp8" else "fp16"
+
+
+def code_signature(gemm: ExpertGemm, scale_dtype: str | None) -> tuple[tuple[str, str], ...]:
+    """Return the arguments that stand for the weights: codes, scales, zero points (codes where there are none)."""
+    code = f"*{code_type(gemm)}"
+    return ("weights", code), ("scales", f"*{scale_dtype or scale_type(gemm)}"), ("zeros", code)
+
+
+def code_operands(stack: QuantizedStack) -> tuple[torch.Tensor, ...]:
+    """Return what is launched for `code_signature`."""
+    codes = stack.codes.view(torch.uint8) if stack.codes.dtype is torch.float8_e4m3fn else stack.codes
+    return codes, stack.scales, codes if stack.zeros is None else stack.zeros
+
+
+def code_constants(gemm: ExpertGemm, target: Target) -> dict[str, Constant]:
+    """Return the strides of codes in bytes, which replace those of dense weights, and `CODE_CONSTANTS`."""
+    form = weight_format(gemm.layer.weight_format)
+    rows, columns = scale_shape(gemm)
+    pairs = gemm.name == "up" and gemm.layer.gated
+    width = gemm.k // form.codes_per_byte
+    return {
+        "EXPERT_STRIDE": gemm.n * width, "COLUMN_STRIDE": width,
+        "UP_STRIDE": gemm.layer.intermediate * width if pairs else 0,
+        "KIND": form.kind, "GROUP": form.group, "SCALE_EXPERT": rows * columns, "SCALE_ROW": columns,
+        "SCALE_BLOCK": form.rows or MAX_DIMENSION, "SCALE_UP": rows // 2 if pairs else 0,
+        "BITWISE": form.kind == "fp8" and target.arch not in WIDENS_E4M3,
+    }  # fmt: skip
+
+
+def check_stack(stack: object, gemm: ExpertGemm) -> QuantizedStack:
+    """Return the stack, which must be one of `gemm`'s format. Raises InputError."""
+    if not isinstance(stack, QuantizedStack):
+        raise InputError(f"weights are a {type(stack).__name__}, expected a stack of {gemm.layer.weight_format}")
+    stack.check(gemm)
+    return stack
+
+
+def code_numerics(gemm: ExpertGemm, config: TileConfig, target: Target) -> dict[str, Json]:
+    """Return the fields of the numerics class in which codes differ from dense weights.
+
+    Triton lets the lanes of `mma.sync` hold the K of a step in another order where operands were codes, so each kind
+    of instruction is a class of its own, whatever the sums of one are.
+    """
+    form = weight_format(gemm.layer.weight_format)
+    where = f"times scale in fp32, rounded to {gemm.layer.dtype}" if form.group else "scale after the sum, in fp32"
+    return {
+        "weights": f"{gemm.layer.weight_format}: codes less zero points, {where}",
+        "instruction": instruction(gemm, config, target),
+    }
