@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch.distributed.rendezvous import rendezvous
 
 from tests.engine.tables import LAYER, decided, default_config, inputs, weights
@@ -32,6 +33,7 @@ from tilecast.engine.runtime import use_table
 from tilecast.engine.tuning import tune_together
 from tilecast.environment import cpu_environment
 from tilecast.errors import AgreementError, TilecastError
+from tilecast.kernels.formats import quantize
 from tilecast.problem import TileConfig
 from tilecast.settings import Settings, TuneSettings
 
@@ -130,6 +132,12 @@ class Scenarios:
         w2 = w.w2[:, :, 1:].contiguous() if self.rank == 1 else w.w2
         TensorParallelExperts(w.w13, w2, top_k=2, group=group)
 
+    def cut_group(self, group: Group) -> None:
+        use_table(None)
+        layer = replace(LAYER, intermediate=64, weight_format="int4_g32")
+        w13, w2 = (quantize(torch.randn(layer.experts, gemm.n, gemm.k), gemm) for gemm in layer.gemms)
+        TensorParallelExperts(w13, w2, top_k=2, dtype=torch.float32, group=group)
+
     def unfit_input(self, group: Group) -> None:
         use_table(None)
         w, (hidden, ids, scales) = weights(LAYER), inputs(LAYER, 3)
@@ -189,7 +197,8 @@ class Scenarios:
 SCENARIOS = (
     "error_before_joining", "another_device", "another_kernel", "soft_difference", "wrong_digest", "no_such_file",
     "not_a_table", "unwritable_export", "impossible_config", "unknown_kernel", "table_of_another_device",
-    "some_ranks_hit", "another_model", "other_options", "unfit_input", "unfit_shard", "error_while_tuning",
+    "some_ranks_hit", "another_model", "other_options", "unfit_input", "unfit_shard", "cut_group",
+    "error_while_tuning",
 )  # fmt: skip
 
 

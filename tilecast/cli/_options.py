@@ -24,7 +24,8 @@ def _complete_model(incomplete: str) -> list[str]:
 
 
 MODEL_HELP = (
-    "A preset's name (mixtral-8x7b …), a config.json, a checkpoint folder, or a spec such as E=8,H=4096,I=14336,k=2."
+    "A preset's name (mixtral-8x7b …), a config.json, a checkpoint folder, or a spec such as E=8,H=4096,I=14336,k=2; "
+    "with quantised experts mixtral-8x7b:awq_g128, or w=awq_g128 in a spec."
 )
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False, autocompletion=_complete_model)
