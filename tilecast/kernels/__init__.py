@@ -6,6 +6,7 @@ from tilecast.kernels import routing
 from tilecast.kernels.cpu import sorting
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.onednn import OneDnnLinear
+from tilecast.kernels.cpu.sparse import SparseExperts
 from tilecast.kernels.gpu.decode import Decode
 from tilecast.kernels.gpu.fp8 import Fp8
 from tilecast.kernels.gpu.grouped import Grouped, Persistent
@@ -16,7 +17,9 @@ from tilecast.kernels.gpu.tma import Tma
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import Registry
 
-registry = Registry((MoeGemm(), OneDnnLinear(), Grouped(), Decode(), Tma(), Persistent(), SplitK(), Fp8()))
+registry = Registry(
+    (MoeGemm(), OneDnnLinear(), SparseExperts(), Grouped(), Decode(), Tma(), Persistent(), SplitK(), Fp8())
+)
 """The kernels of this process. The first one of a device kind gives the defaults."""
 
 

@@ -1,0 +1,88 @@
+"""How `llvm.sparse_experts` holds weights: what is always read lies in panels, what may be skipped neuron by neuron.
+
+Up: gate rows as panels of columns, as an ungated up projection's; up rows as checkpoints hold them, one neuron's K
+elements behind each other. Down: transposed, one neuron's H elements behind each other, padded as panels' columns are.
+Neurons begin an odd number of cache lines apart: a power of two apart, rows read side by side would share a cache set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tilecast.kernels.cpu._micro import CACHE_LINE
+from tilecast.kernels.cpu.layouts import empty_on_large_pages, pack_panels, padded_columns, unpack_panels
+from tilecast.problem import DTYPES, ExpertGemm
+
+
+@dataclass(frozen=True, eq=False)
+class SparseStack:
+    """A gated up projection. gate: panels as `pack_panels` makes them of the gate rows; up: [E, I, pitch of K]."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.gate.nbytes + self.up.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.gate.device
+
+
+def pitch(length: int, dtype: str) -> int:
+    """Return the elements from one neuron of `length` elements to the next: an odd number of cache lines."""
+    in_line = CACHE_LINE // DTYPES[dtype]
+    return (-(-length // in_line) | 1) * in_line
+
+
+def gate_gemm(gemm: ExpertGemm) -> ExpertGemm:
+    """Return the GEMM that a gated up projection's gate rows are by themselves."""
+    return ExpertGemm(layer=replace(gemm.layer, gated=False, activation="relu"), name="up")
+
+
+def pack_gated(weights: torch.Tensor, gemm: ExpertGemm, panel: int, lanes: int) -> SparseStack:
+    """Return plain up weights [E, 2I, K], gate rows first, in two parts."""
+    width = gemm.layer.intermediate
+    up = empty_on_large_pages((gemm.layer.experts, width, pitch(gemm.k, gemm.layer.dtype)), weights.dtype)
+    up[:, :, : gemm.k] = weights[:, width:]
+    up[:, :, gemm.k :] = 0
+    return SparseStack(gate=pack_panels(weights[:, :width], gate_gemm(gemm), panel, lanes), up=up)
+
+
+def unpack_gated(packed: SparseStack, gemm: ExpertGemm, lanes: int) -> torch.Tensor:
+    """Return the plain weights [E, 2I, K] behind the two parts, bit for bit."""
+    return torch.cat([unpack_panels(packed.gate, gate_gemm(gemm), lanes), packed.up[:, :, : gemm.k]], 1)
+
+
+def pack_neurons(weights: torch.Tensor, gemm: ExpertGemm, lanes: int) -> torch.Tensor:
+    """Return plain down weights [E, H, I] as [E, I, pitch of the padded columns], zero past H."""
+    shape = (gemm.layer.experts, gemm.k, pitch(padded_columns(gemm, lanes), gemm.layer.dtype))
+    packed = empty_on_large_pages(shape, weights.dtype)
+    order = neuron_order(gemm, lanes)
+    packed[:, :, len(order) :] = 0
+    for expert in range(gemm.layer.experts):
+        packed[expert, :, : len(order)] = weights[expert].index_select(0, order.clamp(max=gemm.n - 1)).T
+        packed[expert, :, : len(order)][:, order >= gemm.n] = 0
+    return packed
+
+
+def unpack_neurons(packed: torch.Tensor, gemm: ExpertGemm, lanes: int) -> torch.Tensor:
+    """Return the plain weights [E, H, I] behind neurons, bit for bit."""
+    places = neuron_order(gemm, lanes).argsort()[: gemm.n]
+    return torch.stack([packed[expert].index_select(1, places).T.contiguous() for expert in range(len(packed))])
+
+
+def neuron_order(gemm: ExpertGemm, lanes: int) -> torch.Tensor:
+    """Return the column of H (those past it are padding) at each place of a neuron's row. int64 [columns].
+
+    bf16 columns stand in words of (c, c + lanes): a shift and a mask then give two vectors of neighbours.
+    """
+    columns = torch.arange(padded_columns(gemm, lanes))
+    if gemm.layer.dtype != "bf16":
+        return columns
+    return columns.view(-1, 2, lanes).transpose(1, 2).flatten()
