@@ -85,10 +85,16 @@ def check_awq(found: AwqTensors, shape: tuple[int, int], group: int, what: str) 
 
 def rows_of_awq(found: AwqTensors) -> Rows:
     """Return checked AWQ tensors as rows: codes uint8 [N, K/2], scales [N, K/group], zeros uint8 [N, K/group]."""
-    codes = unpack_words(found.qweight)
-    pairs = codes[::2] | codes[1::2] << 4
+    # Turned as words, which are eight columns each, and taken apart column by column: nothing is as large as the codes
+    # one a byte would be, and checkpoints have tens of billions.
+    turned = found.qweight.T
+    even, odd = turned[:, ::2].contiguous(), turned[:, 1::2].contiguous()
+    pairs = torch.empty((len(turned), CODES_PER_WORD, even.shape[1]), dtype=torch.uint8)
+    for column, place in enumerate(PLACES):
+        low = even >> 4 * place & 15
+        pairs[:, column] = low.bitwise_or_((odd >> 4 * place & 15) << 4)
     zeros = unpack_words(found.qzeros).T.contiguous()
-    return Rows(pairs.T.contiguous(), found.scales.T.contiguous(), zeros)
+    return Rows(pairs.flatten(0, 1), found.scales.T.contiguous(), zeros)
 
 
 def awq_of_rows(rows: Rows) -> AwqTensors:
