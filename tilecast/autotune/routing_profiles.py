@@ -3,13 +3,15 @@
 `uniform` makes every expert as likely; `zipf:S` makes the r-th most popular one r^-S as likely as the first; a
 histogram is what serving recorded. A profile's name is part of every key, so it says all: a histogram's name holds
 the digest of its counts.
+
+Any of them may say how sparse the experts of relu layers are: `uniform+sparsity:0.9` for 90% dead neurons.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -22,7 +24,9 @@ from tilecast.problem import ExpertLayer, check_int
 if TYPE_CHECKING:
     import torch
 
-KNOWN = "uniform, zipf:S such as zipf:1.2, or a file that TM_GEMM_RECORD wrote"
+KNOWN = "uniform, zipf:S such as zipf:1.2, or a file that TM_GEMM_RECORD wrote; with +sparsity:0.9 behind it or not"
+SPARSITY = "+sparsity:"
+_SHARE = re.compile(r"[01](\.\d{1,6})?")
 _EXPONENT = re.compile(r"\d{1,2}(\.\d{1,6})?")
 _HISTOGRAM = re.compile(r"histogram:[0-9a-f]{16}")
 RANKING_SEED = 0x5EED
@@ -41,6 +45,7 @@ class RoutingProfile:
 
     `exponent` is zipf's S. `loads` holds, by a layer's digest, what was recorded at each place of the model; `routers`
     the same by router, for layers of other sizes; `counts` is a plain histogram for any layer with that many experts.
+    `sparsity` is the share of dead neurons in layers whose activation makes exact zeros, None where it is not known.
     """
 
     name: str = "uniform"
@@ -48,11 +53,20 @@ class RoutingProfile:
     loads: Mapping[str, tuple[Load, ...]] = field(default_factory=dict, compare=False, repr=False)
     routers: Mapping[Router, tuple[Load, ...]] = field(default_factory=dict, compare=False, repr=False)
     counts: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    sparsity: float | None = field(default=None, compare=False)
 
     @property
     def is_uniform(self) -> bool:
         """Whether every expert is as likely."""
-        return self.name == "uniform"
+        return self.name.partition(SPARSITY)[0] == "uniform"
+
+    def with_sparsity(self, share: str) -> RoutingProfile:
+        """Return the same profile with a share of dead neurons, a decimal from 0 to 1. Raises InputError."""
+        if not _SHARE.fullmatch(share) or float(share) > 1:
+            raise InputError(f"sparsity is {share!r:.60}, expected a decimal from 0 to 1, as in uniform+sparsity:0.9")
+        name = self.name.partition(SPARSITY)[0]
+        # One share, one name.
+        return replace(self, name=f"{name}{SPARSITY}{Decimal(share).normalize():f}", sparsity=float(share))
 
     def probabilities(self, layer: ExpertLayer) -> torch.Tensor:
         """Return float64 [global experts] that sum to 1: how likely a slot goes to each; this rank's come first.
@@ -103,12 +117,13 @@ class RoutingProfile:
         if not value["name"].startswith("histogram:"):
             return parse_profile(value["name"])
         content = cast(dict[str, object], value["content"])
+        name, _, share = value["name"].partition(SPARSITY)
 
         def loads(seen: object) -> tuple[Load, ...]:
             return tuple(Load(tuple(slots), absent) for *slots, absent in cast(list[list[int]], seen))
 
-        return cls(
-            name=value["name"],
+        profile = cls(
+            name=name,
             loads={key: loads(seen) for key, seen in cast(dict[str, object], content["layers"]).items()},
             routers={
                 cast(Router, tuple(map(int, key.split(",")))): loads(seen)
@@ -116,6 +131,7 @@ class RoutingProfile:
             },
             counts=tuple(cast(list[int], content["counts"])),
         )
+        return profile.with_sparsity(share) if share else profile
 
     def _zipf(self, layer: ExpertLayer) -> torch.Tensor:
         """Return -S·log(rank) of every expert.
@@ -171,6 +187,9 @@ def as_profile(routing: str | RoutingProfile) -> RoutingProfile:
 
 def parse_profile(text: str) -> RoutingProfile:
     """Return the profile of a name: `uniform` or `zipf:S`. Raises InputError, also for a histogram's name alone."""
+    text, sparse, share = text.partition(SPARSITY)
+    if sparse:
+        return parse_profile(text).with_sparsity(share)
     if text == "uniform":
         return UNIFORM
     kind, colon, value = text.partition(":")
@@ -188,6 +207,9 @@ def parse_profile(text: str) -> RoutingProfile:
 
 def load_profile(text: str) -> RoutingProfile:
     """Return the profile of a name or of a file of recorded counts. Raises InputError."""
+    text, sparse, share = text.partition(SPARSITY)
+    if sparse:
+        return load_profile(text).with_sparsity(share)
     path = Path(text)
     named = text == "uniform" or text.startswith("zipf") or _HISTOGRAM.fullmatch(text)
     if named and not path.is_file():

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 
 from tilecast.autotune.routing_profiles import UNIFORM, RoutingProfile, as_profile
+from tilecast.autotune.sparsity import has_zeros, sparse_rows, sparse_weights
 from tilecast.autotune.stacks import quantized_stack
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
@@ -264,7 +265,10 @@ class Workload:
 
     def copies(self, gemm: ExpertGemm) -> int:
         """Return how many copies of the weights it takes to rotate through `ROTATION` times the cache."""
-        return weight_copies(gemm, self.environment.llc_bytes)
+        # Of a copy a kernel may read the live neurons alone; of up at least the gates, a half.
+        dead = self._dead(gemm) or 0.0
+        read = max(1 - dead, 0.05 if gemm.name == "down" else 0.5)
+        return weight_copies(gemm, math.ceil(self.environment.llc_bytes / read))
 
     def weights(self, gemm: ExpertGemm, kernel: Kernel, layout: str, copy: int = 0) -> GemmWeights:
         """Return one copy of the weights in a layout, packed on first use."""
@@ -333,7 +337,13 @@ class Workload:
                 return inputs.rows
         rows = tokens if gemm.name == "up" else tokens * gemm.layer.top_k
         dtype = TORCH_DTYPES[gemm.layer.dtype]
-        return normal_stack((rows, gemm.k), dtype, 1.0, hash_seed(self.seed, 3, seed), self.device)
+        made = normal_stack((rows, gemm.k), dtype, 1.0, hash_seed(self.seed, 3, seed), self.device)
+        dead = self._dead(gemm)
+        return made if dead is None else sparse_rows(made, gemm, dead, hash_seed(self.seed, 5, seed))
+
+    def _dead(self, gemm: ExpertGemm) -> float | None:
+        """Return the share of dead neurons, None where the profile says nothing of it or the layer has none."""
+        return self.routing.sparsity if has_zeros(gemm) else None
 
     def _source(self, gemm: ExpertGemm, copy: int) -> GemmWeights:
         # Built again rather than kept where no candidate runs on plain weights: packing is rare, memory is not.
@@ -343,6 +353,8 @@ class Workload:
         dtype = TORCH_DTYPES[gemm.layer.dtype]
         seed = hash_seed(self.seed, 11, copy)
         data = weight_stack(gemm, seed, self.device)
+        if (dead := self._dead(gemm)) is not None and isinstance(data, torch.Tensor):
+            data = sparse_weights(data, gemm, dead)
         bias = normal_stack(data.shape[:2], dtype, 0.5, seed + 1, self.device) if gemm.layer.bias else None
         return GemmWeights(gemm=gemm, layout=PLAIN, data=data, bias=bias)
 
