@@ -25,6 +25,7 @@ from tilecast.engine.quantized_module import stacks_of
 from tilecast.engine.transformers import experts_modules
 from tilecast.errors import ModelError
 from tilecast.kernels.formats import QuantizedStack
+from tilecast.models import resolve
 
 transformers = pytest.importorskip("transformers")
 
@@ -309,3 +310,11 @@ def test_methods_of_others_are_left_to_transformers() -> None:
 def test_ranks_are_refused_in_one_line(twins: tuple[Path, Path]) -> None:
     with pytest.raises(tilecast.UsageError, match="leave out tp and ep"):
         load(twins[0], distributed_config=SimpleNamespace(tp_size=2))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_config_alone_says_the_same_format(form: str, tmp_path: Path) -> None:
+    """What `tune` and `coverage` read of a checkpoint is what loading finds in its files."""
+    quantize, config = FORMS[form]
+    quantized, _ = quantized_twins(tmp_path, "mixtral", quantize, config, **WIDE, num_hidden_layers=1)
+    assert {group.layer.weight_format for group in resolve(str(quantized)).layers} == {form.partition(" ")[0]}
