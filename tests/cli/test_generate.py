@@ -115,5 +115,9 @@ def test_wrong_input_is_told_in_one_line(
     cli("generate", mixtral, *options, *experts).failed(code, words)
 
 
+def test_the_folder_is_looked_at_before_prompts_are(cli: Command, tmp_path: Path) -> None:
+    cli("generate", tmp_path / "none").failed(3, "is not a folder")
+
+
 def test_a_folder_without_a_checkpoint_is_told(cli: Command, tmp_path: Path) -> None:
     cli("generate", tmp_path, "--ids", "1").failed(3, "config.json does not exist")

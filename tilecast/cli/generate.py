@@ -109,10 +109,14 @@ def generate(
     use_threads(threads)
 
     from tilecast.engine.agreement import process_group
+    from tilecast.engine.checkpoint import inspect_checkpoint
     from tilecast.engine.load import leave, load_model
 
     group = process_group()
     with group.guard():
+        if rank == 0:
+            # Before prompts are waited for; `load_model` has all ranks look at theirs.
+            inspect_checkpoint(folder)
         lines = _lines(prompt, prompts, ids) if rank == 0 else []
     with _logged(output):
         loaded = load_model(
