@@ -16,17 +16,26 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from tests.cases import operands
-from tests.kernels.gpu.test_experts import HERE, VARIANTS
+from tests.kernels.gpu.test_experts import HERE, TILE, VARIANTS
 from tilecast.kernels._compile import source_of
 from tilecast.kernels.gpu.build import Build
-from tilecast.problem import ExpertLayer
+from tilecast.kernels.gpu.fp8 import Fp8
+from tilecast.kernels.gpu.moe import TritonExperts
+from tilecast.problem import ExpertLayer, TileConfig
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 LAYERS = (
     ExpertLayer(hidden=272, intermediate=264, experts=4, top_k=2, bias=True, activation="swiglu_oai"),
     ExpertLayer(hidden=16, intermediate=16, experts=1, top_k=1, dtype="fp16", gated=False, activation="relu"),
     ExpertLayer(hidden=33, intermediate=47, experts=5, top_k=3, dtype="fp32"),
+    ExpertLayer(hidden=64, intermediate=96, experts=2, top_k=2, weight_format="awq_g32"),
+    ExpertLayer(hidden=64, intermediate=64, experts=2, top_k=2, weight_format="int8_channel", bias=True),
+    ExpertLayer(hidden=272, intermediate=131, experts=4, top_k=2, weight_format="fp8_block128"),
 )
+LAUNCHED: dict[str, tuple[TritonExperts, TileConfig]] = {
+    **VARIANTS,
+    "fp8": (Fp8(), TileConfig(Fp8.name, {**TILE, "block_k": 128, "swap": 1})),
+}
 
 
 def derived(build: Build, arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -77,7 +86,7 @@ def main() -> None:
 
     Build.launch = launch  # type: ignore[method-assign, assignment]
     for layer in LAYERS:
-        for variant, (kernel, config) in VARIANTS.items():
+        for variant, (kernel, config) in LAUNCHED.items():
             if any(kernel.rejects(gemm, HERE) or kernel.invalid(gemm, config, HERE) for gemm in layer.gemms):
                 continue
             name = f"{variant} {layer.label}"

@@ -3,7 +3,8 @@
 
 KIND: `awq`, `int4`, `int8` or `fp8`. GROUP: elements of K that share a scale, which then multiplies each weight before
 it is rounded to the rows' dtype; 0 where a scale holds for all of K and multiplies the sum instead. A tile of codes is
-[BLOCK_N, bytes of BLOCK_K], K contiguous. BITWISE: e4m3 is widened by moving bits, for want of an instruction.
+[BLOCK_N, bytes of BLOCK_K], or words of eight where codes have 4 bits, K contiguous. BITWISE: e4m3 is widened by
+moving bits, for want of an instruction.
 """
 
 import triton
@@ -28,12 +29,18 @@ def code_values(codes, KIND: tl.constexpr, BITWISE: tl.constexpr):
     Codes of integers become floats as low bits of a larger number's significand: conversions are slow instructions.
     """
     if KIND == "awq" or KIND == "int4":
-        # The even k is in the low half of a byte: neighbours stay in one thread.
-        words = codes.to(tl.uint32)
-        even = ((words & 0x0F) << 16) | 0x43000000
-        odd = ((words & 0xF0) << 12) | 0x43000000
-        pairs = tl.join(even, odd).reshape(codes.shape[0], 2 * codes.shape[1])
-        values = pairs.to(tl.float32, bitcast=True)
+        # Nibble k of a word is weight k: those of k and k + 4 become two bfloat16 128 + code at once.
+        words = codes.to(tl.uint32, bitcast=True)
+        pair0 = (words & 0x000F000F) | 0x43004300
+        pair1 = ((words >> 4) & 0x000F000F) | 0x43004300
+        pair2 = ((words >> 8) & 0x000F000F) | 0x43004300
+        pair3 = ((words >> 12) & 0x000F000F) | 0x43004300
+        first = tl.join(tl.join(pair0 << 16, pair1 << 16), tl.join(pair2 << 16, pair3 << 16))
+        upper: tl.constexpr = 0xFFFF0000
+        second = tl.join(tl.join(pair0 & upper, pair1 & upper), tl.join(pair2 & upper, pair3 & upper))
+        # The bits of k, least first, are the last three dimensions: all of a word stays in one thread.
+        bits = tl.join(first, second).permute(0, 1, 4, 3, 2).reshape(codes.shape[0], 8 * codes.shape[1])
+        values = bits.to(tl.float32, bitcast=True)
     elif KIND == "int8":
         # 2**23 + 128 + code, less what is too much of it.
         words = (codes.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint32)
@@ -139,7 +146,7 @@ def code_tile(tile, m_tiles, rows, weights, scales, zeros, bias, out, slots, top
     a_pointers = row_pointers(rows, numbers, 0, K, BLOCK_K, SWAP)
     columns, which = tile_columns(tile_n, BLOCK_N, UP and GATED)
     columns = tl.minimum(columns, WIDTH - 1)
-    held: tl.constexpr = 2 if KIND == "awq" or KIND == "int4" else 1
+    held: tl.constexpr = 8 if KIND == "awq" or KIND == "int4" else 1
     offsets = expert.to(tl.int64) * EXPERT_STRIDE + columns.to(tl.int64) * COLUMN_STRIDE + which * UP_STRIDE
     b_pointers = weights + offsets[:, None] + tl.arange(0, BLOCK_K // held)[None, :]
     places = scale_places(expert, columns, which, SCALE_EXPERT, SCALE_ROW, SCALE_BLOCK, SCALE_UP)
@@ -236,12 +243,12 @@ def code_decode_up(rows, weights, scales, zeros, bias, out, ids, EXPERTS: tl.con
     row = rows + (slot // TOP_K).to(tl.int64) * K
     m = tl.arange(0, BLOCK_M)
     offsets_k = tl.arange(0, BLOCK_K)
-    held: tl.constexpr = 2 if KIND == "awq" or KIND == "int4" else 1
-    bytes_k = tl.arange(0, BLOCK_K // held)
+    held: tl.constexpr = 8 if KIND == "awq" or KIND == "int4" else 1
+    codes_k = tl.arange(0, BLOCK_K // held)
     columns, which = tile_columns(tile_n, BLOCK_N, GATED)
     safe = tl.minimum(columns, WIDTH - 1)
     offsets = expert.to(tl.int64) * EXPERT_STRIDE + safe.to(tl.int64) * COLUMN_STRIDE + which * UP_STRIDE
-    b_pointers = weights + offsets[:, None] + bytes_k[None, :]
+    b_pointers = weights + offsets[:, None] + codes_k[None, :]
     places = scale_places(expert, safe, which, SCALE_EXPERT, SCALE_ROW, SCALE_BLOCK, SCALE_UP)
     if SWAP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -259,7 +266,7 @@ def code_decode_up(rows, weights, scales, zeros, bias, out, ids, EXPERTS: tl.con
         if K % BLOCK_K == 0:
             codes = tl.load(b_pointers, eviction_policy="evict_first")
         else:
-            b_mask = (bytes_k < (K - k) // held)[None, :]
+            b_mask = (codes_k < (K - k) // held)[None, :]
             codes = tl.load(b_pointers, mask=b_mask, other=0, eviction_policy="evict_first")
         values = weight_values(
             codes, scales + places, zeros + places, k, KIND, GROUP, K, BITWISE, BLOCK_N, BLOCK_K
@@ -300,8 +307,8 @@ def code_decode_down(rows, weights, scales, zeros, bias, out, ids, topk_weights,
     tile_n = tl.program_id(1)
     m = tl.arange(0, SLOTS)
     offsets_k = tl.arange(0, BLOCK_K)
-    held: tl.constexpr = 2 if KIND == "awq" or KIND == "int4" else 1
-    bytes_k = tl.arange(0, BLOCK_K // held)
+    held: tl.constexpr = 8 if KIND == "awq" or KIND == "int4" else 1
+    codes_k = tl.arange(0, BLOCK_K // held)
     experts = tl.load(ids + token * TOP_K + m, mask=m < TOP_K, other=-1)
     here = (experts >= 0) & (experts < EXPERTS)
     order = tl.cumsum(here.to(tl.int32), 0) - 1
@@ -327,11 +334,11 @@ def code_decode_down(rows, weights, scales, zeros, bias, out, ids, topk_weights,
         else:
             a_pointers = rows + row_offsets[:, None] + (start + offsets_k)[None, :]
             a = tl.load(a_pointers, mask=inside[None, :] & current[:, None], other=0.0)
-        b_pointers = base + column_offsets[:, None] + bytes_k[None, :]
+        b_pointers = base + column_offsets[:, None] + codes_k[None, :]
         if K % BLOCK_K == 0:
             codes = tl.load(b_pointers, eviction_policy="evict_first")
         else:
-            b_mask = (bytes_k < (K - start) // held)[None, :]
+            b_mask = (codes_k < (K - start) // held)[None, :]
             codes = tl.load(b_pointers, mask=b_mask, other=0, eviction_policy="evict_first")
         places = scale_places(expert, safe, safe * 0, SCALE_EXPERT, SCALE_ROW, SCALE_BLOCK, 0)
         values = weight_values(

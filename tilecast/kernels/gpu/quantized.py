@@ -17,7 +17,9 @@ from tilecast.kernels.gpu.target import Target
 from tilecast.kernels.gpu.tiles import instruction
 from tilecast.problem import MAX_DIMENSION, ExpertGemm, TileConfig, weight_format
 
-CODE_TYPES = {"awq": "u8", "int4": "u8", "int8": "i8", "fp8": "u8"}
+CODE_TYPES = {"awq": "i32", "int4": "i32", "int8": "i8", "fp8": "u8"}
+WORD = 8
+"""Codes of 4 bits in a word, the first in its lowest bits."""
 WIDENS_E4M3 = ("89", "90", "100", "120", "gfx950")
 """Targets with an instruction that makes e4m3 of OCP's kind wider (PTX ISA, `cvt.f16x2.e4m3x2`; CDNA 4 ISA guide)."""
 CODE_CONSTANTS = ("KIND", "GROUP", "SCALE_EXPERT", "SCALE_ROW", "SCALE_BLOCK", "SCALE_UP", "BITWISE")
@@ -30,7 +32,7 @@ def quantized(gemm: ExpertGemm) -> bool:
 
 
 def code_type(gemm: ExpertGemm) -> str:
-    """Return Triton's name of the type that codes are read as; e4m3 as bytes, which every target has."""
+    """Return Triton's name of the type that codes are read as: 4 bits as words, e4m3 as bytes for every target."""
     return CODE_TYPES[weight_format(gemm.layer.weight_format).kind]
 
 
@@ -42,21 +44,23 @@ def scale_type(gemm: ExpertGemm) -> str:
 def code_signature(gemm: ExpertGemm, scale_dtype: str | None) -> tuple[tuple[str, str], ...]:
     """Return the arguments that stand for the weights: codes, scales, zero points (codes where there are none)."""
     code = f"*{code_type(gemm)}"
-    return ("weights", code), ("scales", f"*{scale_dtype or scale_type(gemm)}"), ("zeros", code)
+    zeros = "*u8" if weight_format(gemm.layer.weight_format).kind == "awq" else code
+    return ("weights", code), ("scales", f"*{scale_dtype or scale_type(gemm)}"), ("zeros", zeros)
 
 
 def code_operands(stack: QuantizedStack) -> tuple[torch.Tensor, ...]:
     """Return what is launched for `code_signature`."""
-    codes = stack.codes.view(torch.uint8) if stack.codes.dtype is torch.float8_e4m3fn else stack.codes
+    kind = weight_format(stack.format).kind
+    codes = stack.codes if kind == "int8" else stack.codes.view(torch.uint8 if kind == "fp8" else torch.int32)
     return codes, stack.scales, codes if stack.zeros is None else stack.zeros
 
 
 def code_constants(gemm: ExpertGemm, target: Target) -> dict[str, Constant]:
-    """Return the strides of codes in bytes, which replace those of dense weights, and `CODE_CONSTANTS`."""
+    """Return the strides of codes in bytes or words, which replace those of dense weights, and `CODE_CONSTANTS`."""
     form = weight_format(gemm.layer.weight_format)
     rows, columns = scale_shape(gemm)
     pairs = gemm.name == "up" and gemm.layer.gated
-    width = gemm.k // form.codes_per_byte
+    width = gemm.k // (WORD if form.bits == 4 else 1)
     return {
         "EXPERT_STRIDE": gemm.n * width, "COLUMN_STRIDE": width,
         "UP_STRIDE": gemm.layer.intermediate * width if pairs else 0,

@@ -115,7 +115,7 @@ def tile_reason(gemm: ExpertGemm, config: TileConfig, target: Target) -> str | N
     if sums > limit:
         return f"{m}×{n} sums over {warps} warps are {sums} a thread, more than {limit} spill"
     walks = bool(_optional(config, "waves"))
-    if target.kind == "cuda" and sums == limit and crowds(gemm, target, walks=walks, warps=warps):
+    if target.kind == "cuda" and sums == ACCUMULATORS_PER_THREAD and crowds(gemm, target, walks=walks, warps=warps):
         return f"{sums} sums a thread leave no registers for {'a bias' if gemm.layer.bias else 'the next tile'}"
     if instruction(gemm, config, target) == "mma.sync" and sums >= ACCUMULATORS_PER_THREAD // 2 and k >= 128:
         return f"fragments of steps of {k} beside {sums} sums a thread spill"
