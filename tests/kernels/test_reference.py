@@ -28,6 +28,7 @@ def activation_value(name: str, x: float) -> float:
         "gelu_tanh": x * (1 + math.tanh(inner)) / 2,
         "relu": max(x, 0.0),
         "relu2": max(x, 0.0) ** 2,
+        "drelu": max(x, 0.0),
         "identity": x,
         "swiglu_oai": min(x, 7.0) * sigmoid(1.702 * min(x, 7.0)),
     }
@@ -44,7 +45,8 @@ def naive_up(layer: ExpertLayer, x: list[float], weight: torch.Tensor, bias: tor
         value = activation_value(layer.activation, products[column])
         if layer.gated:
             up = products[layer.intermediate + column]
-            value *= max(-7.0, min(up, 7.0)) + 1 if layer.activation == "swiglu_oai" else up
+            up = max(-7.0, min(up, 7.0)) + 1 if layer.activation == "swiglu_oai" else up
+            value *= max(up, 0.0) if layer.activation == "drelu" else up
         out.append(value)
     return out
 
@@ -72,7 +74,12 @@ def naive_layer(
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("activation", "gated"),
-    [(name, gated) for name in ACTIVATIONS for gated in (False, True) if not (gated and name == "identity")],
+    [
+        (name, gated)
+        for name in ACTIVATIONS
+        for gated in (False, True)
+        if (name, gated) not in (("identity", True), ("drelu", False))
+    ],
 )
 def test_reference_is_the_naive_loop(activation: str, gated: bool, bias: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(7)
