@@ -186,7 +186,8 @@ def default_tile(
         return _tile(64, 128, 64, group=8, warps=4, stages=4 if hopper else 3)
     active = min(layer.experts, tokens * layer.top_k)
     narrow = active * -(-gemm.n // 128) < 2 * target.units
-    block_n = 64 if narrow else 128
+    # Of 128 columns four warps would make 128 weights a thread each step: with 16 rows that spilled on sm_80.
+    block_n = 64 if narrow or coded else 128
     # With four stages 32×128×128 leaves room for one program on an SM, with three for two.
     stages = 4 if roomy and block_m + block_n < 160 else 3
     return _tile(block_m, block_n, 128 if roomy else 64, group=8, warps=4, stages=stages)
