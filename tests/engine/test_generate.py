@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from tests.tiny_models import save_tiny, save_tokenizer
 from tilecast.engine.generate import (
@@ -161,6 +164,40 @@ def test_text_appears_in_whole_characters_and_all_of_it(texts: Loaded) -> None:
     pieces = [stream.push(token) for token in tokens] + [stream.end()]
     assert "".join(pieces) == text
     assert "🙂" in pieces and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_indents_appear_where_decoding_drops_the_first_space() -> None:
+    """As SentencePiece's decoders do: a line after the first one keeps all of its spaces."""
+    vocabulary = ["▁if", "x", ":", "<0x0A>", "▁▁▁", "▁return"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={piece: place for place, piece in enumerate(vocabulary)}, merges=[])
+    )
+    decoders = tokenizers.decoders
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in (0, 1, 2, 3, 4, 5, 1, 3, 3, 5)] + [stream.end()]
+    assert "".join(pieces) == "ifx:\n    returnx\n\n return"
+
+
+def test_attention_that_a_model_writes_out_is_row_wise_too(tmp_path: Path) -> None:
+    loaded = load_model(save_tiny("gpt_oss", tmp_path))
+    own = loaded.model.config._attn_implementation
+    done = [
+        generate(loaded, prompts, max_new_tokens=4, batch=4, reproducible=True, digests=True)
+        for prompts in (PROMPTS, PROMPTS[:1])
+    ]
+    assert [generation.uncovered for generation in done] == [(), ()]
+    assert done[0].outputs[0].logits_digest == done[1].outputs[0].logits_digest
+    assert loaded.model.config._attn_implementation == own
+
+
+def test_experts_that_may_depend_on_the_batch_are_named(mixtral: Loaded) -> None:
+    fastest = load_model(mixtral.folder, policy="fastest")
+    done = generate(fastest, PROMPTS[:1], max_new_tokens=2, reproducible=True)
+    assert done.uncovered == ("experts under the policy fastest",)
 
 
 def test_what_is_cut_off_in_a_character_is_shown_at_the_end(texts: Loaded) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import save_tiny, tiny_model
+from tests.tiny_models import save_tiny, save_tokenizer, tiny_model
 from tilecast.engine.checkpoint import inspect_checkpoint
 from tilecast.engine.load import available_memory, check_heads, check_loading, check_parallel, load_model
 from tilecast.errors import DeviceError, ModelError, UsageError
@@ -225,3 +226,60 @@ def test_a_report_names_transformers_tuples() -> None:
     info = SimpleNamespace(mismatched_keys={("w", (1, 2), (3, 4))})
     with pytest.raises(ModelError, match=r"w \(1, 2\) instead of \(3, 4\)"):
         check_loading("x", vars(info))
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"hidden_size": "abc"}, "transformers cannot load it: StrictDataclass.*hidden_size"),
+        ({"num_attention_heads": 0, "head_dim": None}, "transformers cannot load it: ZeroDivisionError"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_told_in_one_line(
+    copied: Path, changes: dict[str, object], pattern: str
+) -> None:
+    changed_config(copied, **changes)
+    one_line(copied, ModelError, pattern)
+
+
+def changed_header(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(next(value for name, value in header.items() if name != "__metadata__"))
+    written = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(written)) + written + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (lambda tensor: tensor.update(dtype="ZZ"), "transformers cannot load it: SafetensorError"),
+        (lambda tensor: tensor.update(shape=[1]), "transformers cannot load it: SafetensorError"),
+        (lambda tensor: tensor.update(data_offsets=[str(n) for n in tensor["data_offsets"]]), "is not a safetensors"),
+        (lambda tensor: tensor["data_offsets"].append(1), "is not a safetensors file"),
+    ],
+)
+def test_a_header_that_describes_no_tensors_is_told_in_one_line(copied: Path, change, pattern: str) -> None:  # type: ignore[no-untyped-def]
+    changed_header(copied, change)
+    one_line(copied, ModelError, pattern)
+
+
+def test_a_config_nested_without_end_is_told_in_one_line(copied: Path) -> None:
+    (copied / "config.json").write_text("[" * 100_000)
+    one_line(copied, ModelError, "config.json cannot be read as JSON")
+
+
+def test_a_device_that_does_not_exist_is_told_in_one_line(mixtral: Path) -> None:
+    one_line(mixtral, UsageError, "device is 'nonsense', expected cpu or cuda", device="nonsense")
+    one_line(mixtral, UsageError, "device is 'meta', expected cpu or cuda", device="meta")
+    if not torch.cuda.is_available():
+        one_line(mixtral, DeviceError, "cuda.*no GPU", device="cuda")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_in_one_line(copied: Path) -> None:
+    save_tokenizer(copied)
+    path = copied / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"type": "Nonsense"}}))
+    one_line(copied, ModelError, "its tokenizer cannot be loaded")

@@ -246,7 +246,9 @@ def _fingerprint(module: torch.nn.Module, form: Form) -> tuple[object, ...]:
         tensor = local(getattr(module, name))
         # A parameter that was released says nothing by its address: that of a copied module is another.
         released = not any(tensor.stride())
-        found.append((released or tensor.data_ptr(), tensor.dtype, tensor.device, tensor.stride()))
+        # What was stored in another way does not follow when the module's own memory is written to.
+        version = 0 if released or tensor.is_inference() else tensor._version
+        found.append((released or tensor.data_ptr(), tensor.dtype, tensor.device, tensor.stride(), version))
     return tuple(found)
 
 

@@ -61,7 +61,7 @@ def inspect_checkpoint(folder: Path | str) -> Checkpoint:
         for tensor in json.loads(header).values():
             if not isinstance(tensor, dict) or "data_offsets" not in tensor:
                 continue  # __metadata__
-            begin, end = tensor["data_offsets"]
+            begin, end = tensor["data_offsets"]  # Checked by `_header`.
             item = ITEM_BYTES.get(tensor.get("dtype", ""))
             numbers += (end - begin) // item if item else 0
             other_bytes += 0 if item else end - begin
@@ -144,8 +144,11 @@ def _header(path: Path) -> tuple[int, bytes]:
                 raise ValueError("its header is longer than the file")
             header = file.read(length)
         tensors = [value for name, value in json.loads(header).items() if name != "__metadata__"]
-        end = max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
-    except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        offsets = [tensor["data_offsets"] for tensor in tensors]
+        if not all(len(pair) == 2 and all(type(place) is int for place in pair) for pair in offsets):
+            raise ValueError("its header has data_offsets that are not two numbers")
+        end = max((pair[1] for pair in offsets), default=0)
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is not a safetensors file: {error or 'no header'}") from error
     if 8 + length + end != size:
         raise ModelError(f"{path} has {size} bytes, its header describes {8 + length + end}; copy it again")
@@ -170,7 +173,7 @@ def _json(path: Path) -> dict[str, object]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path} is not a JSON object")

@@ -124,7 +124,7 @@ def generate(
     seeds = _seeds(chosen.seed, prompts)
     outputs: list[Generated] = []
     clock = _Clock()
-    with together(loaded.group, on_stuck), _row_by_row(reproducible) as context:
+    with together(loaded.group, on_stuck), _row_by_row(loaded.model, reproducible) as context:
         for start in range(0, len(prompts), batch):
             rows = [tuple(prompt) for prompt in prompts[start : start + batch]]
             steps = _Steps(
@@ -207,7 +207,9 @@ class TextStream:
             return ""  # A character whose bytes are in several tokens is not whole yet.
         new, self._shown = text[self._shown :], len(text)
         if text.endswith("\n"):
-            self._pending, self._shown = [], 0
+            # The last token stays: some decoders drop a text's first space, which would be the next line's.
+            self._pending = [token]
+            self._shown = len(self._text())
         return new
 
     def end(self) -> str:
@@ -365,14 +367,21 @@ def _seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 @contextlib.contextmanager
-def _row_by_row(wanted: bool) -> Iterator[Any | None]:
+def _row_by_row(model: Any, wanted: bool) -> Iterator[Any | None]:
     if not wanted:
         yield None
         return
-    # Imported here: it is large, and only this needs it.
+    # Imported here: they are large, and only this needs them.
+    from tilecast.engine.adapted import adapted_of
     from tilecast.engine.invariant import invariant
+    from tilecast.engine.invariant_attention import row_wise_attention
 
-    with invariant() as context:
+    with row_wise_attention(model), invariant() as context:
+        for state in map(adapted_of, model.modules()):
+            runtime = None if state is None else state.runtime
+            if runtime is not None and runtime.policy != "reproducible":
+                # No operation of torch tells of it.
+                context.uncovered[f"experts under the policy {runtime.policy}"] += 1
         yield context
 
 

@@ -6,7 +6,9 @@ is imported when it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +33,23 @@ def use_attention(model: Any) -> None:
     """Have a transformers model use this attention in all its layers. Raises what transformers raises."""
     register_attention()
     model.set_attn_implementation(NAME)
+
+
+@contextlib.contextmanager
+def row_wise_attention(model: Any) -> Iterator[None]:
+    """Have a model that writes its attention out use this one meanwhile; `invariant()` takes torch's fused one itself.
+
+    A model that cannot be switched is left as it is: what it runs is then among the uncovered operations.
+    """
+    own = getattr(model.config, "_attn_implementation", None)
+    if own == "eager":
+        with contextlib.suppress(ValueError):
+            use_attention(model)
+    try:
+        yield
+    finally:
+        if own == "eager":
+            model.set_attn_implementation(own)
 
 
 def attention_forward(

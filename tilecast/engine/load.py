@@ -183,7 +183,14 @@ def _dtype(asked: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dty
 
 def _device(asked: torch.device | str | None, group: Group) -> torch.device:
     if asked is not None:
-        device = torch.device(asked)
+        try:
+            device = torch.device(asked)
+        except RuntimeError:
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            raise UsageError(f"device is {str(asked)!r:.40}, expected cpu or cuda")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(f"device is {device}, but there is no GPU of that number that torch can use here")
         if group.world_size > 1 and device.type == "cpu" and torch.cuda.is_available():
             raise UsageError("several ranks run on the GPUs where there are any; hide them to run on the CPU")
         return device
@@ -280,7 +287,7 @@ def _loaded(transformers: Any, checkpoint: Checkpoint, dtype: torch.dtype, distr
         raise DeviceError(f"{folder} does not fit into memory: {_line(error)}") from error
     except TilecastError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # Configs and weights that it does not expect make it raise anything.
         if is_connection_error(error):
             raise
         raise ModelError(f"{folder}: transformers cannot load it: {type(error).__name__}: {_line(error)}") from error
@@ -330,7 +337,7 @@ def _tokenizer(transformers: Any, folder: Path) -> Any | None:
         return None
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+    except Exception as error:  # tokenizers itself raises that, and nothing narrower.
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {type(error).__name__}: {_line(error)}") from error
 
 
