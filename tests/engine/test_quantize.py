@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,4 +244,16 @@ def test_what_cannot_be_quantised_is_told_in_one_line(mixtral: Path, tmp_path: P
         quantize_checkpoint(tmp_path / "once", tmp_path / "twice", form="awq", group=32)
     with pytest.raises(ModelError, match="no experts stored as linear layers of their own"):
         quantize_checkpoint(save_tiny("gpt_oss", tmp_path / "g"), tmp_path / "a", form="fp8")
+    assert not (tmp_path / "a").exists()
+
+
+def test_weights_that_are_not_finite_are_named(mixtral: Path, tmp_path: Path) -> None:
+    shutil.copytree(mixtral, tmp_path / "bad")
+    path = tmp_path / "bad" / "model.safetensors"
+    weights = load_file(path)
+    key = next(name for name in weights if name.endswith("experts.1.w3.weight"))
+    weights[key][2, 7] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"^{re.escape(key)} cannot be quantised: weights are not finite"):
+        quantize_checkpoint(tmp_path / "bad", tmp_path / "a", form="awq", group=32)
     assert not (tmp_path / "a").exists()

@@ -26,6 +26,7 @@ from tilecast.engine.transformers import experts_modules
 from tilecast.errors import ModelError
 from tilecast.kernels.formats import QuantizedStack
 from tilecast.models import resolve
+from tilecast.models.quantization import read_quantization
 
 transformers = pytest.importorskip("transformers")
 
@@ -273,17 +274,21 @@ def test_missing_dense_weights_are_an_error_as_ever(folder: Path) -> None:
     [
         (AWQ_CONFIG | {"group_size": 64}, r"qzeros|inputs, which cut a group of 64"),
         (AWQ_CONFIG | {"group_size": 48}, "group_size 48"),
-        (AWQ_CONFIG | {"version": "gemv"}, "version 'gemv', which packs its words in another order"),
-        (AWQ_CONFIG | {"bits": 8}, "has bits 8"),
+        (AWQ_CONFIG | {"version": "gemv"}, "awq gemv.*others order words otherwise"),
+        (AWQ_CONFIG | {"bits": 8}, "with bits 8"),
         (AWQ_CONFIG | {"zero_point": False}, "zero_point False"),
         ({"quant_method": "gptq", "bits": 4}, "quantised by gptq"),
         (FP8_CONFIG | {"weight_block_size": [64, 64]}, r"weight_block_size \[64, 64\]"),
         (FP8_CONFIG | {"fmt": "e5m2"}, "fmt 'e5m2'"),
         (FP8_CONFIG, r"has no weight"),
-        (compressed_config("pack-quantized", num_bits=3), "int3 weights"),
+        (FP8_CONFIG | {"weight_block_size": 128}, "weight_block_size 128"),
+        (compressed_config("marlin-24"), "format 'marlin-24'"),
+        (compressed_config("pack-quantized", group_size="x"), "group_size 'x'"),
+        (compressed_config("pack-quantized", strategy="group", group_size=-1), "group_size -1"),
+        (compressed_config("pack-quantized", num_bits=3), "'int' weights of 3 bits"),
         (compressed_config("pack-quantized", actorder="group"), "actorder 'group'"),
-        (compressed_config("nvfp4-pack-quantized", type="float"), "float4 weights"),
-        ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 groups of weights"),
+        (compressed_config("nvfp4-pack-quantized", type="float"), "'float' weights of 4 bits"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 schemes for weights"),
     ],
 )
 def test_configs_that_are_not_read_are_refused(folder: Path, config: dict[str, Any], pattern: str) -> None:
@@ -297,6 +302,13 @@ def test_an_order_of_activations_is_refused(tmp_path: Path) -> None:
     quantized, _ = quantized_twins(tmp_path, "mixtral", quantize, config, **WIDE)
     changed(quantized, lambda weights: weights.update({FIRST + "weight_g_idx": torch.zeros(64, dtype=torch.int32)}))
     refused(quantized, "activation order")
+
+
+@pytest.mark.parametrize("fields", [{"version": None}, {"group_size": None}, {"version": "GEMM"}])
+def test_fields_without_a_value_mean_what_they_mean_to_the_tuner(fields: dict[str, Any]) -> None:
+    config = AWQ_CONFIG | {"group_size": 128} | fields
+    found = recipe_of({"quantization_config": config})
+    assert found is not None and read_quantization(config).format == f"awq_g{found.group}" == "awq_g128"
 
 
 def test_methods_of_others_are_left_to_transformers() -> None:

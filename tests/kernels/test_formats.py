@@ -38,6 +38,25 @@ def test_rounding_to_a_format_errs_by_half_a_step_at_most(form: str, name: str) 
         assert (error <= 0.501 * step + 1e-9).all()
 
 
+@pytest.mark.parametrize("form", ["awq_g32", "int4_g64", "int8_channel", "fp8_block128", "fp8_channel"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(form: str, bad: float) -> None:
+    gemm = layer(form).down
+    weights = dense(gemm)
+    weights[1, 3, 5] = bad
+    with pytest.raises(InputError, match="weights of expert 1 are not finite"):
+        quantize(weights, gemm)
+
+
+def test_weights_whose_scales_overflow_are_refused() -> None:
+    gemm = layer("int4_g32").down
+    weights = dense(gemm)
+    weights[0, 0, 0] = 1e6
+    with pytest.raises(InputError, match=r"expert 0 are not finite, or too large for scales of torch\.float16"):
+        quantize(weights, gemm)
+    assert torch.isfinite(quantize(weights, gemm, torch.float32).scales).all()
+
+
 def test_a_nibble_is_where_it_is_said_to_be() -> None:
     gemm = layer("awq_g32", hidden=32, intermediate=32, gated=False, experts=1).up
     codes = torch.zeros((1, 32, 16), dtype=torch.uint8)

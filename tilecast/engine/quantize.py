@@ -276,7 +276,11 @@ def _write(
             report(start + (1 - start) * count / len(keys), key)
         place = files.place(key)
         before += place.end - place.begin
-        for part, stored in _stored(tensor.float(), form, group).items():
+        try:
+            parts = _stored(tensor.float(), form, group)
+        except InputError as error:
+            raise ModelError(f"{key} cannot be quantised: {error}") from error
+        for part, stored in parts.items():
             shards.add(f"{key.removesuffix('weight')}{part}", stored)
             after += stored.nbytes
     shards.finish()

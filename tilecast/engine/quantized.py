@@ -16,9 +16,10 @@ import torch
 from tilecast.engine.tensor_files import TensorFiles
 from tilecast.errors import InputError, ModelError
 from tilecast.kernels.awq import AwqTensors, Rows, check_awq, rows_of_awq
-from tilecast.kernels.compressed import BLOCK, rows_of_fp8, rows_of_int8, rows_of_packed, stored_group
+from tilecast.kernels.compressed import rows_of_fp8, rows_of_int8, rows_of_packed, stored_group
 from tilecast.kernels.formats import CODE_DTYPES, QuantizedStack, scale_shape
-from tilecast.problem import GROUPS, ExpertGemm, ExpertLayer, weight_format
+from tilecast.models.quantization import METHODS, Stored, read_quantization
+from tilecast.problem import ExpertGemm, ExpertLayer, weight_format
 
 EXPERT = re.compile(r"(?P<block>.*\blayers\.(?P<layer>\d+)\..*(?<!shared_)experts)\.(?P<expert>\d+)\.(?P<name>\w+)")
 """The name of a linear layer that is one projection of one expert."""
@@ -74,9 +75,8 @@ def recipe_of(config: Mapping[str, Any]) -> Recipe | None:
         found = nested.get("quantization_config")
     if not isinstance(found, Mapping):
         return None
-    reader = {"awq": _awq, "compressed-tensors": _compressed, "fp8": _fp8}.get(str(found.get("quant_method")))
-    if reader is not None:
-        return reader(found)
+    if str(found.get("quant_method")) in METHODS:
+        return _recipe(found, read_quantization(found))
     if found.get("quant_method") in ("gptq", "autoround", "auto-round"):
         raise ModelError(
             f"weights are quantised by {found['quant_method']}, whose experts Tilecast does not read; take an AWQ, "
@@ -246,61 +246,21 @@ def _shape_of(files: TensorFiles, base: str, parts: Mapping[str, str], recipe: R
     return (shape[0], shape[1] * 32 // recipe.bits) if recipe.stored == "packed" else (shape[0], shape[1])
 
 
-# What configs say ------------------------------------------------------------------------------------------------
-
-
-def _awq(found: Mapping[str, Any]) -> Recipe:
-    version = str(found.get("version", found.get("format", "gemm"))).lower()
-    if version != "gemm":
-        raise ModelError(
-            f"the AWQ checkpoint is of version {version!r:.40}, which packs its words in another order; expected "
-            "'gemm', convert it"
-        )
-    bits, group = found.get("bits", found.get("w_bit", 4)), found.get("group_size", found.get("q_group_size", 128))
-    if bits != 4 or found.get("zero_point", True) is not True or group not in GROUPS:
-        raise ModelError(
-            f"the AWQ checkpoint has bits {bits!r:.20}, group_size {group!r:.20} and zero_point "
-            f"{found.get('zero_point')!r:.20}, expected 4, one of {', '.join(map(str, GROUPS))}, and true"
-        )
-    return Recipe(stored="awq", kind="awq", group=int(group), bits=4)
-
-
-def _fp8(found: Mapping[str, Any]) -> Recipe:
-    block, form = found.get("weight_block_size"), str(found.get("fmt", "e4m3"))
-    if (block is not None and list(block) != [BLOCK, BLOCK]) or form not in ("e4m3", "e4m3fn", "float8_e4m3fn"):
-        raise ModelError(
-            f"the fp8 checkpoint has fmt {form!r:.20} and weight_block_size {block!r:.40}, expected e4m3 and "
-            f"[{BLOCK}, {BLOCK}] or none"
-        )
-    return Recipe(stored="fp8", kind="fp8", scaled="" if block is None else f"block{BLOCK}")
-
-
-def _compressed(found: Mapping[str, Any]) -> Recipe:
-    named = found.get("config_groups")
-    groups = list(named.values()) if isinstance(named, Mapping) else []
-    schemes = [group.get("weights") if isinstance(group, Mapping) else None for group in groups]
-    if not schemes or not isinstance(schemes[0], Mapping) or any(s != schemes[0] for s in schemes):
-        raise ModelError(f"compressed-tensors has {len(schemes)} groups of weights, expected one scheme for all")
-    scheme = schemes[0]
-    kind, bits, strategy = scheme.get("type", "int"), scheme.get("num_bits", 8), scheme.get("strategy") or "tensor"
-    group = int(scheme.get("group_size") or 0) if strategy == "group" else 0
-    stored = str(found.get("format") or groups[0].get("format"))
-    symmetric = bool(scheme.get("symmetric", True))
-    block = scheme.get("block_structure")
-    if scheme.get("actorder") not in (None, "weight", "static"):
-        raise ModelError(f"compressed-tensors has actorder {scheme['actorder']!r:.20}, which is not supported")
-    if kind == "float" and bits == 8 and strategy in ("tensor", "channel"):
-        return Recipe(stored="fp8", kind="fp8", scaled=strategy)
-    if kind == "float" and bits == 8 and strategy == "block" and list(block or ()) == [BLOCK, BLOCK]:
-        return Recipe(stored="fp8", kind="fp8", scaled=f"block{BLOCK}")
-    if kind == "int" and strategy in ("group", "channel"):
-        if stored == "pack-quantized" and (bits, symmetric) in ((4, True), (4, False), (8, True)):
-            return Recipe(
-                stored="packed", kind=f"int{bits}" if symmetric else "awq", group=max(group, 0), bits=int(bits)
-            )
-        if stored in ("int-quantized", "naive-quantized") and bits == 8 and symmetric:
-            return Recipe(stored="int8", kind="int8", group=max(group, 0))
+def _recipe(found: Mapping[str, Any], said: Stored) -> Recipe:
+    """Return how tensors of the weights that a config says it has are laid out. Raises ModelError."""
+    kind, _, shared = said.format.partition("_")
+    if said.method == "awq":
+        return Recipe(stored="awq", kind=kind, group=weight_format(said.format).group, bits=4)
+    if kind == "fp8":
+        # fp8's own configs tell one scale for a tensor from one for a row in no way.
+        scaled = "" if said.method == "fp8" and shared == "tensor" else shared
+        return Recipe(stored="fp8", kind="fp8", scaled=scaled)
+    layout = found.get("format") or next(iter(found["config_groups"].values())).get("format")
+    if layout == "pack-quantized":
+        return Recipe(stored="packed", kind=kind, group=said.group, bits=8 if kind == "int8" else 4)
+    if layout in ("int-quantized", "naive-quantized") and kind == "int8":
+        return Recipe(stored="int8", kind="int8", group=said.group)
     raise ModelError(
-        f"compressed-tensors has {kind}{bits} weights by {strategy!r:.20} in format {stored!r:.40} (symmetric "
-        f"{symmetric}), expected int4 or int8 by group or channel, packed, or fp8"
+        f"compressed-tensors has {said.format} weights in format {layout!r:.40}, expected pack-quantized, or "
+        "int-quantized for int8"
     )

@@ -147,12 +147,23 @@ def check_sizes(gemm: ExpertGemm) -> None:
 
 
 def quantize(weights: torch.Tensor, gemm: ExpertGemm, scale_dtype: torch.dtype = torch.float16) -> QuantizedStack:
-    """Return dense weights [E, N, K] rounded to the layer's weight format, to nearest, scales from the extremes."""
+    """Return dense weights [E, N, K] rounded to the layer's weight format, to nearest, scales from the extremes.
+
+    Raises InputError for weights of another shape, and for those that no finite scale fits.
+    """
     form = weight_format(gemm.layer.weight_format)
     check_sizes(gemm)
     if tuple(weights.shape) != (gemm.layer.experts, gemm.n, gemm.k):
         raise InputError(f"weights are {tuple(weights.shape)}, expected {(gemm.layer.experts, gemm.n, gemm.k)}")
-    parts = [_quantized(expert.to(torch.float32), gemm, form, scale_dtype) for expert in weights]
+    parts = []
+    for number, expert in enumerate(weights):
+        part = _quantized(expert.to(torch.float32), gemm, form, scale_dtype)
+        # What is not finite is in its group's extremes, and so in a scale.
+        if not bool(part[1].isfinite().all()):
+            room = "" if form.kind == "fp8" else f", or too large for scales of {scale_dtype}"
+            which = f" of expert {number}" if len(weights) > 1 else ""
+            raise InputError(f"weights{which} are not finite{room}")
+        parts.append(part)
     codes, scales, zeros = (None if p[0] is None else torch.stack(list(p)) for p in zip(*parts, strict=True))
     assert codes is not None and scales is not None
     return QuantizedStack(format=gemm.layer.weight_format, codes=codes, scales=scales, zeros=zeros)

@@ -25,6 +25,10 @@ PLAIN = frozenset(string.ascii_letters + string.digits + "._-")
 """What names consist of that are no patterns."""
 MAX_IGNORED, MAX_NAME = 100_000, 500
 DEFAULT_AWQ_GROUP = 128
+METHODS = ("awq", "compressed-tensors", "fp8")
+"""The values of `quant_method` that are read."""
+E4M3 = ("e4m3", "e4m3fn", "float8_e4m3", "float8_e4m3fn")
+"""How configs name the codes that are read; e4m3fnuz, whose codes stand for other numbers, is none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +112,9 @@ def read_quantization(found: object) -> Stored:
     if not isinstance(found, Mapping):
         raise ModelError(f"field quantization_config is {found!r:.40}, expected an object")
     method = str(found.get("quant_method", "unnamed"))
-    readers = {"awq": _awq, "compressed-tensors": _compressed, "fp8": _fp8}
-    if method not in readers:
-        raise ModelError(f"weights are quantised ({method:.40}), which no kernel reads; {', '.join(readers)} are read")
-    return readers[method](found)
+    if method not in METHODS:
+        raise ModelError(f"weights are quantised ({method:.40}), which no kernel reads; {', '.join(METHODS)} are read")
+    return {"awq": _awq, "compressed-tensors": _compressed, "fp8": _fp8}[method](found)
 
 
 def _awq(found: Mapping[str, Any]) -> Stored:
@@ -122,7 +125,8 @@ def _awq(found: Mapping[str, Any]) -> Stored:
         raise ModelError(
             f"weights are quantised (awq {version:.20}), expected version gemm: others order words otherwise"
         )
-    if bits != 4 or found.get("zero_point", True) is not True or group not in GROUPS:
+    fits = isinstance(group, int) and group in GROUPS
+    if bits != 4 or found.get("zero_point", True) is not True or not fits:
         raise ModelError(
             f"weights are quantised (awq) with bits {bits!r:.20}, group_size {group!r:.20}, zero_point "
             f"{found.get('zero_point', True)!r:.20}; expected 4, one of {', '.join(map(str, GROUPS))}, and true"
@@ -132,7 +136,7 @@ def _awq(found: Mapping[str, Any]) -> Stored:
 
 def _fp8(found: Mapping[str, Any]) -> Stored:
     block, code = found.get("weight_block_size"), str(found.get("fmt", "e4m3"))
-    if block not in (None, [128, 128], (128, 128)) or not code.removeprefix("float8_").startswith("e4m3"):
+    if block not in (None, [128, 128], (128, 128)) or code not in E4M3:
         raise ModelError(
             f"weights are quantised (fp8) with fmt {code!r:.20} and weight_block_size {block!r:.40}; expected e4m3 and "
             "[128, 128] or none"
@@ -168,10 +172,10 @@ def _scheme(scheme: Mapping[str, Any]) -> tuple[str, int]:
         raise ModelError(f"compressed-tensors has group_size {group!r:.20}, expected a positive integer")
     if kind == "float" and bits == 8:
         names = {"tensor": "fp8_tensor", "channel": "fp8_channel"}
-        if list(block or ()) == [128, 128]:
+        if block in ([128, 128], (128, 128)):
             names["block"] = "fp8_block128"
-        if strategy in names:
-            return names[strategy], 0
+        if str(strategy) in names:
+            return names[str(strategy)], 0
     if kind == "int" and strategy in ("group", "channel"):
         grouped = int(group or 0) if strategy == "group" else 0
         if bits == 4:
