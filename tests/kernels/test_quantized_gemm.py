@@ -246,6 +246,22 @@ def test_nan_codes_are_refused(layout: str) -> None:
         run_up(KERNEL, config, given)
 
 
+@pytest.mark.parametrize("layout", ["panel16", PLAIN])
+def test_fp8_where_subnormal_numbers_are_flushed_is_refused(layout: str) -> None:
+    """The smallest codes would be read as zeros: an error of some percent that nothing would tell."""
+    given = quantized(layer_of("fp8_channel"), 2)
+    like = KERNEL.default(given.layer.up, 2, HERE).with_params(layout=layout)
+    config = KERNEL.default(given.layer.up, 2, HERE, like=like)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor flushes no subnormal numbers")
+    try:
+        with pytest.raises(InputError, match=r"torch\.set_flush_denormal\(False\)"):
+            run_up(KERNEL, config, given)
+    finally:
+        torch.set_flush_denormal(False)
+    assert run_up(KERNEL, config, given).isfinite().any()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     layer = layer_of("awq_g32")
     cut = dataclasses.replace(layer, intermediate=48)

@@ -78,9 +78,15 @@ def generator_codes(gemm: ExpertGemm, scales: Scales) -> Codes:
 
 
 def check_codes(stack: QuantizedStack) -> None:
-    """Raise InputError where fp8 codes are not numbers: what stands for NaN would be read as one."""
+    """Raise InputError where fp8 codes are not numbers, or would not be read as theirs.
+
+    What stands for NaN would be read as a number, and the smallest codes are subnormal numbers on their way: a
+    processor that is told to flush those would make zeros of them.
+    """
     if stack.codes.dtype is not torch.float8_e4m3fn:
         return
+    if not bool(torch.tensor([2.0**-127]) * 2.0**20 > 0):
+        raise InputError("fp8 weights need subnormal numbers, which are flushed; call torch.set_flush_denormal(False)")
     for expert, codes in enumerate(stack.codes):
         if bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any()):
             raise InputError(f"the fp8 weights of expert {expert} hold NaN; quantise them again from finite weights")
