@@ -148,8 +148,18 @@ def test_other_tensors_that_do_not_fit_are_refused() -> None:
         read(words[:, :4], scale, zeros, "awq_g32")
     with pytest.raises(InputError, match=r"expected torch\.float8_e4m3fn"):
         rows_of_fp8(torch.ones(16, 64), scale, shape=(16, 64), form="fp8_tensor", what="w")
-    with pytest.raises(InputError, match=r"its scale is torch.float16 \(16, 2\), expected \(16, 1\) for fp8_channel"):
+    with pytest.raises(
+        InputError, match=r"scale is torch.float16 \(16, 2\), expected floats \(16, 1\) for fp8_channel"
+    ):
         codes = torch.ones((16, 64), dtype=torch.float8_e4m3fn)
         rows_of_fp8(codes, scale, shape=(16, 64), form="fp8_channel", what="w")
     with pytest.raises(InputError, match="groups are of all of 48, 64 inputs"):
         stored_group(0, 48, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float8_e5m2])
+def test_scales_of_fp8_that_are_no_floats_are_refused(dtype: torch.dtype) -> None:
+    """Bytes may be exponents: read as numbers they would be wrong by orders of magnitude."""
+    codes = torch.ones(128, 256).to(torch.float8_e4m3fn)
+    with pytest.raises(InputError, match=rf"its scale is {dtype} \(1, 2\), expected floats \(1, 2\)"):
+        rows_of_fp8(codes, torch.full((1, 2), 120).to(dtype), shape=(128, 256), form="fp8_block128", what="w")

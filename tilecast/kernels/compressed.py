@@ -72,10 +72,12 @@ def rows_of_fp8(weight: torch.Tensor, scale: torch.Tensor, *, shape: tuple[int, 
         "fp8_block128": (-(-rows // BLOCK), -(-width // BLOCK)), "fp8_channel": (rows, 1), "fp8_tensor": (1, 1),
     }[form]  # fmt: skip
     scales = scale if scale.dim() == 2 else scale.reshape(-1, 1)
-    if tuple(scales.shape) != wanted or scale.dtype is torch.float8_e5m2:
+    # A byte may be a number or the exponent of one: only e8m0 says which.
+    known = scale.dtype.is_floating_point and scale.dtype is not torch.float8_e5m2
+    if tuple(scales.shape) != wanted or not known:
         raise InputError(
-            f"{what}: its scale is {scale.dtype} {tuple(scale.shape)}, expected {wanted} for {form} of {rows} outputs "
-            f"and {width} inputs"
+            f"{what}: its scale is {scale.dtype} {tuple(scale.shape)}, expected floats {wanted} for {form} of {rows} "
+            f"outputs and {width} inputs"
         )
     return Rows(weight.contiguous(), scales.to(torch.float32).contiguous())
 
