@@ -430,3 +430,11 @@ def test_prompts_outside_of_the_vocabulary_are_refused(folder: Path) -> None:
         compare(Request(folder=str(folder), experts="eager", against=None, checks=(), prompts=Prompts(((),))))
     with pytest.raises(UsageError, match="expected some of batch"):
         Request(folder=str(folder), checks=("speed",))
+
+
+def test_reproducible_takes_attention_that_a_model_writes_out(tmp_path: Path) -> None:
+    folder = save_tiny("gpt_oss", tmp_path)
+    checks = ("padding", "restart")
+    found = compare(Request(folder=str(folder), against=None, prompts=PROMPTS, reproducible=True, checks=checks))
+    assert found.uncovered == ()
+    assert [check.verdict for check in found.invariance] == ["equal"] * 2, found.invariance

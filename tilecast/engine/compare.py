@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from tilecast.engine.compare_invariance import (
 from tilecast.engine.compare_reference import Reference, ReferenceReport, compare_to, reference_of
 from tilecast.engine.group import Group
 from tilecast.engine.invariant import invariant
+from tilecast.engine.invariant_attention import row_wise_attention
 from tilecast.engine.load import Loaded, load_model
 from tilecast.errors import ModelError, UsageError
 from tilecast.settings import child_environment
@@ -142,7 +143,7 @@ def compare(request: Request, report: Report = lambda _text: None) -> Comparison
     loaded = _load(request, request.experts, group)
     prompts = prompts_for(loaded, request) if prompts is None else prompts
     request = replace(request, prompts=prompts, texts=())
-    with _surroundings(request) as uncovered:
+    with _surroundings(request, loaded.model) as uncovered:
         found = None if reference is None else compare_to(reference, loaded.model)
         checks = tuple(_checks(request, loaded, prompts, group, report))
     return Comparison(
@@ -153,12 +154,12 @@ def compare(request: Request, report: Report = lambda _text: None) -> Comparison
 
 
 @contextmanager
-def _surroundings(request: Request) -> Iterator[Mapping[str, int]]:
+def _surroundings(request: Request, model: Any) -> Iterator[Mapping[str, int]]:
     """Run the block inside `invariant()` if that is asked for; yield what it could not vouch for, filled as it runs."""
     if not request.reproducible:
         yield {}
         return
-    with invariant() as context:
+    with row_wise_attention(model), invariant() as context:
         yield context.uncovered
 
 
@@ -288,7 +289,7 @@ def digests_of(order: dict[str, Any]) -> dict[str, list[str]]:
     lists: dict[str, Any] = {name: tuple(order.pop(name)) for name in ("checks", "edges", "texts")}
     request = Request(**order, **lists, prompts=prompts)
     loaded = _load(request, request.experts, process_group())
-    with _surroundings(request):
+    with _surroundings(request, loaded.model):
         return digests(run(loaded.model, prompts, alone(prompts)))
 
 
@@ -301,7 +302,9 @@ def check_policy(request: Request, loaded: Loaded, prompts: Prompts, group: Grou
     ours = run(loaded.model, prompts, alone(prompts))
     for policy in ("reproducible", "fastest"):
         other = _load(request, request.experts, group, policy=policy)
-        found = check_traces("policy", policy, prompts, ours, run(other.model, prompts, alone(prompts)))
+        with row_wise_attention(other.model) if request.reproducible else nullcontext():
+            theirs = run(other.model, prompts, alone(prompts))
+        found = check_traces("policy", policy, prompts, ours, theirs)
         if found.verdict != "equal":
             return found
     return replace(found, detail="reproducible; fastest")
