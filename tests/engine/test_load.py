@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_models import save_tiny, save_tokenizer, tiny_model
 from tilecast.engine.checkpoint import inspect_checkpoint
 from tilecast.engine.load import available_memory, check_heads, check_loading, check_parallel, load_model
+from tilecast.engine.runtime import forget_table
+from tilecast.engine.transformers import _options, register_transformers
 from tilecast.errors import DeviceError, ModelError, UsageError
 from tilecast.models import resolve
 
@@ -283,3 +285,13 @@ def test_a_tokenizer_that_cannot_be_read_is_told_in_one_line(copied: Path) -> No
     path = copied / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"type": "Nonsense"}}))
     one_line(copied, ModelError, "its tokenizer cannot be loaded")
+
+
+def test_loading_leaves_a_programs_options_of_the_adapter_as_they_were(mixtral: Path) -> None:
+    register_transformers(release=False, float32_router=True)
+    try:
+        load_model(mixtral, policy="fastest")
+        assert (_options.release, _options.float32_router, _options.settings) == (False, True, None)
+    finally:
+        register_transformers()
+        forget_table()

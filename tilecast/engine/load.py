@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -350,10 +350,9 @@ def _use_experts(model: Any, experts: str, settings: Settings | None) -> str:
     if not found:
         logger.warning("the model has no experts that transformers lets others run, so its own code runs it")
         return "its own"
-    if experts == adapter.NAME:
-        adapter.register_transformers(settings=settings)
     try:
-        model.set_experts_implementation(experts)
+        with adapter.started_by(settings) if experts == adapter.NAME else nullcontext():
+            model.set_experts_implementation(experts)
     except ValueError as error:
         raise UsageError(f"experts are to run on {experts!r:.40}: {_line(error)}") from error
     return experts

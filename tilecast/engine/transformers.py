@@ -13,7 +13,8 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,22 @@ def register_transformers(
     Raises UsageError where transformers is missing or too old.
     """
     _options.release, _options.float32_router, _options.settings = release, float32_router, settings
+    _register()
+
+
+@contextmanager
+def started_by(settings: Settings | None) -> Iterator[None]:
+    """Have models of the block started up as `settings` say, where given; a program's own options stay as they are."""
+    _register()
+    before = _options.settings
+    _options.settings = settings or before
+    try:
+        yield
+    finally:
+        _options.settings = before
+
+
+def _register() -> None:
     if _options.registered:
         return
     moe = _import("transformers.integrations.moe")
