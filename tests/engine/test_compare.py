@@ -15,6 +15,9 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from tests.tiny_models import NAMED_FAMILIES, save_tiny, tiny_model
+from tilecast.engine import compare as compare_module
+from tilecast.engine.adapted import adapted_of
+from tilecast.engine.agreement import process_group
 from tilecast.engine.compare import Request, check_expected, compare, unmet
 from tilecast.engine.compare_capture import Prompts, alone, digests, run
 from tilecast.engine.compare_invariance import (
@@ -25,6 +28,8 @@ from tilecast.engine.compare_invariance import (
 )
 from tilecast.engine.compare_operations import operations
 from tilecast.engine.compare_reference import Reference, ReferenceReport, compare_to, exact_experts, reference_of
+from tilecast.engine.runtime import forget_table
+from tilecast.engine.transformers import experts_modules
 from tilecast.errors import ModelError, UsageError
 
 PROMPTS = random_prompts(97, lengths=(9, 6, 7))
@@ -438,3 +443,17 @@ def test_reproducible_takes_attention_that_a_model_writes_out(tmp_path: Path) ->
     found = compare(Request(folder=str(folder), against=None, prompts=PROMPTS, reproducible=True, checks=checks))
     assert found.uncovered == ()
     assert [check.verdict for check in found.invariance] == ["equal"] * 2, found.invariance
+
+
+def test_reproducible_holds_for_the_experts_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TM_GEMM_POLICY", "fastest")
+    folder = save_tiny("mixtral", tmp_path)
+    for reproducible, policy in ((True, "reproducible"), (False, "fastest")):
+        forget_table()
+        request = Request(folder=folder, reproducible=reproducible)
+        loaded = compare_module._load(request, "tilecast", process_group())
+        state = adapted_of(experts_modules(loaded.model)[0][1])
+        assert state is not None and state.runtime is not None and state.runtime.policy == policy
+    forget_table()

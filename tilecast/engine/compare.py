@@ -235,9 +235,11 @@ def _load(
     request: Request, experts: str, group: Group, *, dtype: torch.dtype | None = None, policy: str | None = None
 ) -> Loaded:
     ours = experts == "tilecast"
+    # What `invariant()` promises holds with experts of one class alone.
+    asked = policy or request.policy or ("reproducible" if request.reproducible else None)
     return load_model(
         request.folder, dtype=dtype or request.dtype, device=request.device, tp=request.tp, ep=request.ep,
-        policy=(policy or request.policy) if ours else None, table=request.table if ours else None,
+        policy=asked if ours else None, table=request.table if ours else None,
         group=group, experts=experts,
     )  # fmt: skip
 
