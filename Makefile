@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types layers bench versions gpu gpu-report clean
+.PHONY: demo test test-all check lint types layers bench versions gpu gpu-report clean
 
 $(STAMP): requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -14,6 +14,10 @@ $(STAMP): requirements/dev.txt pyproject.toml
 
 # Two files at a time: most of a test's time is Python's, and several start processes with threads of their own.
 test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+
+# All families, targets, damaged files and mixes besides: twice the time.
+test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)

@@ -30,7 +30,7 @@ def test_choices_of_two_runs_are_compared_by_time_and_noise() -> None:
     assert Run(forecast_s=10.0, limits="probe", real_s=12.0, tuned={}).to_json()["ratio"] == pytest.approx(1.2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_layer_is_forecast_and_tuned(tmp_path: Path) -> None:
     out = tmp_path / "tune.json"
     line = ["-m", "benchmarks.tune", SPEC, "--tokens", "1", "--efforts", "quick", "--runs", "1", "--out", str(out)]

@@ -86,7 +86,7 @@ def test_two_hundred_damaged_files(tmp_path: Path, good: bytes) -> None:
     check_files(tmp_path, good, 250, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_damaged_files(tmp_path: Path, good: bytes) -> None:
     check_files(tmp_path, good, 2000, seed=2)
 

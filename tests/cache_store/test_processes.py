@@ -49,6 +49,6 @@ def test_sixteen_processes_start_cold_and_write_at_once() -> None:
     together("--starts", 3, "--each", 100, "--batch", 10)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sixteen_processes_start_cold_fifty_times_and_write_a_lot() -> None:
     together("--starts", 50, "--each", 10_000)

@@ -91,7 +91,9 @@ def test_sinks_and_sliding_windows_too() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", *(pytest.param(f, marks=pytest.mark.long) for f in ("qwen3_moe", "deepseek_v3", "olmoe"))]
+)
 def test_two_hundred_random_mixes(family: str, dtype: torch.dtype) -> None:
     model = model_of(family, dtype)
     with invariant() as context:

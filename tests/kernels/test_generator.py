@@ -67,7 +67,7 @@ def test_inner_loop_of_the_default_tile_keeps_its_sums_in_registers(name: str) -
     assert not vector_spills
 
 
-@pytest.mark.parametrize("lanes", [4, 16])
+@pytest.mark.parametrize("lanes", [4, pytest.param(16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("dot", ["", "emulated"])
 def test_other_lane_counts_give_the_same_numbers(lanes: int, dot: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """LLVM splits or joins vectors that the CPU lacks, so the code of wider and narrower CPUs runs here too."""

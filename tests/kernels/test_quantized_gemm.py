@@ -24,6 +24,7 @@ from tilecast.problem import WEIGHT_FORMATS, ExpertGemm, ExpertLayer, TileConfig
 KERNEL = MoeGemm()
 HERE = cpu_environment()
 FORMATS = [name for name in WEIGHT_FORMATS if name != "dense"]
+FEW = ("awq_g64", "int8_channel", "fp8_block128")
 KINDS = ["awq_g64", "int4_g32", "int8_g128", "int8_channel", "fp8_block128", "fp8_channel", "fp8_tensor"]
 
 
@@ -130,7 +131,9 @@ def wide_exponents(given: Operands) -> Operands:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize(
+    "form", [form if form in FEW else pytest.param(form, marks=pytest.mark.long) for form in KINDS]
+)
 def test_every_tile_and_batch_gives_the_same_bits(form: str, dtype: str) -> None:
     size = 640 if "fp8" not in form else 700
     layer = dataclasses.replace(layer_of(form, dtype=dtype), hidden=size, intermediate=128)

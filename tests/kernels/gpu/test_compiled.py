@@ -36,6 +36,7 @@ LAYERS = {
 SAMPLED_LAYERS = {**LAYERS, "Qwen3 in fp16": replace(QWEN3, dtype="fp16")}
 DEFAULT_TOKENS, SAMPLED_TOKENS = (1, 8, 64, 512, 4096), (1, 16, 128, 2048)
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942", "hip:gfx950")
+SHORT = "cuda:90"
 SAMPLED_TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 DEFAULTS, SAMPLES, SEED = 18, 50, 20
 REDUCTION = {"hip:gfx950": 32}
@@ -196,7 +197,7 @@ def check(pairs: list[tuple[Case, Report]], target: Target, most_spill: Callable
     assert not lines, "\n".join([f"{len(lines)} of {len(pairs)} on {target.name}", *lines])
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", [SHORT, *(pytest.param(t, marks=pytest.mark.long) for t in TARGETS if t != SHORT)])
 def test_defaults_compile_to_what_is_said_of_them(name: str) -> None:
     pairs, _ = compiled(name)
     assert len(pairs) == DEFAULTS
