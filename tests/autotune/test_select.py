@@ -227,8 +227,8 @@ def test_equal_configs_under_noise_keep_the_default_nearly_always() -> None:
             measured(c, *[100 * (1 + 0.03 * rng.gauss(0, 1)) for _ in range(18)]) for c in (DEFAULT, BLOCK16, BLOCK64)
         ]
         kept += chosen(evidence(*records)) == [DEFAULT]
-    # Each of the two others wins by chance in 10 of 100.
-    assert kept >= 155
+    # Each of the two others wins by chance in 5 of 100.
+    assert kept >= 170
 
 
 def test_pick_never_returns_what_is_measurably_slower_than_the_best() -> None:

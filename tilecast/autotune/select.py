@@ -115,7 +115,8 @@ def choose(
     """
     by_group, complete = _complete_groups(evidence, policy, excluded)
     group = _best_group(_Side(evidence, by_group, complete), policy, weights)
-    return group, tuple(_choice(e, of_group[group]) for e, of_group in zip(evidence, by_group, strict=True))
+    choices = [_choice(e, of[group], policy, excluded) for e, of in zip(evidence, by_group, strict=True)]
+    return group, tuple(choices)
 
 
 def choose_pair(
@@ -142,8 +143,9 @@ def choose_pair(
         orders = _common_orders(sides[0].in_orders(groups[0], bucket), sides[1].in_orders(groups[1], bucket))
         defaults = {e.candidates[e.default].order for e in (up[bucket], down[bucket])}
         order = pick_order(orders, next(iter(defaults)) if len(defaults) == 1 else None)
-        for choices, e, timings in zip(chosen, (up[bucket], down[bucket]), orders[order], strict=True):
-            choices.append(_choice(e, timings))
+        both = zip(chosen, (up[bucket], down[bucket]), orders[order], (excluded_up, excluded_down), strict=True)
+        for choices, e, timings, excluded in both:
+            choices.append(_choice(e, timings, policy, excluded))
     return tuple(chosen[0]), tuple(chosen[1])
 
 
@@ -270,6 +272,17 @@ def well_sampled(timings: Sequence[Timing]) -> list[Timing]:
     return [t for t in timings if 2 * t.samples >= most]
 
 
+def _dropped(e: Evidence, chosen: Timing, policy: str, excluded: Collection[TileConfig]) -> list[Timing]:
+    """Return the timings of what could stand for `chosen` and was dropped early: none of them wins, one is second."""
+    def place(config: TileConfig) -> tuple[Group | None, str] | None:
+        candidate = e.candidates.get(config)
+        return None if candidate is None else (group_of(candidate, policy), candidate.order)
+
+    barred = {chosen.config, *(() if policy == "fastest" else excluded)}
+    wanted = place(chosen.config)
+    return [t for config, t in e.timings.items() if config not in barred and place(config) == wanted]
+
+
 def _best_group(side: _Side, policy: str, weights: Sequence[float] | None) -> Group:
     best_in = {group: [fastest(of_group[group]) for of_group in side.by_group] for group in side.complete}
     cost = {group: _call_us(timings, weights) for group, timings in best_in.items()}
@@ -293,9 +306,9 @@ def group_call_us(
     return {g: _call_us([fastest(of[g]) for of in by_group], weights) for g in sorted(complete)}
 
 
-def _choice(e: Evidence, timings: Sequence[Timing]) -> Choice:
+def _choice(e: Evidence, timings: Sequence[Timing], policy: str, excluded: Collection[TileConfig]) -> Choice:
     chosen, default = pick(timings, e.default), e.timings[e.default]
-    others = [t for t in timings if t.config != chosen.config]
+    others = [t for t in timings if t.config != chosen.config] or _dropped(e, chosen, policy, excluded)
     runner_up = fastest(others) if others else None
     rival = default if chosen.config != e.default else runner_up
     return Choice(

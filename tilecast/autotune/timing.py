@@ -23,8 +23,8 @@ NOISE_FLOOR = 0.01
 """No win below 1% is believed."""
 CENTRE_FACTOR = 1.05
 """Standard error of a Hodges-Lehmann estimate over that of a mean, for normal samples (Lehmann, "Nonparametrics")."""
-ONE_SIDED_90 = 1.2816
-"""Standard errors that a win must exceed to be one with 90% confidence."""
+ONE_SIDED_95 = 1.645
+"""Standard errors that a win must exceed to be one with 95% confidence."""
 P90_P10_SIGMAS = 2.5631
 """Distance of the 90th from the 10th percentile of a normal distribution, in standard deviations."""
 SHARED_SAMPLES = 8
@@ -200,8 +200,8 @@ def _timing(config: TileConfig, centred: _Centred, spread: _Spread) -> Timing:
 
 
 def noise(a: Timing, b: Timing) -> float:
-    """Return the relative difference that a win must exceed to be one, with 90% confidence."""
-    return max(NOISE_FLOOR, ONE_SIDED_90 * math.hypot(a.error, b.error))
+    """Return the relative difference that a win must exceed to be one, with 95% confidence."""
+    return max(NOISE_FLOOR, ONE_SIDED_95 * math.hypot(a.error, b.error))
 
 
 def within_noise(a: Timing, best: Timing) -> bool:
