@@ -274,6 +274,7 @@ def well_sampled(timings: Sequence[Timing]) -> list[Timing]:
 
 def _dropped(e: Evidence, chosen: Timing, policy: str, excluded: Collection[TileConfig]) -> list[Timing]:
     """Return the timings of what could stand for `chosen` and was dropped early: none of them wins, one is second."""
+
     def place(config: TileConfig) -> tuple[Group | None, str] | None:
         candidate = e.candidates.get(config)
         return None if candidate is None else (group_of(candidate, policy), candidate.order)
