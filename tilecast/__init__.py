@@ -28,7 +28,8 @@ from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, TileConfig
 if TYPE_CHECKING:
     from tilecast.cache_store.bundle import export_table, import_table
     from tilecast.engine.agreement import startup
-    from tilecast.engine.experts import MoeBlock, PreparedExperts, fused_experts, prepare_experts
+    from tilecast.engine.experts import MoeBlock, PreparedExperts, prepare_experts
+    from tilecast.engine.functional import fused_experts
     from tilecast.engine.parallel import TensorParallelExperts, all_reduce_ordered, shard_experts
     from tilecast.engine.runtime import current, lookup, misses, use_table
     from tilecast.engine.transformers import prepare_model, register_transformers, restore_model
@@ -40,7 +41,7 @@ _LAZY = {
     "all_reduce_ordered": "tilecast.engine.parallel",
     "current": "tilecast.engine.runtime",
     "export_table": "tilecast.cache_store.bundle",
-    "fused_experts": "tilecast.engine.experts",
+    "fused_experts": "tilecast.engine.functional",
     "import_table": "tilecast.cache_store.bundle",
     "lookup": "tilecast.engine.runtime",
     "misses": "tilecast.engine.runtime",

@@ -23,7 +23,8 @@ from tests.torchrun.launch import ROOT, environment
 from tilecast.autotune.classes import same_bits
 from tilecast.cache_store.bundle import export_table
 from tilecast.engine import runtime
-from tilecast.engine.experts import fused_experts, prepare_experts
+from tilecast.engine.experts import prepare_experts
+from tilecast.engine.functional import fused_experts
 from tilecast.engine.runtime import use_table
 from tilecast.environment import cpu_environment
 from tilecast.evidence import TuningTable

@@ -15,7 +15,8 @@ from tests.torch_kernel import SortedTorchKernel, TorchKernel
 from tilecast.cache_store.bundle import export_table
 from tilecast.engine import runtime
 from tilecast.engine.agreement import startup
-from tilecast.engine.experts import fused_experts, prepare_experts
+from tilecast.engine.experts import prepare_experts
+from tilecast.engine.functional import fused_experts
 from tilecast.engine.group import Group
 from tilecast.engine.operands import check_device
 from tilecast.engine.runtime import Runtime, use_table

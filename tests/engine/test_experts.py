@@ -8,7 +8,8 @@ import torch
 
 from tests.engine.tables import LAYER, decided, default_config, inputs, weights
 from tilecast.engine import runtime
-from tilecast.engine.experts import MoeBlock, fused_experts, prepare_experts
+from tilecast.engine.experts import MoeBlock, prepare_experts
+from tilecast.engine.functional import fused_experts
 from tilecast.engine.operands import layer_of
 from tilecast.engine.runtime import use_table
 from tilecast.errors import CoverageError, InputError

@@ -11,7 +11,8 @@ from typing import TypeVar, cast
 import pytest
 import torch.distributed as dist
 
-from tilecast.engine.group import CHUNK_BYTES, Group, KeyValueStore
+from tilecast.engine.group import CHUNK_BYTES, Group
+from tilecast.engine.group_store import KeyValueStore
 from tilecast.errors import AgreementError, CacheError, ConfigError, InputError, TilecastError
 
 T = TypeVar("T")

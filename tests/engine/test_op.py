@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.engine.tables import LAYER, decided, default_config, inputs, weights
 from tests.torch_kernel import TorchKernel
 from tilecast.engine import op
-from tilecast.engine.experts import MoeBlock, PreparedExperts, fused_experts, prepare_experts
+from tilecast.engine.experts import MoeBlock, PreparedExperts, prepare_experts
+from tilecast.engine.functional import fused_experts
 from tilecast.engine.runtime import Runtime, misses, use_table
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError, UsageError

@@ -16,7 +16,8 @@ from tilecast.autotune.record import Calls, Load, read_record
 from tilecast.autotune.routing_profiles import load_profile, parse_profile
 from tilecast.engine import recording
 from tilecast.engine.agreement import startup
-from tilecast.engine.experts import fused_experts, prepare_experts
+from tilecast.engine.experts import prepare_experts
+from tilecast.engine.functional import fused_experts
 from tilecast.engine.group import Group
 from tilecast.engine.recording import Recorder
 from tilecast.engine.runtime import Runtime, current, missing_buckets, use_table

@@ -16,7 +16,8 @@ from tests.cases import assert_as_good_as_torch
 from tests.engine.tables import inputs
 from tests.torch_kernel import TorchKernel
 from tilecast.engine import recording
-from tilecast.engine.experts import MoeBlock, PreparedExperts, fused_experts, prepare_experts
+from tilecast.engine.experts import MoeBlock, PreparedExperts, prepare_experts
+from tilecast.engine.functional import fused_experts
 from tilecast.engine.group import Group
 from tilecast.engine.operands import layer_of
 from tilecast.engine.parallel import TensorParallelExperts, local_ids, shard_experts

@@ -27,7 +27,8 @@ from tilecast.autotune.race import Progress
 from tilecast.cache_store.bundle import export_table
 from tilecast.cache_store.store import open_store
 from tilecast.engine.agreement import agree_on_environment, agree_on_table, startup
-from tilecast.engine.group import Group, KeyValueStore
+from tilecast.engine.group import Group
+from tilecast.engine.group_store import KeyValueStore
 from tilecast.engine.parallel import TensorParallelExperts
 from tilecast.engine.runtime import use_table
 from tilecast.engine.tuning import tune_together

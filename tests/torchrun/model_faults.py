@@ -21,7 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from tilecast.cli.app import app
 from tilecast.engine import generate
-from tilecast.engine.group import Group, KeyValueStore
+from tilecast.engine.group import Group
+from tilecast.engine.group_store import KeyValueStore
 from tilecast.engine.load import load_model
 from tilecast.errors import TilecastError
 

@@ -15,14 +15,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, Protocol, Self, cast
+from typing import NoReturn, cast
 
 import torch.distributed as dist
 
-from tilecast import errors
 from tilecast.canonical import canonical_json
+from tilecast.engine.group_store import Failure, KeyValueStore, first_line, store_errors, suppressed
 from tilecast.errors import AgreementError, InputError, TilecastError
 
 logger = logging.getLogger(__name__)
@@ -41,56 +40,6 @@ ACKNOWLEDGE_S = 5.0
 
 LEFT = b"left"
 _instances = itertools.count()
-
-
-class KeyValueStore(Protocol):
-    """The part of torch.distributed's stores that a group uses."""
-
-    def set(self, key: str, value: str | bytes, /) -> None:
-        """Set a key."""
-        ...
-
-    def get(self, key: str, /) -> bytes:
-        """Return a key's value, waiting for the key."""
-        ...
-
-    def check(self, keys: list[str], /) -> bool:
-        """Whether all the keys are set."""
-        ...
-
-    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
-        """Set a key if it is unset and `expected` is empty; return its value."""
-        ...
-
-    def delete_key(self, key: str, /) -> bool:
-        """Delete a key."""
-        ...
-
-    def clone(self) -> Self:
-        """Return another connection to the same store."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """What ended the group: the name of an exception class of `errors`, and its message."""
-
-    kind: str
-    text: str
-
-    def to_bytes(self) -> bytes:
-        return canonical_json({"kind": self.kind, "text": self.text}).encode("ascii")
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> _Failure:
-        value = json.loads(data)
-        return cls(str(value["kind"]), str(value["text"]))
-
-    def error(self) -> TilecastError:
-        kind = getattr(errors, self.kind, TilecastError)
-        if not (isinstance(kind, type) and issubclass(kind, TilecastError)):
-            kind = TilecastError
-        return kind(self.text)
 
 
 class Group:
@@ -126,7 +75,7 @@ class Group:
         self._beat_s, self._dead_after_s, self._start_within_s = beat_s, dead_after_s, start_within_s
         self._step = 0
         self._posted: list[str] = []
-        self._failure: _Failure | None = None
+        self._failure: Failure | None = None
         self._stop = threading.Event()
         self._next_watch = 0.0
         self._started = time.monotonic()
@@ -166,7 +115,7 @@ class Group:
         try:
             store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout_s))))
         except (RuntimeError, ValueError) as error:
-            raise AgreementError(f"cannot reach the launcher's store: {_first_line(error)}") from error
+            raise AgreementError(f"cannot reach the launcher's store: {first_line(error)}") from error
         return cls(store if world_size > 1 else None, rank=rank, world_size=world_size)
 
     # Exchanging bytes -------------------------------------------------------------------------------------
@@ -213,7 +162,7 @@ class Group:
         assert self._store is not None
         kept = f"{self._step}/"
         for key in [key for key in self._posted if not key.startswith(kept)]:
-            with _store_errors():
+            with store_errors():
                 self._store.delete_key(self._prefix + key)
         self._posted = [key for key in self._posted if key.startswith(kept)]
 
@@ -253,11 +202,11 @@ class Group:
         if self.world_size == 1 or self._store is None:
             raise error
         own = isinstance(error, TilecastError)
-        text = _first_line(error) if own else f"{type(error).__name__}: {_first_line(error)}"
+        text = first_line(error) if own else f"{type(error).__name__}: {first_line(error)}"
         # What ranks find out about one another names the ranks itself.
         text = text if isinstance(error, AgreementError) else f"rank {self.rank}: {text}"
-        failure = _Failure(type(error).__name__ if own else "TilecastError", text)
-        with _store_errors():
+        failure = Failure(type(error).__name__ if own else "TilecastError", text)
+        with store_errors():
             self._store.compare_set(self._prefix + "failure", "", failure.to_bytes().decode("ascii"))
         self._raise_shared(error)
 
@@ -267,7 +216,7 @@ class Group:
         try:
             yield
         except KeyboardInterrupt:
-            with _suppressed():
+            with suppressed():
                 self.fail(AgreementError(f"rank {self.rank} was interrupted"))
             raise
         except Exception as error:
@@ -276,9 +225,9 @@ class Group:
     def _raise_shared(self, cause: BaseException | None = None) -> NoReturn:
         first = self._failure is None
         if self._failure is None:
-            self._failure = _Failure.from_bytes(self._get("failure"))
+            self._failure = Failure.from_bytes(self._get("failure"))
         if first:
-            with _suppressed():
+            with suppressed():
                 self._acknowledge()
         raise self._failure.error() from cause
 
@@ -321,7 +270,7 @@ class Group:
     def _send_beats(self) -> None:
         assert self._store is not None
         # A connection of its own, so that a large transfer of the main thread delays no heartbeat.
-        with _suppressed():
+        with suppressed():
             store = self._store.clone()
             for beat in itertools.count(1):
                 if self._stop.wait(self._beat_s):
@@ -337,7 +286,7 @@ class Group:
         self._silence()
         if self.rank == 0 and self._failure is None:
             deadline = time.monotonic() + ACKNOWLEDGE_S
-            with _suppressed():
+            with suppressed():
                 while time.monotonic() < deadline and not all(
                     self._gone(rank, time.monotonic()) for rank in range(1, self.world_size)
                 ):
@@ -349,7 +298,7 @@ class Group:
             return
         self._stop.set()
         self._thread.join(timeout=2 * self._beat_s)
-        with _suppressed():
+        with suppressed():
             self._set(f"beat/{self.rank}", LEFT)
 
     def __enter__(self) -> Group:
@@ -364,38 +313,15 @@ class Group:
 
     def _set(self, key: str, value: bytes) -> None:
         assert self._store is not None
-        with _store_errors():
+        with store_errors():
             self._store.set(self._prefix + key, value)
 
     def _get(self, key: str) -> bytes:
         assert self._store is not None
-        with _store_errors():
+        with store_errors():
             return self._store.get(self._prefix + key)
 
     def _has(self, keys: list[str]) -> bool:
         assert self._store is not None
-        with _store_errors():
+        with store_errors():
             return self._store.check([self._prefix + key for key in keys])
-
-
-@contextmanager
-def _store_errors() -> Iterator[None]:
-    """Turn a lost connection to the store into an AgreementError."""
-    try:
-        yield
-    except RuntimeError as error:
-        # The message is the same on all ranks, so it leaves out torch's own text with its ports.
-        raise AgreementError("the ranks' store is gone, so rank 0 or the launcher ended; start all again") from error
-
-
-@contextmanager
-def _suppressed() -> Iterator[None]:
-    """Ignore failures of the store, and of ranks, where this rank is about to end anyway."""
-    try:
-        yield
-    except (RuntimeError, TilecastError) as error:
-        logger.debug("ignored while ending: %s", error)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

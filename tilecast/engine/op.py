@@ -99,7 +99,7 @@ def experts(
     packed. Raises UsageError if what the handle names lives no more, and what the layer itself raises.
     """
     # Imported here: the layer builds on this module.
-    from tilecast.engine.experts import run_plain
+    from tilecast.engine.functional import run_plain
     from tilecast.engine.runtime import Runtime
 
     owner = None if handle == IN_USE else _owners.get(handle)
@@ -180,7 +180,7 @@ def quantized_experts(
 ) -> torch.Tensor:
     """Run one expert layer on plain quantised weights, those of w13 before those of w2 in each list."""
     # Imported here: the layer builds on this module.
-    from tilecast.engine.experts import run_plain
+    from tilecast.engine.functional import run_plain
 
     w13, w2 = (
         QuantizedStack(format=name, codes=codes[place], scales=scales[place], zeros=zeros[place] if zeros else None)

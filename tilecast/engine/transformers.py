@@ -1,26 +1,21 @@
 """The adapter for transformers: `experts_implementation="tilecast"` runs a model's experts on the tuned kernels.
 
-Everything that depends on transformers' own code is in this file: the registry of experts functions
-(`transformers.integrations.moe.ExpertsInterface`), where a model's loading ends, and what its experts modules are.
-Tested with 5.17 to 5.23.
+Everything that depends on transformers' own code is in this file and `transformers_facts`: the registry of experts
+functions (`transformers.integrations.moe.ExpertsInterface`), where a model's loading ends, and what its experts modules
+are. Tested with 5.17 to 5.23.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from tilecast.canonical import canonical_json
 from tilecast.engine import runtime as runtime_module
@@ -28,10 +23,12 @@ from tilecast.engine.adapted import STATE, Adapted, adapt, adapted_of
 from tilecast.engine.agreement import check_coverage, process_group, startup
 from tilecast.engine.announce import announce
 from tilecast.engine.expert_module import Form, Unsupported, form_of, local, plain_weights
+from tilecast.engine.float32_routers import keep_router_in_float32
 from tilecast.engine.group import Group
 from tilecast.engine.quantized_loading import load_quantized
 from tilecast.engine.quantized_module import make_dense
 from tilecast.engine.runtime import Runtime
+from tilecast.engine.transformers_facts import import_part, is_experts, summed
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import InputError, UsageError
 from tilecast.problem import ExpertLayer
@@ -40,10 +37,8 @@ from tilecast.settings import Settings
 logger = logging.getLogger(__name__)
 
 NAME = "tilecast"
-LEAST_VERSION = (5, 17)
 OTHERWISE = "grouped_mm"
 """What runs experts that the tuned kernels do not: the implementation that transformers itself takes by default."""
-FLOAT32 = "_tilecast_float32"
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
@@ -120,15 +115,15 @@ def started_by(settings: Settings | None) -> Iterator[None]:
 def _register() -> None:
     if _options.registered:
         return
-    moe = _import("transformers.integrations.moe")
+    moe = import_part("transformers.integrations.moe")
     moe.ExpertsInterface.register(NAME, experts_forward)
-    _after_loading(_import("transformers").PreTrainedModel)
+    _after_loading(import_part("transformers").PreTrainedModel)
     _options.registered = True
 
 
 def experts_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """Return a model's experts modules that transformers dispatches by `experts_implementation`, with their names."""
-    return [(name, module) for name, module in model.named_modules() if _is_experts(module)]
+    return [(name, module) for name, module in model.named_modules() if is_experts(module)]
 
 
 def prepare_model(
@@ -158,14 +153,14 @@ def prepare_model(
                     runtime_module.current(kind),
                     own[0].top_k,
                     release=release,
-                    summed=_summed(module, form, model),
+                    summed=summed(module, form, model),
                 )
         if group.world_size > 1:
             # Nobody runs a collective of the model before all have packed.
             group.gather("experts packed", b"")
     if float32_router:
         for name, module in found:
-            _keep_router_in_float32(model, name, module)
+            keep_router_in_float32(model, name, module)
     modules = tuple(
         AdaptedModule(name=name, layers=() if reason else own, reason=reason)
         for (name, _), (_, own, _), reason in zip(found, forms, reasons, strict=True)
@@ -195,7 +190,7 @@ def experts_forward(self: torch.nn.Module, hidden_states: torch.Tensor, *args: A
     if state is None or (not torch.compiler.is_compiling() and not state.fits(self)):
         state = _prepare_late(self, ids.shape[-1])
     if state.reason is not None:
-        otherwise = _import("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS[OTHERWISE]
+        otherwise = import_part("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS[OTHERWISE]
         out: torch.Tensor = otherwise(self, hidden_states, ids, weights)
         return out
     return state(hidden_states, ids, weights)
@@ -227,8 +222,8 @@ def _prepare_late(module: torch.nn.Module, top_k: int) -> Adapted:
         state = adapt(module, reason, form)
         if reason is None:
             kind = local(next(module.parameters())).device.type
-            summed = _summed(module, form, module)
-            state.prepare(module, runtime_module.current(kind), top_k, release=_options.release, summed=summed)
+            added = summed(module, form, module)
+            state.prepare(module, runtime_module.current(kind), top_k, release=_options.release, summed=added)
         else:
             logger.warning("experts fall back to %s: %s", OTHERWISE, reason)
     return state
@@ -307,93 +302,7 @@ def _log(adapted: AdaptedModel) -> None:
     )  # fmt: skip
 
 
-# Routers in float32 ------------------------------------------------------------------------------------------
-
-
-class _Float32Linear(TorchFunctionMode):
-    """Linear layers with one given weight give float32, from operands taken to it first."""
-
-    def __init__(self, weight: torch.nn.Parameter) -> None:
-        super().__init__()
-        self._weight = weight
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and len(args) >= 2 and args[1] is self._weight:
-            rows, weight, *rest = args
-            bias = rest[0] if rest else (kwargs or {}).get("bias")
-            return F.linear(rows.float(), weight.float(), None if bias is None else bias.float())
-        return func(*args, **(kwargs or {}))
-
-
-def _keep_router_in_float32(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
-    """Have the router beside an experts module compute its logits in float32."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    form = getattr(adapted_of(module), "form", None)
-    experts = form.global_experts if form is not None else int(getattr(module, "num_experts", 0))
-    for child in parent.children():
-        if child is module or FLOAT32 in child.__dict__:
-            continue
-        for weight in child.parameters():
-            if weight.dim() == 2 and weight.shape[0] == experts and weight.dtype is not torch.float32:
-                child.forward = _under(_Float32Linear, weight, child.forward)
-                child.__dict__[FLOAT32] = True
-
-
-def _under(mode: Callable[[Any], TorchFunctionMode], weight: object, forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with mode(weight):
-            return forward(*args, **kwargs)
-
-    return run
-
-
 # transformers itself -------------------------------------------------------------------------------------------
-
-
-def _import(name: str) -> Any:
-    """Import a module of transformers. Raises UsageError where it is missing or too old."""
-    try:
-        version = importlib.metadata.version("transformers")
-        found = importlib.import_module(name)
-    except (ImportError, importlib.metadata.PackageNotFoundError) as error:
-        raise UsageError(f"transformers cannot be imported ({error}); install tilecast[hf]") from error
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if numbers < LEAST_VERSION:
-        raise UsageError(f"transformers is {version}, expected at least {'.'.join(map(str, LEAST_VERSION))}")
-    return found
-
-
-def _summed(module: torch.nn.Module, form: Form | None, model: torch.nn.Module) -> bool:
-    """Whether transformers adds the ranks' outputs of a module that is split over them.
-
-    It does not where it brings each token to its experts' ranks and back: always from 5.18 to 5.20, on demand before
-    and after; then ranks call their experts with different tokens. It also does that while gradients are recorded.
-    """
-    if form is None or form.split != "experts":
-        return True
-    configs = [getattr(holder, "config", None) for holder in (module, model)]
-    plans = [getattr(config, "base_model_ep_plan", None) or {} for config in configs]
-    asked = next((found for config in configs if (found := getattr(config, "distributed_config", None))), None)
-    options: dict[str, Any] = {} if asked is None else asked if isinstance(asked, dict) else vars(asked)
-    styles = {style for plan in [*plans, options.get("ep_plan") or {}] for style in plan.values()}
-    if "ep_dispatch_experts" not in styles:
-        return True
-    known = importlib.util.find_spec("transformers.distributed.expert_parallel") is not None
-    same_batch = asked is not None and options.get("ep_size") == options.get("tp_size")
-    if not known or not same_batch or options.get("ep_implementation", "auto") not in ("auto", "all_reduce"):
-        return False
-    module.register_forward_pre_hook(_without_gradients)
-    return True
-
-
-def _without_gradients(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Take hidden states out of the graph, so that how tokens reach the experts does not depend on it."""
-    return tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in args)
-
-
-def _is_experts(module: torch.nn.Module) -> bool:
-    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
 def _asks_for_us(module: torch.nn.Module) -> bool:
