@@ -20,11 +20,11 @@ import torch
 from report import write_result
 
 from tilecast.autotune.contention import CpuWatch, contended
+from tilecast.autotune.draws import typical_counts
 from tilecast.autotune.measure import DeviceMeasurer
 from tilecast.autotune.plan import make_plan
 from tilecast.autotune.routing_profiles import RoutingProfile, load_profile, plain_histogram
 from tilecast.autotune.tuner import tune
-from tilecast.autotune.workload import typical_counts
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.canonical import Json
 from tilecast.environment import cpu_environment

@@ -21,8 +21,9 @@ import torch
 from report import write_result
 from shapes import mixtral_tp8
 
+from tilecast.autotune.draws import typical_active_experts
 from tilecast.autotune.routing_profiles import parse_profile
-from tilecast.autotune.workload import Workload, launch, poisoned_output, typical_active_experts
+from tilecast.autotune.workload import Workload, launch, poisoned_output
 from tilecast.canonical import Json
 from tilecast.environment import cpu_environment
 from tilecast.errors import TilecastError

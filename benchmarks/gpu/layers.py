@@ -20,8 +20,8 @@ from benchmarks.gpu.record import OutOfTime, Record, Setup
 from benchmarks.gpu.shapes import Shape, find_shape, layer_tokens
 from tilecast.autotune.gate import MAX_ERROR_RATIO, error_ratio
 from tilecast.autotune.plan import make_plan
+from tilecast.autotune.seeds import hash_seed
 from tilecast.autotune.tuner import tune
-from tilecast.autotune.workload import hash_seed
 from tilecast.cache_store.store import open_store
 from tilecast.engine.bench import Operands, make_operands, make_weights, work
 from tilecast.engine.experts import PreparedExperts, prepare_experts

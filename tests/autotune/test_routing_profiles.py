@@ -9,6 +9,7 @@ import torch
 
 from tests.autotune.shared import HERE, LAYER
 from tests.torch_kernel import TorchKernel
+from tilecast.autotune.draws import routed_ids, typical_counts, uniform_ids
 from tilecast.autotune.gate import GATE_SEED, Gate
 from tilecast.autotune.plan import Plan, make_plan
 from tilecast.autotune.record import Calls, LayerRecord, Load, ServingRecord, edges_for, rank_path, read_record
@@ -20,7 +21,7 @@ from tilecast.autotune.routing_profiles import (
     parse_profile,
     plain_histogram,
 )
-from tilecast.autotune.workload import Workload, routed_ids, typical_counts, uniform_ids
+from tilecast.autotune.workload import Workload
 from tilecast.errors import InputError
 from tilecast.problem import ExpertLayer
 

@@ -63,7 +63,7 @@ class Disturbed:
 
 @pytest.fixture
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tilecast.autotune.race.PAUSE_S", 0.0)
+    monkeypatch.setattr("tilecast.autotune.stretch.PAUSE_S", 0.0)
 
 
 @pytest.mark.usefixtures("no_pause")
@@ -101,7 +101,7 @@ def busy() -> Iterator[None]:
 @pytest.mark.usefixtures("busy", "no_pause")
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
 def test_a_real_neighbour_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tilecast.autotune.race.TRIES", 1)
+    monkeypatch.setattr("tilecast.autotune.stretch.TRIES", 1)
     here = cpu_environment()
     plan, store = make_plan([LAYER], [4], here), MemoryStore()
     measurer = DeviceMeasurer(here, REGISTRY)

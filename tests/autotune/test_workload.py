@@ -8,13 +8,8 @@ import torch
 
 from tests.autotune.shared import HERE, LAYER
 from tests.torch_kernel import TorchKernel
-from tilecast.autotune.workload import (
-    Workload,
-    check_memory,
-    normal_stack,
-    typical_active_experts,
-    uniform_ids,
-)
+from tilecast.autotune.draws import typical_active_experts, uniform_ids
+from tilecast.autotune.workload import Workload, check_memory, normal_stack
 from tilecast.errors import DeviceError
 from tilecast.kernels.spec import GemmWeights
 from tilecast.problem import ExpertLayer

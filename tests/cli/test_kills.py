@@ -22,7 +22,7 @@ KILLS = 6
 PATIENCE_S = 90
 WITNESS = """
 import os, sys
-from tilecast.autotune.race import Session
+from tilecast.autotune.session import Session
 from tilecast.cli import main
 
 journal = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND)

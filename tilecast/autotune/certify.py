@@ -17,7 +17,8 @@ import torch
 from tilecast.autotune.certificate import CERTIFICATE_INPUTS, Certificate, ClassResult, Comparison, Difference, Member
 from tilecast.autotune.classes import INTEGERS, wide_operands
 from tilecast.autotune.prescreen import prescreen
-from tilecast.autotune.workload import Inputs, hash_seed, in_order, in_slot_order, launch, poisoned_output
+from tilecast.autotune.seeds import hash_seed
+from tilecast.autotune.workload import Inputs, in_order, in_slot_order, launch, poisoned_output
 from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError

@@ -14,17 +14,9 @@ import torch
 
 from tilecast.autotune.measure import device_lost, failure
 from tilecast.autotune.prescreen import describe
+from tilecast.autotune.seeds import hash_seed
 from tilecast.autotune.stacks import half_of, moved, wide_stack
-from tilecast.autotune.workload import (
-    Inputs,
-    device_of,
-    hash_seed,
-    in_order,
-    in_slot_order,
-    launch,
-    poisoned_output,
-    synchronise,
-)
+from tilecast.autotune.workload import Inputs, device_of, in_order, in_slot_order, launch, poisoned_output, synchronise
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
 from tilecast.kernels import sort_slots

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from tilecast.autotune.seeds import hash_seed
 from tilecast.autotune.workload import (
     SORTED,
     Inputs,
     Workload,
-    hash_seed,
     in_order,
     in_slot_order,
     launch,

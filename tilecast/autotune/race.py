@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from statistics import median
-from typing import Protocol
 
-from tilecast.autotune.contention import MIN_STRETCH_S
 from tilecast.autotune.gate import Verdict
-from tilecast.autotune.measure import Measurer, device_lost, failure
-from tilecast.autotune.peers import Peers
-from tilecast.autotune.plan import Plan
+from tilecast.autotune.measure import failure
 from tilecast.autotune.prescreen import Candidate
 from tilecast.autotune.prior import Expectation
 from tilecast.autotune.search.base import Strategy, Turn, View
+from tilecast.autotune.session import Session
+from tilecast.autotune.stretch import Stretch
 from tilecast.autotune.timing import Timing, breaks_class, pool
-from tilecast.autotune.watches import Watch
 from tilecast.errors import DeviceError
 from tilecast.evidence import Measurement
 from tilecast.problem import Bucket, ExpertGemm, TileConfig
-from tilecast.store import Store
 
 FEW = 4
 """Candidates besides the default that get a sample even when a task's share of the budget is spent."""
@@ -35,60 +31,6 @@ SPLIT_ROUNDS = 2
 """Rounds whose configs are shared out among ranks that divide the work."""
 COMMON_ROUNDS = 2
 """Rounds in which the best few run on all ranks at the same time whatever the strategy thinks is known."""
-STRETCH_S = 0.4
-"""Time between two looks at what else uses the device."""
-TRIES = 5
-PAUSE_S = 0.5
-"""How often a disturbed stretch is measured again, and the wait before."""
-
-TaskKey = tuple[ExpertGemm, int]
-
-
-@dataclass
-class Session:
-    """What all tasks of one tuning share.
-
-    `known` holds this run's measurements of all ranks, by key; `broken` the configs that failed a class check.
-    `watch` sees what else uses the device, `disturbed` counts the stretches measured again for that; `ahead` compiles
-    what is measured next. With `split`, ranks share the configs of the first rounds out among themselves.
-    """
-
-    plan: Plan
-    store: Store
-    measurer: Measurer
-    peers: Peers
-    run: int
-    known: dict[TaskKey, dict[str, Measurement]] = field(default_factory=dict)
-    broken: dict[ExpertGemm, set[TileConfig]] = field(default_factory=dict)
-    made: int = 0
-    watch: Watch | None = None
-    ahead: Ahead | None = None
-    split: bool = False
-    disturbed: int = 0
-
-    def learn(self, measurements: Sequence[Measurement]) -> list[Measurement]:
-        """Remember measurements of this run and return the ones that are new."""
-        new = []
-        for m in measurements:
-            of_task = self.known.setdefault((m.gemm, m.tokens), {})
-            if m.run == self.run and m.key not in of_task:
-                of_task[m.key] = m
-                new.append(m)
-        return new
-
-    def keep(self, measurement: Measurement) -> None:
-        """Store a measurement the moment it is made."""
-        self.store.add_measurements([measurement])
-        self.learn([measurement])
-        self.made += 1
-
-    def exchange(self, measurements: Sequence[Measurement], stop: bool) -> bool:
-        """Merge a round with the other ranks', keep what is theirs, return whether any rank stops."""
-        merged, stop = self.peers.merge(measurements, stop)
-        new = self.learn(merged)
-        if new:
-            self.store.add_measurements(new)
-        return stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,18 +66,6 @@ class RaceState:
     default_us: float | None
     done: float
     cut: int = 0
-
-
-class Ahead(Protocol):
-    """Compiles configs while others are measured."""
-
-    def submit(self, gemm: ExpertGemm, configs: Iterable[TileConfig]) -> None:
-        """Have configs compiled, in this order."""
-        ...
-
-    def wait(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
-        """Wait until a config is; return why it cannot be, None if it can or nothing is known."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +168,7 @@ class Race:
         if self._session.ahead is not None:
             self._session.ahead.submit(self._gemm, [config for config in order if config not in present])
         made: list[Measurement] = []
-        stretch = _Stretch(self._session)
+        stretch = Stretch(self._session)
         stop = False
         for position, config in enumerate(order):
             if config in present:
@@ -345,57 +275,3 @@ class Race:
             done=done,
             cut=self._cut,
         )
-
-
-class _Stretch:
-    """Measurements made one after the other: kept at once, or when a watch has seen that nothing disturbed them.
-
-    What was taken while something else used the device is taken again, a few times; then it is kept with the reason
-    as its detail.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._watch = session.watch
-        # A measurer in a process of its own gets another one when the device is lost to it.
-        self._restarts = bool(getattr(session.measurer, "restarts", False))
-        self._start: object = None
-        self._began = 0.0
-        self._held: list[tuple[Callable[[], Measurement], Measurement]] = []
-
-    def add(self, take: Callable[[], Measurement]) -> list[Measurement]:
-        """Measure; return what was kept by now."""
-        if self._watch is None:
-            return [self._keep(take())]
-        if not self._held:
-            self._start, self._began = self._watch.read(), time.monotonic()
-        self._held.append((take, take()))
-        return self.close() if time.monotonic() - self._began > STRETCH_S else []
-
-    def close(self) -> list[Measurement]:
-        """Keep what is held, measured again as long as it was disturbed."""
-        if self._watch is None or not self._held:
-            return []
-        reason = self._watch.disturbed(self._start, self._watch.read())
-        for _ in range(TRIES):
-            if reason is None:
-                break
-            self._session.disturbed += 1
-            time.sleep(PAUSE_S)
-            start, began = self._watch.read(), time.monotonic()
-            self._held = [(take, take() if m.status == "ok" else m) for take, m in self._held]
-            # Without its gate a stretch may be too short for the counters to tell.
-            time.sleep(max(0.0, MIN_STRETCH_S - (time.monotonic() - began)))
-            reason = self._watch.disturbed(start, self._watch.read())
-        found = [m if reason is None or m.status != "ok" else replace(m, detail=reason) for _, m in self._held]
-        self._held = []
-        return [self._keep(m) for m in found]
-
-    def _keep(self, measurement: Measurement) -> Measurement:
-        self._session.keep(measurement)
-        if measurement.status == "runtime_error" and device_lost(measurement.detail) and not self._restarts:
-            raise DeviceError(
-                f"{measurement.config.label} left the device unusable to this process ({measurement.detail}); "
-                "that is recorded: run tune again, it goes on without this config"
-            )
-        return measurement

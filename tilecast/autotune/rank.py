@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from tilecast.autotune.calibrate import Calibration
+from tilecast.autotune.draws import typical_counts
 from tilecast.autotune.routing_profiles import RoutingProfile, as_profile
-from tilecast.autotune.workload import typical_counts
 from tilecast.environment import Environment
 from tilecast.kernels.spec import Kernel, Registry
 from tilecast.kernels.work import Predictable, Work

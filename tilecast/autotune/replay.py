@@ -20,7 +20,7 @@ from tilecast.autotune.contention import MIN_STRETCH_S, CpuWatch, contended
 from tilecast.autotune.gate import Verdict
 from tilecast.autotune.measure import Measurer, failure
 from tilecast.autotune.prescreen import anchors, prescreen
-from tilecast.autotune.workload import hash_seed
+from tilecast.autotune.seeds import hash_seed
 from tilecast.canonical import Json, fields_of
 from tilecast.environment import Environment
 from tilecast.errors import InputError

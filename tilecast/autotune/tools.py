@@ -14,9 +14,9 @@ from tilecast.autotune.device_lock import device_lock
 from tilecast.autotune.measure import DeviceMeasurer, Measurer
 from tilecast.autotune.plan import Plan
 from tilecast.autotune.precompile import Precompiler
-from tilecast.autotune.race import Ahead
 from tilecast.autotune.rank import CostModel, ModelRanker
 from tilecast.autotune.sandbox import SandboxMeasurer, expected_launch_s
+from tilecast.autotune.session import Ahead
 from tilecast.autotune.tuner import Ranker
 from tilecast.autotune.watches import Watch, watch_for
 from tilecast.environment import Environment

@@ -17,8 +17,9 @@ from tilecast.autotune.peers import Alone, Peers
 from tilecast.autotune.plan import Plan, Task
 from tilecast.autotune.prescreen import Candidate, Prescreened, anchors, prescreen
 from tilecast.autotune.prior import Expectation, Neighbour, expect
-from tilecast.autotune.race import Ahead, Entry, Progress, Race, RaceState, Session
+from tilecast.autotune.race import Entry, Progress, Race, RaceState
 from tilecast.autotune.search import Strategy, strategy_for
+from tilecast.autotune.session import Ahead, Session
 from tilecast.autotune.timing import Timing, breaks_class, pool
 from tilecast.autotune.watches import Watch
 from tilecast.errors import UsageError

@@ -19,8 +19,10 @@ from functools import partial
 import torch
 
 from tilecast.autotune.clock import Clock, clock_for
+from tilecast.autotune.draws import uniform_ids
 from tilecast.autotune.gate import MAX_ERROR_RATIO, error_ratio
-from tilecast.autotune.workload import device_of, hash_seed, normal_stack, uniform_ids, weight_stack
+from tilecast.autotune.seeds import hash_seed
+from tilecast.autotune.workload import device_of, normal_stack, weight_stack
 from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timing, best_peaks
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.peers import PEERS, Bound, LayerWeights, Peer, Prepared, refused
