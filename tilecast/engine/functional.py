@@ -103,7 +103,7 @@ def run_plain(
     out_dtype = out_dtype or hidden.dtype
     if rows.shape[0] == 0:
         return torch.empty(hidden.shape, dtype=out_dtype, device=hidden.device)
-    entry = _plain_entry(chosen, form.layer, rows.shape[0])
+    entry = plain_entry(chosen, form.layer, rows.shape[0])
     return launch(form.layer, entry, form.up, form.down, rows, ids, scales, out_dtype).view(hidden.shape)
 
 
@@ -155,7 +155,7 @@ _forms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Forms by w13; they hold detached views, so an entry goes when its w13 does, and w2's memory with it."""
 
 
-def _plain_entry(runtime: Runtime, layer: ExpertLayer, tokens: int) -> Entry:
+def plain_entry(runtime: Runtime, layer: ExpertLayer, tokens: int) -> Entry:
     """Return the entry for (layer, tokens) with configs that read plain weights."""
     entry = runtime.lookup(layer, tokens)
     known = runtime.plain_entries.get(id(entry))

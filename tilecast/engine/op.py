@@ -21,10 +21,11 @@ from tilecast.kernels.formats import QuantizedStack
 
 if TYPE_CHECKING:
     from tilecast.engine.experts import PreparedExperts
+    from tilecast.engine.placement import PlacedExperts
     from tilecast.engine.runtime import Runtime
     from tilecast.engine.split_experts import SplitExperts
 
-    Owner: TypeAlias = PreparedExperts | SplitExperts | Runtime
+    Owner: TypeAlias = PreparedExperts | SplitExperts | PlacedExperts | Runtime
 
 IN_USE = 0
 """The handle of whatever table is in use when the operator runs."""
