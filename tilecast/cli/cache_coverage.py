@@ -152,7 +152,8 @@ def _place(found: TuningTable, digits: str | None, where: str) -> Environment:
 def _profile(found: TuningTable, policy: str, place: Environment, relaxed: tuple[str, ...], given: str | None) -> str:
     """Return the routing profile's name that serving would ask for."""
     from tilecast.cache_store.match import blocking
-    from tilecast.engine.runtime import routing_named, routing_of
+    from tilecast.engine.runtime import routing_named
+    from tilecast.engine.table_index import routing_of
 
     named = routing_named(given)
     fits = frozenset(e.digest for e in found.environments if not blocking(place, e, relaxed))

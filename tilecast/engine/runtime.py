@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,15 @@ from tilecast import environment as environments
 from tilecast.autotune.drift import drift_from_file
 from tilecast.autotune.routing_profiles import load_profile
 from tilecast.engine import recording
-from tilecast.engine.table_index import Entry, default_pair, entry_of, index_table, spans, usable_environments
+from tilecast.engine.table_index import (
+    Entry,
+    default_pair,
+    entry_of,
+    index_table,
+    routing_of,
+    spans,
+    usable_environments,
+)
 from tilecast.environment import Environment
 from tilecast.errors import CoverageError, TilecastError
 from tilecast.evidence import POLICIES, TuningTable
@@ -223,21 +232,6 @@ class Runtime:
         return f"the table has no decision for {layer.label}; it has: {'; '.join(labels[:4])}{more}"
 
 
-def routing_of(table: TuningTable, policy: str, environments: frozenset[str]) -> str:
-    """Return the routing profile that a table's decisions of a policy, made in some environments, are for.
-
-    A table is tuned for one; without decisions, and where several tables were merged and one is for uniform routing,
-    it is that. Raises CoverageError for several others.
-    """
-    found = {d.routing for d in table.decisions if d.policy == policy and d.environment in environments}
-    if not found or "uniform" in found:
-        return "uniform"
-    if len(found) > 1:
-        names = ", ".join(sorted(found))
-        raise CoverageError(f"the table is tuned for several routing profiles: {names}; set TM_GEMM_ROUTING to one")
-    return found.pop()
-
-
 def missing_buckets(runtime: Runtime, layer: ExpertLayer, tokens: Iterable[int]) -> tuple[Bucket, ...]:
     """Return the buckets that must be added so that the table covers every one of `tokens` for `layer`."""
     found = []
@@ -272,6 +266,31 @@ class _InUse:
 
 
 _in_use: _InUse | None = None
+
+
+_lent: tuple[_InUse | None, _InUse | None] = (None, None)
+"""What a load put in use by settings of its own, and what was in use before."""
+
+
+@contextmanager
+def lent() -> Iterator[None]:
+    """Have what the block puts in use be so until `own_again` alone: it was asked for one load, not by the program."""
+    global _lent
+    own_again()
+    before = _in_use
+    try:
+        yield
+    finally:
+        if _in_use is not before:
+            _lent = (_in_use, before)
+
+
+def own_again() -> None:
+    """Put back what was in use before `lent`, unless the program has put something else in use since."""
+    global _in_use, _lent
+    if _lent[0] is not None and _in_use is _lent[0]:
+        _in_use = _lent[1]
+    _lent = (None, None)
 
 
 def in_use() -> bool:

@@ -210,6 +210,21 @@ def _entry_name(decision: Decision, gemm: ExpertGemm) -> str:
     return f"entry {decision.layer.label}, {covered}, {decision.policy}, {gemm.name}"
 
 
+def routing_of(table: TuningTable, policy: str, environments: frozenset[str]) -> str:
+    """Return the routing profile that a table's decisions of a policy, made in some environments, are for.
+
+    A table is tuned for one; without decisions, and where several tables were merged and one is for uniform routing,
+    it is that. Raises CoverageError for several others.
+    """
+    found = {d.routing for d in table.decisions if d.policy == policy and d.environment in environments}
+    if not found or "uniform" in found:
+        return "uniform"
+    if len(found) > 1:
+        names = ", ".join(sorted(found))
+        raise CoverageError(f"the table is tuned for several routing profiles: {names}; set TM_GEMM_ROUTING to one")
+    return found.pop()
+
+
 def spans(buckets: Iterable[Bucket]) -> str:
     """Return buckets as text, such as `1, 2–16, 17–64`; `no` for none."""
     parts = [str(b.tokens) if b.tokens == b.above + 1 else f"{b.above + 1}–{b.tokens}" for b in buckets]

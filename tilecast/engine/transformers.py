@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,12 @@ import torch
 from tilecast.canonical import canonical_json
 from tilecast.engine import runtime as runtime_module
 from tilecast.engine.adapted import STATE, Adapted, adapt, adapted_of
+from tilecast.engine.adapted_model import AdaptedModel, AdaptedModule, log_adapted
 from tilecast.engine.agreement import check_coverage, process_group, startup
-from tilecast.engine.announce import announce
 from tilecast.engine.expert_module import Form, Unsupported, form_of, local, plain_weights
 from tilecast.engine.float32_routers import keep_router_in_float32
 from tilecast.engine.group import Group
+from tilecast.engine.late_fallbacks import remember_models, warn_late
 from tilecast.engine.quantized_loading import load_quantized
 from tilecast.engine.quantized_module import make_dense
 from tilecast.engine.runtime import Runtime
@@ -53,37 +54,6 @@ class _Options:
 _options = _Options()
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdaptedModule:
-    """One experts module of a model: its name, the layers it runs as, and why it falls back, if it does.
-
-    It is one layer, or two where the module's own code runs between the GEMMs: of the first the up GEMM runs, of the
-    second the down GEMM.
-    """
-
-    name: str
-    layers: tuple[ExpertLayer, ...]
-    reason: str | None
-
-    @property
-    def layer(self) -> ExpertLayer | None:
-        """The layer whose up GEMM runs, None if the module falls back."""
-        return self.layers[0] if self.layers else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptedModel:
-    """What a model's experts run on; `runtime` is None where none of them runs on the tuned kernels."""
-
-    modules: tuple[AdaptedModule, ...]
-    runtime: Runtime | None
-
-    @property
-    def layers(self) -> tuple[ExpertLayer, ...]:
-        """The layers that run on the tuned kernels, in model order, each once."""
-        return tuple(dict.fromkeys(layer for m in self.modules for layer in m.layers))
-
-
 def register_transformers(
     *, release: bool = True, float32_router: bool = False, settings: Settings | None = None
 ) -> None:
@@ -107,7 +77,8 @@ def started_by(settings: Settings | None) -> Iterator[None]:
     before = _options.settings
     _options.settings = settings or before
     try:
-        yield
+        with runtime_module.lent() if settings is not None else nullcontext():
+            yield
     finally:
         _options.settings = before
 
@@ -117,7 +88,9 @@ def _register() -> None:
         return
     moe = import_part("transformers.integrations.moe")
     moe.ExpertsInterface.register(NAME, experts_forward)
-    _after_loading(import_part("transformers").PreTrainedModel)
+    models = import_part("transformers").PreTrainedModel
+    _after_loading(models)
+    remember_models(models, experts_modules)
     _options.registered = True
 
 
@@ -167,7 +140,7 @@ def prepare_model(
     )
     adapted = AdaptedModel(modules=modules, runtime=runtime)
     if group.rank == 0:
-        _log(adapted)
+        log_adapted(adapted, OTHERWISE)
     return adapted
 
 
@@ -199,6 +172,12 @@ def experts_forward(self: torch.nn.Module, hidden_states: torch.Tensor, *args: A
 def _routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and weights, which families pass by place or by a name of their own."""
     found = [*args, *kwargs.values()]
+    more = sum(value is not None for value in found[2:])
+    if more:
+        raise InputError(
+            f"experts are called with {more} more operand{'s' * (more > 1)} than hidden states, expert ids and routing "
+            f"weights, which Tilecast has no use for; run this model's experts on {OTHERWISE}"
+        )
     if len(found) < 2 or not all(isinstance(value, torch.Tensor) for value in found[:2]):
         raise InputError("experts are called with hidden states, expert ids and routing weights")
     ids, weights = found[0], found[1]
@@ -223,9 +202,17 @@ def _prepare_late(module: torch.nn.Module, top_k: int) -> Adapted:
         if reason is None:
             kind = local(next(module.parameters())).device.type
             added = summed(module, form, module)
-            state.prepare(module, runtime_module.current(kind), top_k, release=_options.release, summed=added)
+            own = None if known is None else known.runtime
+            if own is None or own.environment.device_kind != kind:
+                own = runtime_module.current(kind)
+            state.prepare(module, own, top_k, release=_options.release, summed=added)
         else:
-            logger.warning("experts fall back to %s: %s", OTHERWISE, reason)
+            warn_late(
+                module, reason, lambda model: [found for found in experts_modules(model) if _asks_for_us(found[1])],
+                reason_of=lambda other: None if adapted_of(other) is not None else _inspected(other, top_k)[2],
+                seen_reason=lambda other: None if (seen := adapted_of(other)) is None else seen.reason,
+                otherwise=OTHERWISE,
+            )  # fmt: skip
     return state
 
 
@@ -258,6 +245,8 @@ def _shared_reasons(group: Group, reasons: list[str | None]) -> list[str | None]
 
 def _start(group: Group, layers: list[ExpertLayer], module: torch.nn.Module) -> Runtime:
     """Do what the environment variables ask for, or take the table that is in use already."""
+    if _options.settings is None:
+        runtime_module.own_again()
     settings = _options.settings or Settings.from_environment()
     kind = local(next(module.parameters())).device.type
     if _options.settings is None and runtime_module.in_use() and settings.tune is None and settings.miss != "tune":
@@ -281,25 +270,6 @@ def _top_k_of(model: torch.nn.Module, name: str, module: torch.nn.Module) -> int
     return 1
 
 
-def _log(adapted: AdaptedModel) -> None:
-    for reason in dict.fromkeys(m.reason for m in adapted.modules if m.reason is not None):
-        names = [m.name for m in adapted.modules if m.reason == reason]
-        logger.warning("experts of %d layers (%s …) fall back to %s: %s", len(names), names[0], OTHERWISE, reason)
-    runtime = adapted.runtime
-    if runtime is None:
-        return
-    decided = [layer for layer in adapted.layers if runtime.buckets(layer)]
-    kinds = sorted({d.certificate for d in runtime.table.decisions if d.layer in decided}) or ["none"]
-    largest = {max(b.tokens for b in runtime.buckets(layer)) for layer in decided}
-    reach = f" up to {min(largest)} tokens" if largest else ""
-    announce(
-        logger,
-        "experts of %d of %d layers run on Tilecast: table %s, %d decisions, %d of %d distinct layers covered%s, "
-        "policy %s, certificate %s",
-        sum(m.reason is None for m in adapted.modules), len(adapted.modules),
-        runtime.table.digest[:12] if runtime.table.decisions else "none", len(runtime.table.decisions), len(decided),
-        len(adapted.layers), reach, runtime.policy, "/".join(kinds),
-    )  # fmt: skip
 
 
 # transformers itself -------------------------------------------------------------------------------------------
