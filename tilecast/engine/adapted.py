@@ -16,6 +16,7 @@ import torch
 from tilecast.engine.expert_module import Form, Plain, form_of, local, mesh_of, plain_weights, stored_again
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.parallel import ordered_sum
+from tilecast.engine.placement import PlacedExperts
 from tilecast.engine.quantized_module import Stacks, dense_weights, detach, hand_back, make_dense
 from tilecast.engine.runtime import Runtime
 from tilecast.engine.split_experts import SplitExperts, prepare_split
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 STATE = "_tilecast"
 """The attribute of a module that holds its `Adapted`."""
 HOOKED = "_tilecast_hooked"
+Experts = PreparedExperts | SplitExperts | PlacedExperts
 
 
 class Adapted:
@@ -38,7 +40,7 @@ class Adapted:
         self.reason = reason
         self.runtime: Runtime | None = None
         self.released = False
-        self._by_top_k: dict[int, PreparedExperts | SplitExperts] = {}
+        self._by_top_k: dict[int, Experts] = {}
         self._dtype = torch.float32
         self._seen: tuple[object, ...] = ()
         self._sum: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -47,7 +49,9 @@ class Adapted:
     @property
     def experts(self) -> PreparedExperts | SplitExperts:
         """The experts as they were prepared first."""
-        return next(iter(self._by_top_k.values()))
+        first = next(iter(self._by_top_k.values()))
+        assert not isinstance(first, PlacedExperts), "those are of PlacedAdapted"
+        return first
 
     def prepare(
         self, module: torch.nn.Module, runtime: Runtime, top_k: int, *, release: bool = True, summed: bool = True
@@ -73,7 +77,7 @@ class Adapted:
             self._mark_released(module)
         elif release and (self.experts.packed or not plain.shared):
             self._release(module)
-        self._seen = _fingerprint(module, self.form)
+        self._seen = fingerprint(module, self.form)
 
     def fits(self, module: torch.nn.Module) -> bool:
         """Whether the module still has the weights that were prepared, where and as they were."""
@@ -82,7 +86,7 @@ class Adapted:
         experts = self.experts
         # A copied module has code and norms of its own.
         theirs = isinstance(experts, SplitExperts) and experts.module is not module
-        return not theirs and _fingerprint(module, self.form) == self._seen
+        return not theirs and fingerprint(module, self.form) == self._seen
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Run the experts: hidden [T, H], ids [T, k], weights [T, k] to a fresh [T, H] of hidden's dtype."""
@@ -131,7 +135,7 @@ class Adapted:
         else:
             for name, tensor in self._stored().items():
                 now = local(module.get_parameter(name))
-                _replace(module, name, tensor.to(device=now.device, dtype=now.dtype))
+                replace_parameter(module, name, tensor.to(device=now.device, dtype=now.dtype))
         self.released = False
 
     def _stored(self) -> dict[str, torch.Tensor]:
@@ -145,7 +149,7 @@ class Adapted:
         w13, w2 = stored_again(w13, w2, self.form)
         return {self.form.names[0]: w13, self.form.names[1]: w2}
 
-    def _prepared(self, plain: Plain, top_k: int, module: torch.nn.Module | None) -> PreparedExperts | SplitExperts:
+    def _prepared(self, plain: Plain, top_k: int, module: torch.nn.Module | None) -> Experts:
         assert self.form is not None and self.runtime is not None
         layers = plain.layers(self.form, top_k)
         if len(layers) == 2:
@@ -161,22 +165,23 @@ class Adapted:
             bias2=plain.bias2, global_experts=layer.global_experts, dtype=plain.dtype, runtime=self.runtime,
         )  # fmt: skip
 
-    def _for_top_k(self, top_k: int) -> PreparedExperts | SplitExperts:
+    def _for_top_k(self, top_k: int) -> Experts:
         """Return the experts for another number of slots a token, on the same memory where the table allows it."""
         known = self.experts
-        found = known.with_top_k(top_k)
+        found: Experts | None = known.with_top_k(top_k)
         if found is None:
             logger.warning("%s for top-%d is stored once more, as the table wants it", known.layer.label, top_k)
             found = self._prepared(self.plain(), top_k, known.module if isinstance(known, SplitExperts) else None)
         self._by_top_k[top_k] = found
         return found
 
-    def _release(self, module: torch.nn.Module) -> None:
+    def _release(self, module: torch.nn.Module, device: torch.device | None = None) -> None:
+        """Leave a module parameters without memory, on the device where they were unless another is given."""
         assert self.form is not None
         for name in self.form.names[:2]:
             held = local(getattr(module, name))
-            empty = torch.full((1,), float("nan"), dtype=held.dtype, device=held.device).expand(held.shape)
-            _replace(module, name, empty)
+            empty = torch.full((1,), float("nan"), dtype=held.dtype, device=device or held.device).expand(held.shape)
+            replace_parameter(module, name, empty)
         self._mark_released(module)
 
     def _mark_released(self, module: torch.nn.Module) -> None:
@@ -240,7 +245,8 @@ def _ordered_over(mesh: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return total
 
 
-def _fingerprint(module: torch.nn.Module, form: Form) -> tuple[object, ...]:
+def fingerprint(module: torch.nn.Module, form: Form) -> tuple[object, ...]:
+    """Return what tells whether a module's weights are still those that were prepared."""
     found = []
     for name in form.names:
         tensor = local(getattr(module, name))
@@ -252,7 +258,7 @@ def _fingerprint(module: torch.nn.Module, form: Form) -> tuple[object, ...]:
     return tuple(found)
 
 
-def _replace(module: torch.nn.Module, name: str, part: torch.Tensor) -> None:
+def replace_parameter(module: torch.nn.Module, name: str, part: torch.Tensor) -> None:
     """Put `part` where a parameter, or this rank's part of one, was."""
     known = module._parameters[name]
     assert known is not None

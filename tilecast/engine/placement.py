@@ -87,6 +87,12 @@ class PlacedExperts:
                 add_slots(self._slots(rows, ids, scales), layer, ids, out)
         return out.view(hidden.shape)
 
+    @property
+    def shares(self) -> tuple[tuple[tuple[int, ...], Part], ...]:
+        """The ids of either side and what runs them, the near one first; sides without experts are left out."""
+        sides = (self.near_experts, self._near), (self.far_experts, self._far)
+        return tuple((ids, part) for ids, part in sides if part is not None)
+
     def _slots(self, rows: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return every slot's weighted result, near [T·k, H], zero where a slot is absent."""
         begin, asked = self._transfer.mark(), None

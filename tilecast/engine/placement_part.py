@@ -21,7 +21,7 @@ from tilecast.kernels.gpu.checks import TRITON_TYPES
 from tilecast.kernels.gpu.moe import combine_build, device_facts, launch_combine
 from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import GemmWeights, numerics_class
+from tilecast.kernels.spec import PLAIN, GemmWeights, numerics_class
 from tilecast.kernels.stacks import Weights, tensors_of
 from tilecast.problem import ExpertLayer
 
@@ -85,6 +85,13 @@ class Part:
         down = stored_weights(self.layer.down, plain.w2, plain.bias2, anchor.down_kernel, anchor.down)
         self._apart = slots_apart(self._up, down)
         self._places = _places(layer.experts, experts).to(plain.w13.device)
+
+    def plain(self) -> PlainExperts:
+        """Return the weights as they were given, bit for bit."""
+        anchor, up, down = self.runtime.anchor(self.layer), self._up, self._apart[1]
+        up = up if up.layout == PLAIN else anchor.up_kernel.unpack(up)
+        down = down if down.layout == PLAIN else anchor.down_kernel.unpack(down)
+        return PlainExperts(w13=up.data, w2=down.data, bias13=up.bias, bias2=down.bias)
 
     def local_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return global expert ids, on this part's device, as int32 ids of its own experts; -1 for all others."""
