@@ -20,8 +20,8 @@ from typing import Any
 
 from report import write_result
 
+from tilecast.cache_store.measurement_rows import measurement_row
 from tilecast.cache_store.merge import copy_file, merge_files
-from tilecast.cache_store.rows import measurement_row
 from tilecast.cache_store.store import open_store
 from tilecast.cache_store.streams import COLUMNS
 from tilecast.canonical import Json

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tilecast.canonical import Json, digest, fields_of
+from tilecast.canonical import Json, canonical_json, digest_of_text, fields_of
 from tilecast.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -77,9 +77,14 @@ class Environment:
     """Version fields: hard to `major.minor`, soft below."""
 
     @cached_property
+    def canonical(self) -> str:
+        """The canonical JSON form."""
+        return canonical_json(self.to_json())
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON form."""
-        return digest(self.to_json())
+        return digest_of_text(self.canonical)
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON form."""

@@ -1,4 +1,4 @@
-"""What was measured and what was decided: measurements, choices, decisions and the table of them.
+"""What was decided, with the evidence: choices, decisions and the table of them; what was measured from `measurement`.
 
 All types here are frozen, validated when they are built, and have one canonical JSON form and digest.
 """
@@ -11,138 +11,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from tilecast.canonical import Json, canonical_json, digest, fields_of, quoted
+from tilecast.canonical import Json, canonical_json, digest, fields_of
 from tilecast.environment import Environment
 from tilecast.errors import InputError
-from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, GemmName, TileConfig, check_int, check_name
+from tilecast.measurement import STATUSES, Measurement, check_time, made_of, measurement_key, percentile
+from tilecast.problem import Bucket, ExpertLayer, GemmName, TileConfig, check_name
 
-T = TypeVar("T")
+__all__ = [
+    "CERTIFICATES", "POLICIES", "STATUSES", "TABLE_FORMAT", "Choice", "Decision", "Measurement", "TuningTable",
+    "measurement_key", "percentile",
+]  # fmt: skip
 
 POLICIES = ("reproducible", "fastest")
-STATUSES = ("ok", "compile_error", "resource", "timeout", "runtime_error", "wrong_result", "unstable")
 CERTIFICATES = ("none", "static", "model", "hardware")
 """How surely a numerics class is known, weakest first (docs/numerics.md)."""
 
 TABLE_FORMAT = 1
 """Version of a table's JSON form."""
-
-
-def _check_time(what: str, value: object) -> None:
-    if type(value) is float and 0.0 < value < math.inf:
-        return  # Nearly always, and a table has thousands.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise InputError(f"{what} is {value!r}, expected a finite time in microseconds above 0")
-
-
-def _of_checked(cls: type[T], fields: dict[str, Any]) -> T:
-    """Return a frozen dataclass's instance: a third of the time that setting and checking every field takes."""
-    made = object.__new__(cls)
-    object.__setattr__(made, "__dict__", fields)
-    return made
-
-
-def percentile(samples_us: tuple[float, ...] | list[float], percent: float) -> float:
-    """Return the linearly interpolated percentile (0 to 100) of at least one sample, in µs."""
-    ordered = sorted(samples_us)
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One config timed on one rank in one round.
-
-    The natural key is (environment, gemm, tokens, routing, config, rank, run, round): storing the same
-    key twice keeps the first. `samples_us` is empty unless the status is `ok` or `unstable`.
-    `error_ratio` is the error against the float64 oracle divided by same-dtype torch's error; None where
-    the config was not checked in this round. `detail` says why a status is not `ok`.
-    """
-
-    environment: str
-    gemm: ExpertGemm
-    tokens: int
-    config: TileConfig
-    status: str = "ok"
-    samples_us: tuple[float, ...] = ()
-    routing: str = "uniform"
-    numerics: str = ""
-    error_ratio: float | None = None
-    rank: int = 0
-    world_size: int = 1
-    run: int = 0
-    round: int = 0
-    detail: str = ""
-    measured_at: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Validate; raises InputError."""
-        check_name("status", self.status, STATUSES)
-        check_int("tokens", self.tokens, 1)
-        check_int("world size", self.world_size, 1)
-        check_int("rank", self.rank, 0, self.world_size - 1)
-        check_int("run", self.run, 0, 1 << 31)
-        check_int("round", self.round, 0, 1 << 31)
-        object.__setattr__(self, "samples_us", tuple(float(sample) for sample in self.samples_us))
-        for sample in self.samples_us:
-            _check_time("sample", sample)
-        if self.status == "ok" and not self.samples_us:
-            raise InputError("a measurement with status ok needs at least one sample")
-        if self.error_ratio is not None and not (math.isfinite(self.error_ratio) and self.error_ratio >= 0):
-            raise InputError(f"error ratio is {self.error_ratio!r}, expected a finite number of at least 0")
-
-    @property
-    def p20_us(self) -> float:
-        """20th percentile of the samples in µs; infinity without samples."""
-        return percentile(self.samples_us, 20) if self.samples_us else math.inf
-
-    @property
-    def p50_us(self) -> float:
-        """Median of the samples in µs; infinity without samples."""
-        return percentile(self.samples_us, 50) if self.samples_us else math.inf
-
-    @property
-    def p80_us(self) -> float:
-        """80th percentile of the samples in µs; infinity without samples."""
-        return percentile(self.samples_us, 80) if self.samples_us else math.inf
-
-    @cached_property
-    def key(self) -> str:
-        """SHA-256 of the natural key."""
-        return measurement_key(
-            environment=self.environment,
-            layer=self.gemm.layer.digest,
-            gemm=self.gemm.name,
-            tokens=self.tokens,
-            routing=self.routing,
-            config=self.config.digest,
-            rank=self.rank,
-            run=self.run,
-            round=self.round,
-        )
-
-    @classmethod
-    def of_checked(cls, **fields: Any) -> Measurement:
-        """Return the measurement of all its fields, and its `key`, which the caller knows to pass the checks above."""
-        return _of_checked(cls, fields)
-
-
-def measurement_key(
-    *, environment: str, layer: str, gemm: str, tokens: int, routing: str, config: str, rank: int, run: int, round: int
-) -> str:
-    """Return the SHA-256 of the canonical JSON of a measurement's natural key; layer and config by their digests.
-
-    The text is put together here, since stores hold millions.
-    """
-    text = (
-        f'{{"config":{quoted(config)},"environment":{quoted(environment)},"gemm":{quoted(gemm)},'
-        f'"layer":{quoted(layer)},"rank":{rank},"round":{round},"routing":{quoted(routing)},"run":{run},'
-        f'"tokens":{tokens}}}'
-    )
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,19 +51,19 @@ class Choice:
 
     def __post_init__(self) -> None:
         """Validate; raises InputError."""
-        _check_time("chosen config's time", self.p50_us)
-        _check_time("default's time", self.default_us)
+        check_time("chosen config's time", self.p50_us)
+        check_time("default's time", self.default_us)
         if (self.runner_up is None) != (self.runner_up_us is None):
             raise InputError("a runner-up needs a time, and a time needs a runner-up")
         if self.runner_up_us is not None:
-            _check_time("runner-up's time", self.runner_up_us)
+            check_time("runner-up's time", self.runner_up_us)
         if not (math.isfinite(self.noise) and self.noise >= 0):
             raise InputError(f"noise is {self.noise!r}, expected a finite number of at least 0")
 
     @classmethod
     def of_checked(cls, **fields: Any) -> Choice:
         """Return the choice of all its fields, of which the caller knows that they pass the checks above."""
-        return _of_checked(cls, fields)
+        return made_of(cls, fields)
 
     @property
     def margin(self) -> float | None:
@@ -251,7 +138,7 @@ class Decision:
     @classmethod
     def of_checked(cls, **fields: Any) -> Decision:
         """Return the decision of all its fields, of which the caller knows that they pass the checks above."""
-        return _of_checked(cls, fields)
+        return made_of(cls, fields)
 
     def choice(self, gemm: GemmName) -> Choice:
         """Return the choice for `up` or `down`."""
@@ -383,40 +270,31 @@ def _table_text(table: TuningTable) -> str:
 
     Object keys stand in the order of their code points, as canonical JSON has them.
     """
-    # By identity, since hashing a layer costs more than writing one decision.
-    texts: dict[int, str] = {}
-
-    def text(entry: ExpertLayer | TileConfig) -> str:
-        known = texts.get(id(entry))
-        if known is None:
-            known = texts[id(entry)] = canonical_json(entry.to_json())
-        return known
-
     quoted = cache(canonical_json)
-    decisions = ",".join(_decision_text(decision, text, quoted) for decision in table.decisions)
-    environments = ",".join(canonical_json(environment.to_json()) for environment in table.environments)
+    decisions = ",".join([_decision_text(decision, quoted) for decision in table.decisions])
+    environments = ",".join([environment.canonical for environment in table.environments])
     return f'{{"decisions":[{decisions}],"environments":[{environments}],"format":{TABLE_FORMAT}}}'
 
 
-def _decision_text(
-    decision: Decision, text: Callable[[ExpertLayer | TileConfig], str], quoted: Callable[[str], str]
-) -> str:
+def _decision_text(decision: Decision, quoted: Callable[[str], str]) -> str:
+    bucket = decision.bucket
     return (
-        f'{{"above":{decision.bucket.above},"certificate":{quoted(decision.certificate)},'
-        f'"down":{_choice_text(decision.down, text, quoted)},"environment":{quoted(decision.environment)},'
-        f'"layer":{text(decision.layer)},"policy":{quoted(decision.policy)},'
-        f'"routing":{quoted(decision.routing)},"tokens":{decision.bucket.tokens},'
-        f'"up":{_choice_text(decision.up, text, quoted)}}}'
+        f'{{"above":{bucket.above},"certificate":{quoted(decision.certificate)},'
+        f'"down":{_choice_text(decision.down, quoted)},"environment":{quoted(decision.environment)},'
+        f'"layer":{decision.layer.canonical},"policy":{quoted(decision.policy)},'
+        f'"routing":{quoted(decision.routing)},"tokens":{bucket.tokens},'
+        f'"up":{_choice_text(decision.up, quoted)}}}'
     )
 
 
-def _choice_text(choice: Choice, text: Callable[[ExpertLayer | TileConfig], str], quoted: Callable[[str], str]) -> str:
-    runner_up = "null" if choice.runner_up is None else text(choice.runner_up)
-    runner_up_us = "null" if choice.runner_up_us is None else repr(float(choice.runner_up_us))
+def _choice_text(choice: Choice, quoted: Callable[[str], str]) -> str:
+    runner_up, runner_up_us = choice.runner_up, choice.runner_up_us
     return (
-        f'{{"config":{text(choice.config)},"default":{text(choice.default)},"default_us":{float(choice.default_us)!r},'
-        f'"noise":{float(choice.noise)!r},"numerics":{quoted(choice.numerics)},'
-        f'"p50_us":{float(choice.p50_us)!r},"runner_up":{runner_up},"runner_up_us":{runner_up_us}}}'
+        f'{{"config":{choice.config.canonical},"default":{choice.default.canonical},'
+        f'"default_us":{float(choice.default_us)!r},"noise":{float(choice.noise)!r},'
+        f'"numerics":{quoted(choice.numerics)},"p50_us":{float(choice.p50_us)!r},'
+        f'"runner_up":{"null" if runner_up is None else runner_up.canonical},'
+        f'"runner_up_us":{"null" if runner_up_us is None else repr(float(runner_up_us))}}}'
     )
 
 

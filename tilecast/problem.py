@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, cast
 
-from tilecast.canonical import Json, canonical_json, digest, fields_of
+from tilecast.canonical import Json, canonical_json, digest_of_text, fields_of, quoted
 from tilecast.errors import ConfigError, InputError
 
 DTYPES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -155,19 +155,28 @@ class ExpertLayer:
         return " ".join(parts)
 
     @cached_property
+    def canonical(self) -> str:
+        """The canonical JSON form."""
+        return canonical_json(self.to_json())
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON form."""
-        return digest(self.to_json())
+        return digest_of_text(self.canonical)
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON form."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: getattr(self, name) for name in _LAYER_KINDS}
 
     @classmethod
     def from_json(cls, value: object) -> ExpertLayer:
         """Build from parsed JSON. Raises InputError."""
-        kinds: dict[str, type] = {f.name: {"int": int, "str": str, "bool": bool}[str(f.type)] for f in fields(cls)}
-        return cls(**cast(Any, fields_of(value, kinds, "layer")))
+        return cls(**cast(Any, fields_of(value, _LAYER_KINDS, "layer")))
+
+
+_LAYER_KINDS: dict[str, type] = {
+    f.name: {"int": int, "str": str, "bool": bool}[str(f.type)] for f in fields(ExpertLayer)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,9 +303,15 @@ class TileConfig:
         return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.params)])
 
     @cached_property
+    def canonical(self) -> str:
+        """The canonical JSON form, put together here: stores hold thousands."""
+        pairs = [f"{quoted(name)}:{_value_text(value)}" for name, value in self.params]
+        return f'{{"kernel":{quoted(self.kernel)},"params":{{{",".join(pairs)}}}}}'
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON form."""
-        return digest(self.to_json())
+        return digest_of_text(self.canonical)
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON form."""
@@ -307,6 +322,10 @@ class TileConfig:
         """Build from parsed JSON. Raises InputError (ConfigError for bad parameters)."""
         parsed = fields_of(value, {"kernel": str, "params": dict}, "config")
         return cls(cast(str, parsed["kernel"]), cast(dict[str, ParamValue], parsed["params"]))
+
+
+def _value_text(value: ParamValue) -> str:
+    return int.__repr__(value) if isinstance(value, int) else quoted(value)
 
 
 @dataclass(frozen=True, order=True, kw_only=True)

@@ -12,7 +12,7 @@ import pytest
 
 from tilecast.cache_store import models
 from tilecast.cache_store.bundle import MAX_ROWS, Bundle, export_table, read_bundle
-from tilecast.cache_store.rows import MEASUREMENT_KINDS
+from tilecast.cache_store.measurement_rows import MEASUREMENT_KINDS
 from tilecast.canonical import canonical_json
 from tilecast.environment import Environment
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable

@@ -14,21 +14,22 @@ from hypothesis import given, settings
 
 from tests.store_contract import HERE, decision, measurement
 from tests.strategies import measurements
-from tilecast.cache_store import rows
-from tilecast.cache_store.queries import plain_line, sealed_line
-from tilecast.cache_store.rows import (
+from tilecast.cache_store import measurement_rows
+from tilecast.cache_store.decision_rows import (
     CHOICE_KINDS,
     DECISION_KINDS,
-    MEASUREMENT_KINDS,
-    Lookup,
     decision_configs,
     decision_from_row,
     decision_row,
-    keyed_row,
+)
+from tilecast.cache_store.keyed import Lookup, keyed_row
+from tilecast.cache_store.measurement_rows import (
+    MEASUREMENT_KINDS,
     measurement_from_row,
     measurement_row,
     plain_samples,
 )
+from tilecast.cache_store.queries import plain_line, sealed_line
 from tilecast.cache_store.store import open_store
 from tilecast.canonical import canonical_json, digest
 from tilecast.errors import InputError
@@ -51,7 +52,7 @@ def test_both_ways_give_the_same_measurement(wanted: Measurement) -> None:
     assert row["samples_us"] == canonical_json(list(wanted.samples_us))
     found = lookups([wanted.gemm.layer], [wanted.config])
     values = tuple(row.values())
-    short, long = measurement_from_row(values, *found), rows._measurement_checked(row, *found)
+    short, long = measurement_from_row(values, *found), measurement_rows._measurement_checked(row, *found)
     assert short == long == wanted
     assert vars(short).keys() == {f.name for f in dataclasses.fields(Measurement)} | {"key"}
     assert short.key == long.key == wanted.key

@@ -17,18 +17,11 @@ from sqlalchemy import Connection, Table, create_engine, insert
 
 from tilecast._version import VERSION
 from tilecast.cache_store import models
+from tilecast.cache_store.decision_rows import decision_configs, decision_row, settled
 from tilecast.cache_store.files import Header, check_writable, read_header, regular_size, write_atomically
+from tilecast.cache_store.keyed import Keyed, keyed_row
+from tilecast.cache_store.measurement_rows import Row, measurement_row, storable
 from tilecast.cache_store.queries import read_measurements, read_table
-from tilecast.cache_store.rows import (
-    Keyed,
-    Row,
-    decision_configs,
-    decision_row,
-    keyed_row,
-    measurement_row,
-    settled,
-    storable,
-)
 from tilecast.cache_store.schema import check_store_revision
 from tilecast.cache_store.seal import check_measurements, check_table, seal_measurements
 from tilecast.cache_store.session import open_sqlite

@@ -14,9 +14,9 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, make_url, or_, select
 
 from tilecast.cache_store import models
+from tilecast.cache_store.decision_rows import decision_row
 from tilecast.cache_store.queries import read_environments, read_measurements, read_table
 from tilecast.cache_store.resolve import covers_bucket
-from tilecast.cache_store.rows import decision_row
 from tilecast.cache_store.session import BUSY_TIMEOUT_S, Database, open_server, open_sqlite, translate
 from tilecast.cache_store.store import open_store, sqlite_path
 from tilecast.cache_store.streams import Place, latest_times, place_of

@@ -6,7 +6,8 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from tilecast.cache_store.rows import displaces, settled, storable
+from tilecast.cache_store.decision_rows import displaces, settled
+from tilecast.cache_store.measurement_rows import storable
 from tilecast.environment import Environment
 from tilecast.errors import CacheError
 from tilecast.evidence import Decision, Measurement, TuningTable

@@ -18,9 +18,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from tilecast._version import VERSION
 from tilecast.cache_store import models
 from tilecast.cache_store.bundle import check_exportable, read_bundle
+from tilecast.cache_store.decision_rows import decision_configs, decision_row, settled
 from tilecast.cache_store.files import replacing
 from tilecast.cache_store.resolve import Ages, Conflict, Resolution, check_merge_policy, resolve
-from tilecast.cache_store.rows import decision_configs, decision_row, settled
 from tilecast.cache_store.seal import check_measurements, seal_measurements
 from tilecast.cache_store.session import Database, open_server, open_sqlite, translate
 from tilecast.cache_store.store import sqlite_path

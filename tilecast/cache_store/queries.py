@@ -11,13 +11,9 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from tilecast.cache_store.rows import (
-    DECISION_KINDS,
-    MEASUREMENT_KINDS,
-    Lookup,
-    decision_from_row,
-    measurement_from_row,
-)
+from tilecast.cache_store.decision_rows import DECISION_KINDS, decision_from_row
+from tilecast.cache_store.keyed import Lookup
+from tilecast.cache_store.measurement_rows import MEASUREMENT_KINDS, measurement_from_row
 from tilecast.cache_store.session import PlainRow, plain_rows
 from tilecast.canonical import canonical_json, quoted
 from tilecast.environment import Environment

@@ -14,19 +14,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, IntegrityError
 
 from tilecast.cache_store import models
+from tilecast.cache_store.decision_rows import decision_configs, decision_row, settled
 from tilecast.cache_store.files import SQLITE_MAGIC, reason, regular_size
+from tilecast.cache_store.keyed import Keyed, keyed_row
+from tilecast.cache_store.measurement_rows import MEASUREMENT_KINDS, measurement_row, storable
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.cache_store.queries import read_environments, read_measurements, read_table
-from tilecast.cache_store.rows import (
-    MEASUREMENT_KINDS,
-    Keyed,
-    decision_configs,
-    decision_row,
-    keyed_row,
-    measurement_row,
-    settled,
-    storable,
-)
 from tilecast.cache_store.schema import prepare
 from tilecast.cache_store.session import Database, open_server, open_sqlite
 from tilecast.environment import Environment
@@ -254,7 +247,7 @@ _SERIES = ("environment", "layer", "policy", "routing", "tokens", "above")
 
 
 def _displaced() -> Delete:
-    """Return the DELETE of what a decision displaces; the same rule as `rows.displaces`."""
+    """Return the DELETE of what a decision displaces; the same rule as `decision_rows.displaces`."""
     columns = models.decision.c
     new: dict[str, BindParameter[Any]] = {name: bindparam(f"new_{name}") for name in _SERIES}
     return delete(models.decision).where(

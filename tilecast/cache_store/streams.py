@@ -11,6 +11,13 @@ from typing import Any
 from sqlalchemy import Connection, Table, func, select
 
 from tilecast.cache_store import models
+from tilecast.cache_store.keyed import Keyed, keyed_row
+from tilecast.cache_store.measurement_rows import (
+    MEASUREMENT_KINDS,
+    measurement_from_row,
+    measurement_row,
+    plain_samples,
+)
 from tilecast.cache_store.queries import (
     Seal,
     configs_in,
@@ -19,14 +26,6 @@ from tilecast.cache_store.queries import (
     measurements_digest,
     plain_line,
     sealed_line,
-)
-from tilecast.cache_store.rows import (
-    MEASUREMENT_KINDS,
-    Keyed,
-    keyed_row,
-    measurement_from_row,
-    measurement_row,
-    plain_samples,
 )
 from tilecast.cache_store.session import plain_rows
 from tilecast.environment import Environment
@@ -57,7 +56,7 @@ def latest_times(connection: Connection) -> dict[Place, float]:
 
 
 class MeasurementStream:
-    """The measurements of one database, every one checked as `rows.measurement_from_row` checks it.
+    """The measurements of one database, every one checked as `measurement_rows.measurement_from_row` checks it.
 
     `ages` grows as they are read: the time of the latest one, in seconds since 1970, by place. So do `layers`,
     `configs` and `environments`, what they refer to, and `measured`, the digests of environments and of configs
