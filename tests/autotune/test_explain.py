@@ -75,6 +75,13 @@ def fates(explanation: Explanation) -> dict[TileConfig, Entrant]:
 # What became of each
 
 
+def test_a_duplicate_is_told_from_what_failed() -> None:
+    twin = measured(BLOCK16, status="duplicate", detail="its launches are those of another")
+    found = fates(explained(stored(everywhere(DEFAULT, 100, 100), [twin])))
+    assert (found[BLOCK16].fate, found[BLOCK16].reason) == ("duplicate", "its launches are those of another")
+    assert next(iter(found)) == DEFAULT, "without times it comes last"
+
+
 def test_every_config_has_one_fate_and_a_reason() -> None:
     store = stored(
         everywhere(DEFAULT, 100, 100),

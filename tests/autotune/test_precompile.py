@@ -8,20 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.cases import SMALL
+from tests.cases import SMALL, operands
+from tests.kernels.gpu.test_experts import VARIANTS
 from tests.torch_kernel import TorchKernel
-from tilecast.autotune.precompile import Precompiler, _triton_target
+from tilecast.autotune.precompile import COMPILED_ONLY, Precompiler, _triton_target
 from tilecast.environment import cpu_environment
 from tilecast.kernels.gpu.build import Build
+from tilecast.kernels.gpu.decode import Decode
 from tilecast.kernels.gpu.grouped import Grouped
+from tilecast.kernels.gpu.moe import TritonExperts
 from tilecast.kernels.gpu.target import Target, parse_target
 from tilecast.kernels.spec import Registry
-from tilecast.problem import ExpertGemm, TileConfig
+from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 from tilecast.settings import child_environment
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+SEVERAL = ExpertLayer(hidden=272, intermediate=264, experts=4, top_k=2)
 ROOT = Path(__file__).parents[2]
 HERE = parse_target("cuda:90").environment()
 TILE = {"block_m": 16, "block_n": 64, "block_k": 64, "group_m": 4, "num_warps": 4, "num_stages": 3, "swap": 0}
@@ -108,3 +113,60 @@ def test_on_a_cpu_and_for_kernels_that_compile_nothing_there_is_nothing_to_do() 
 def test_code_is_for_the_very_device() -> None:
     assert _triton_target(parse_target("cuda:100"), "sm_103") == ["cuda", 103, 32]
     assert _triton_target(parse_target("gfx942"), "gfx942") == ["hip", "gfx942", 64]
+
+
+def variant(**params: int) -> TileConfig:
+    return TileConfig(Grouped.name, {**TILE, **params})
+
+
+def test_equal_machine_code_is_told_and_only_that(cache: Path) -> None:
+    layer = ExpertLayer(hidden=512, intermediate=192, experts=4, top_k=2)
+    one_step = [variant(block_k=256, num_stages=stages) for stages in (3, 4)]
+    several = [variant(block_k=64, num_stages=stages) for stages in (3, 4)]
+    with Precompiler(KNOWN, HERE, workers=2) as ahead:
+        assert ahead.code(layer.down, one_step[0]) is None, "what is not compiled yet has no code"
+        for config in (*one_step, *several):
+            assert ahead.wait(layer.down, config) is None
+        codes = [ahead.code(layer.down, config) for config in (*one_step, *several)]
+        assert ahead.wait(layer.down, BROKEN) is not None
+        assert ahead.code(layer.down, BROKEN) is None
+    assert codes[0] is not None and codes[0] == codes[1], "a single step of K has nothing to pipeline"
+    assert len({*codes}) == 3
+
+
+@pytest.mark.parametrize("name", ["grouped", "persistent", "tma", "tma persistent", "decode", "split-K"])
+def test_nothing_but_code_depends_on_what_duplicates_may_differ_in(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, config = VARIANTS[name]
+    differing = {"group_m": 1, "num_stages": 2} if "group_m" in dict(config.params) else {"num_stages": 2}
+    assert set(differing) <= set(COMPILED_ONLY)
+    other = config.with_params(**differing)
+    launched = [launches(kernel, c, monkeypatch) for c in (config, other)]
+    assert config != other and launched[0] and launched[0] == launched[1]
+    walks = dict(config.params).get("waves") == 1
+    more = config.with_params(waves=2) if walks else config.with_params(block_n=config.integer("block_n") // 2)
+    assert launches(kernel, more, monkeypatch) != launched[0], "other parameters do change the launch"
+
+
+def launches(kernel: TritonExperts, config: TileConfig, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Return the grid and the arguments' shapes of every launch of up and down."""
+    seen: list[object] = []
+
+    def launch(build: Build, grid: tuple[int, ...], device: torch.device, *arguments: object) -> None:
+        seen.append((build.function, grid, [described(argument) for argument in arguments]))
+
+    tokens = 4 if kernel.name == Decode.name else 23
+    given = operands(SEVERAL, tokens)
+    with monkeypatch.context() as patched:
+        patched.setattr(Build, "launch", launch)
+        out = torch.empty(tokens * SEVERAL.top_k, SEVERAL.intermediate, dtype=given.hidden.dtype)
+        kernel.up(config, given.hidden, given.up, given.route, out)
+        out = torch.empty(tokens, SEVERAL.hidden, dtype=given.hidden.dtype)
+        kernel.down(config, given.intermediate, given.down, given.route, given.topk_weights, out)
+    return seen
+
+
+def described(argument: object) -> object:
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.shape
+    shape = getattr(argument, "block_shape", None)
+    return argument if shape is None else (tuple(argument.shape), tuple(argument.strides), tuple(shape))  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -385,3 +386,52 @@ def test_a_real_tuning_decides_and_certifies() -> None:
         assert decision.up.config["variant"] == decision.down.config["variant"] == "ordered"
         assert decision.up.numerics and decision.environment == environment.digest
     assert len({d.up.config["layout"] for d in table.decisions}) == 1
+
+
+class Compiled:
+    """What compiles ahead: row blocks that hold the whole batch come out as one and the same code."""
+
+    def submit(self, gemm: ExpertGemm, configs: Iterable[TileConfig]) -> None:
+        pass
+
+    def wait(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
+        return None
+
+    def code(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
+        rows = config.integer("row_block")
+        return None if rows == 0 else config.with_params(row_block=min(rows, 16)).label
+
+
+@pytest.mark.parametrize("strategy", ["halving", "quick", "exhaustive"])
+def test_what_compiles_to_equal_code_is_timed_once(strategy: str) -> None:
+    measurer, store = FakeTimes(by_block), MemoryStore()
+    plan = plan_of(16)
+    run = measure_plan(plan, store, REGISTRY, measurer=measurer, ahead=Compiled(), strategy=strategy)
+    found = store.measurements()
+    twins = [m for m in found if m.status == "duplicate"]
+    timed = {(m.gemm, m.config) for m in found if m.status == "ok"}
+    assert twins and {m.config.integer("row_block") for m in twins} <= {16, 64}
+    assert len(timed) == len({(gemm, Compiled().code(gemm, config) or config) for gemm, config in timed})
+    for m in twins:
+        named = [c for gemm, c in timed if gemm == m.gemm and m.detail == f"its launches are those of {c.label}"]
+        assert len(named) == 1 and Compiled().code(m.gemm, named[0]) == Compiled().code(m.gemm, m.config)
+    assert measurer.checks == len(timed), "a duplicate costs neither a check nor a sample"
+    assert run.measured == len(found)
+    chosen = tuner.decide(plan, store, REGISTRY, verify=False).decisions[0]
+    assert {chosen.up.config.integer("row_block"), chosen.down.config.integer("row_block")} <= {16, 64}
+
+
+def test_what_has_to_run_is_no_duplicate() -> None:
+    class Same(Compiled):
+        def code(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
+            return "all alike"
+
+    store = MemoryStore()
+    measure_plan(plan_of(4), store, REGISTRY, measurer=FakeTimes(by_block), ahead=Same())
+    first = [m for m in store.measurements() if m.round == 0 and m.gemm == LAYER.up]
+    default = KERNEL.default(LAYER.up, 4, HERE)
+    assert [m.config for m in first if m.status == "ok" and m.config == default]
+    for m in first:
+        kernels = [KERNEL.numerics(LAYER.up, c, HERE) for c in (m.config, default)]
+        alike = kernels[0] == kernels[1] and m.config["layout"] == default["layout"]
+        assert m.status == ("duplicate" if alike and m.config != default else "ok")

@@ -14,7 +14,7 @@ from tilecast.problem import TileConfig
 
 FATES = (
     "chosen", "tie", "slower", "few samples", "other order", "other group", "not batch-invariant", "class check",
-    "cut", "left out", "partial", "failed",
+    "cut", "left out", "partial", "duplicate", "failed",
 )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def entrants(measured: Sequence[Measurement], standing: Standing) -> tuple[Entra
 
 
 def _ran(entrant: Entrant) -> bool:
-    return entrant.fate not in ("failed", "partial")
+    return entrant.fate not in ("failed", "partial", "duplicate")
 
 
 class _Race:
@@ -128,6 +128,9 @@ class _Race:
     def _fate(self, config: TileConfig) -> tuple[str, str]:
         """Return what became of a config and why; the first reason that holds, in the order in which they bind."""
         choice, timing = self._standing.choice, self._timings.get(config)
+        twin = next((m.detail for m in self._of[config] if m.status == "duplicate"), None)
+        if twin is not None:
+            return "duplicate", twin
         if config in self._failures:
             return "failed", self._failure(config)
         if timing is None:

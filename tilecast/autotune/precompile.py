@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import Any, Protocol, cast
 
-from tilecast.canonical import Json
+from tilecast.canonical import Json, digest
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
 from tilecast.kernels.compilers import AheadCompilers
@@ -23,6 +23,9 @@ from tilecast.problem import ExpertGemm, TileConfig
 
 MAX_WORKERS = 8
 """Each takes a core and half a gigabyte; more candidates than these compile are rarely needed at once."""
+
+COMPILED_ONLY = ("group_m", "num_stages")
+"""Parameters that nothing but compiled code depends on: grids, descriptors and operands follow from the others."""
 
 Compiling = Future[dict[str, Any]]
 
@@ -79,6 +82,20 @@ class Precompiler:
             if error:
                 return str(error)
         return None
+
+    def code(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
+        """Return what configs have in common whose launches are one: machine code, grid and operands.
+
+        None where some of the code is not compiled, or nothing is told of it.
+        """
+        futures = self._futures(gemm, config)
+        if not futures or not all(future.done() and not future.cancelled() for future in futures):
+            return None
+        codes = [None if future.exception() else future.result().get("code") for future in futures]
+        if None in codes:
+            return None
+        launched = {name: value for name, value in config.params if name not in COMPILED_ONLY}
+        return digest({"kernel": config.kernel, "params": launched, "code": codes})
 
     def close(self) -> None:
         """End every process, whatever it is doing."""

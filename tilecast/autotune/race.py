@@ -116,6 +116,7 @@ class Race:
         self._read = 0
         self._last_us: dict[TileConfig, float] = {}
         self._passed: set[TileConfig] = set()
+        self._coded: dict[str, TileConfig] = {}
 
     def run(self) -> int:
         """Run all rounds and return how many (config, round) pairs the deadline cut."""
@@ -209,6 +210,9 @@ class Race:
         refused = None if ahead is None else ahead.wait(self._gemm, config)
         if refused is not None:
             return Verdict(status="compile_error", detail=refused)
+        twin = self._twin(config)
+        if twin is not None:
+            return Verdict(status="duplicate", detail=f"its launches are those of {twin.label}")
         try:
             return self._session.measurer.check(self._gemm, self._tokens, config)
         except DeviceError:
@@ -219,6 +223,17 @@ class Race:
             return Verdict(status=status, detail=detail)
         finally:
             self._first_costs_s.append(time.monotonic() - start)
+
+    def _twin(self, config: TileConfig) -> TileConfig | None:
+        """Return a config that ran here with the very same machine code, unless `config` has to run itself."""
+        ahead = self._session.ahead
+        code = None if ahead is None else ahead.code(self._gemm, config)
+        if code is None:
+            return None
+        own, first = self._by_config[config], self._coded.setdefault(code, config)
+        twin = self._by_config[first]
+        alike = (own.numerics, own.layout, own.order) == (twin.numerics, twin.layout, twin.order)
+        return first if alike and first in self._passed and config not in self._entry.must else None
 
     def _sample(self, config: TileConfig, number: int, count: int, checked: Verdict | None) -> Measurement:
         session = self._session

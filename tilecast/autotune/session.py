@@ -26,6 +26,10 @@ class Ahead(Protocol):
         """Wait until a config is; return why it cannot be, None if it can or nothing is known."""
         ...
 
+    def code(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
+        """Return what configs have in common whose launches are one and the same; None where that is not known."""
+        ...
+
 
 TaskKey = tuple[ExpertGemm, int]
 

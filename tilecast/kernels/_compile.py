@@ -83,13 +83,20 @@ def compile_build(build: Build, target: Target) -> dict[str, Any]:
 
 
 def compile_ahead(build: Build, target: GPUTarget) -> dict[str, Any]:
-    """Compile one build into Triton's cache, where a launch on `target` finds it; `error` where that fails."""
+    """Compile one build into Triton's cache, where a launch on `target` finds it; `error` where that fails.
+
+    `code` is equal where machine code, warps and shared memory are.
+    """
     start = time.perf_counter()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             source, options = launch_source(build, target)
-            triton.compile(source, target=target, options=options)
-        return {"compile_seconds": time.perf_counter() - start}
+            compiled = triton.compile(source, target=target, options=options)
+        _, code = machine_code(compiled.asm["cubin" if "cubin" in compiled.asm else "hsaco"])
+        metadata = compiled.metadata
+        return {
+            "code": f"{code} {metadata.num_warps} {metadata.shared}", "compile_seconds": time.perf_counter() - start,
+        }  # fmt: skip
     except Exception as error:  # Triton's passes raise what they like; the answer carries it
         return {"error": _one_line(error), "compile_seconds": time.perf_counter() - start}
 
