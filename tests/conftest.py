@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import torch
 from hypothesis import settings
@@ -13,6 +16,10 @@ if not torch.cuda.is_available():
 
 # A process that measures takes seconds to start: tests of it ask for it.
 os.environ.setdefault("TM_GEMM_SANDBOX", "0")
+
+# Files of tests run side by side in two workers, and a tuning in one need not wait for the other's: no time is judged.
+os.environ["TILECAST_LOCK_DIR"] = tempfile.mkdtemp(prefix="tilecast-locks-")
+atexit.register(shutil.rmtree, os.environ["TILECAST_LOCK_DIR"], ignore_errors=True)
 
 settings.register_profile("tilecast", deadline=None)
 settings.load_profile("tilecast")

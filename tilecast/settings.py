@@ -124,6 +124,20 @@ def launcher(environ: Mapping[str, str] | None = None) -> Launcher | None:
     )
 
 
+def lock_dir(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Return TILECAST_LOCK_DIR, where tunings of a device wait for each other; None where unset.
+
+    Raises UsageError where that is no folder.
+    """
+    chosen = _Variables(os.environ if environ is None else environ).get("TILECAST_LOCK_DIR")
+    if chosen is None:
+        return None
+    folder = Path(chosen)
+    if not folder.is_dir():
+        raise UsageError(f"TILECAST_LOCK_DIR is {chosen!r:.200}, expected a folder that exists")
+    return folder
+
+
 def child_environment(changes: Mapping[str, str], without: Collection[str] = ()) -> dict[str, str]:
     """Return this process's environment with some variables changed or left out, for a process that it starts."""
     return {**{name: value for name, value in os.environ.items() if name not in without}, **changes}

@@ -16,7 +16,7 @@ import torch
 from tests.fake_gpus import H200, Gpus
 from tilecast.autotune.device_lock import device_lock, device_name, job_name, runtime_folder
 from tilecast.environment import cpu_environment
-from tilecast.errors import DeviceError
+from tilecast.errors import DeviceError, UsageError
 from tilecast.kernels.gpu.target import parse_target
 from tilecast.settings import Launcher, child_environment
 
@@ -143,6 +143,20 @@ def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:
     (tmp_path / f"tilecast-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PermissionError, match="not a folder of this user's"):
         runtime_folder(tmp_path)
+
+
+def test_containers_name_the_folder_they_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILECAST_LOCK_DIR", str(tmp_path))
+    assert runtime_folder() == tmp_path / f"tilecast-{os.getuid()}"
+    with (
+        device_lock("cpu"),
+        pytest.raises(DeviceError, match="another tuning"),
+        device_lock("cpu", job="b", timeout_s=0),
+    ):
+        pass
+    monkeypatch.setenv("TILECAST_LOCK_DIR", str(tmp_path / "missing"))
+    with pytest.raises(UsageError, match=r"TILECAST_LOCK_DIR is .*missing', expected a folder"), device_lock("cpu"):
+        pass
 
 
 def test_devices_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """One tuning at a time on a device: times taken while another tuning runs there choose the wrong configs.
 
-A lock is a file of this user's under /tmp, held with flock, so that it ends with the process whatever ends that. The
+A lock is a file of this user's under /tmp, or in TILECAST_LOCK_DIR (containers that share a device and not /tmp give
+one folder to all), held with flock, so that it ends with the process whatever ends that. The
 ranks of one job may hold it together: on a CPU they share the machine in production, too, and a rank that waits for
 another of its own job, which waits for it in a collective, would wait for ever.
 """
@@ -83,11 +84,13 @@ def job_name(launcher: settings.Launcher | None = None) -> str:
     return f"job {started.master_addr}:{started.master_port}"
 
 
-def runtime_folder(base: Path = Path("/tmp")) -> Path:
+def runtime_folder(base: Path | None = None) -> Path:
     """Return this user's folder of lock files, made if it is not there. Raises OSError if it is not safe to use.
 
-    It is the same for every process of the user, whatever XDG_RUNTIME_DIR or TMPDIR a scheduler gives each.
+    It is under `base`, else TILECAST_LOCK_DIR, else /tmp: the same for every process of the user, whatever
+    XDG_RUNTIME_DIR or TMPDIR a scheduler gives each. Raises UsageError if TILECAST_LOCK_DIR is no folder.
     """
+    base = base or settings.lock_dir() or Path("/tmp")
     root = base if os.access(base, os.W_OK) else Path(tempfile.gettempdir())
     folder = root / f"tilecast-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
