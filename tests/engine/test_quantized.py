@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -317,11 +316,6 @@ def test_methods_of_others_are_left_to_transformers() -> None:
     nested = {"text_config": {"quantization_config": AWQ_CONFIG}}
     found = recipe_of(nested)
     assert found is not None and (found.kind, found.group) == ("awq", 32)
-
-
-def test_ranks_are_refused_in_one_line(twins: tuple[Path, Path]) -> None:
-    with pytest.raises(tilecast.UsageError, match="leave out tp and ep"):
-        load(twins[0], distributed_config=SimpleNamespace(tp_size=2))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -14,6 +14,7 @@ import torch
 
 from tilecast.engine.operands import layer_of
 from tilecast.engine.quantized_module import stacks_of
+from tilecast.engine.rank_part import local as local
 from tilecast.engine.split_experts import split_layers
 from tilecast.errors import InputError
 from tilecast.kernels.reference import activate
@@ -73,14 +74,6 @@ def form_of(module: torch.nn.Module) -> Form:
         names=names, gated=gated, activation=activation, interleaved=interleaved, transposed=transposed, split=split,
         global_experts=down.shape[0], normed=normed,
     )  # fmt: skip
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor, or this rank's part of a distributed one, without gradients."""
-    to_local = getattr(tensor, "to_local", None)
-    with torch.no_grad():
-        found: torch.Tensor = tensor if to_local is None else to_local()
-        return found.detach()
 
 
 def mesh_of(module: torch.nn.Module, form: Form) -> Any | None:

@@ -3,6 +3,9 @@
 transformers' own loaders replace linear layers, and so leave experts that lie in one tensor as they were drawn, or
 dequantise them. Here transformers loads what is not quantised, and dequantised copies of what is quantised outside
 the experts; the experts are read from the files into stacks. All weights are found, or there is an error.
+
+Over several ranks transformers places parameters as its plan says, before it loads any; experts' parameters are taken
+out after that, so that each rank reads the part which it was given.
 """
 
 from __future__ import annotations
@@ -14,16 +17,30 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tilecast.engine.checkpoint import inspect_checkpoint
-from tilecast.engine.quantized import Contents, Recipe, contents_of, dense_weight, read_stacks, recipe_of
+from tilecast.engine.agreement import process_group
+from tilecast.engine.checkpoint import Checkpoint, agree_on_checkpoint, inspect_checkpoint
+from tilecast.engine.group import Group
+from tilecast.engine.quantized import (
+    Contents,
+    Recipe,
+    Share,
+    check_layer,
+    check_share,
+    contents_of,
+    dense_weight,
+    read_stacks,
+    recipe_of,
+)
 from tilecast.engine.quantized_module import Stacks, attach
 from tilecast.engine.tensor_files import TensorFiles
-from tilecast.errors import ModelError, UsageError
+from tilecast.errors import ModelError
+from tilecast.problem import ExpertLayer
 
 METHOD = "tilecast"
 """The name of our quantiser among those of transformers."""
@@ -35,24 +52,26 @@ GIVEN = (
     "output_loading_info", "dtype", "torch_dtype",
 )  # fmt: skip
 """Arguments of `from_pretrained` that loading without a folder gives itself, or has no use for."""
+SPLITS = ("distributed_config", "tp_plan", "tp_size")
+"""Arguments of `from_pretrained` that split a model over ranks."""
 
 Find = Callable[[torch.nn.Module], list[tuple[str, torch.nn.Module]]]
 
 
 class _Taken(NamedTuple):
-    """An experts module without its two parameters: the shape [E, H, I] and the dtype of the second."""
+    """An experts module without the parameters of w13 and w2, `known` by name: the layer they make, and the share."""
 
     name: str
-    parameters: tuple[str, str]
-    shape: tuple[int, int, int]
-    dtype: torch.dtype
+    known: dict[str, torch.Tensor]
+    layer: ExpertLayer
+    share: Share
 
 
 class _Plan:
     """What is read where: made before a model is, and used when its weights are loaded."""
 
-    def __init__(self, files: TensorFiles, contents: Contents, recipe: Recipe, find: Find) -> None:
-        self.files, self.contents, self.recipe, self.find = files, contents, recipe, find
+    def __init__(self, files: TensorFiles, contents: Contents, recipe: Recipe, find: Find, *, ranks: bool) -> None:
+        self.files, self.contents, self.recipe, self.find, self.ranks = files, contents, recipe, find, ranks
         self._modules: dict[int, _Taken] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Plan:
@@ -68,24 +87,69 @@ class _Plan:
                 continue
             if layer in self._modules:
                 raise ModelError(f"{self._modules[layer].name} and {name} are both experts of layer {layer}")
-            self._modules[layer] = _take(name, module)
+            self._modules[layer] = self._take(name, module, self.contents.experts[layer])
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         for layer, found in self.contents.experts.items():
             key = next(iter(next(iter(found.values())).values()))
             if layer not in self._modules and not any(re.search(pattern, key) for pattern in ignored):
                 raise ModelError(f"{self.files.folder} has weights that the model does not: {key}")
 
+    def take_out_later(self, model: torch.nn.Module) -> None:
+        """Take them out when transformers asks for the model's parameters: it has placed them over ranks by then."""
+
+        def placed(*_: object) -> None:
+            handle.remove()
+            self.take_out(model)
+
+        handle = model.register_state_dict_pre_hook(placed)  # type: ignore[no-untyped-call]
+
     def fill_in(self, model: torch.nn.Module) -> None:
-        """Read the experts of a model whose other weights are loaded. Raises ModelError."""
+        """Read this rank's share of the experts of a model whose other weights are loaded. Raises ModelError."""
         for layer, taken in self._modules.items():
             around = model.get_submodule(taken.name.rpartition(".")[0])
-            experts, hidden, intermediate = taken.shape
-            stacks = read_stacks(
-                self.files, self.contents.experts[layer], self.recipe, hidden=hidden, intermediate=intermediate,
-                experts=experts, gated=taken.parameters[0] == "gate_up_proj", what=taken.name,
-            )  # fmt: skip
+            stacks = read_stacks(self.files, self.contents.experts[layer], self.recipe, taken.layer, taken.share)
             device = next((p.device for p in around.parameters()), torch.device("cpu"))
-            attach(model.get_submodule(taken.name), Stacks(*stacks).to(device), taken.parameters, taken.dtype)
+            attach(model.get_submodule(taken.name), Stacks(*stacks).to(device), taken.known)
+
+    def _take(self, name: str, module: torch.nn.Module, found: Mapping[tuple[int, str], Mapping[str, str]]) -> _Taken:
+        """Take the weights of quantised experts out of a module without memory. Raises ModelError."""
+        gated = bool(getattr(module, "has_gate", True))
+        parameters = ("gate_up_proj" if gated else "up_proj", "down_proj")
+        first, second = (module._parameters.get(parameter) for parameter in parameters)
+        if first is None or second is None or second.dim() != 3:
+            raise ModelError(f"{name} does not hold its experts as {' and '.join(parameters)} [E, …, …]")
+        experts, hidden, intermediate = second.shape
+        transposed = bool(getattr(module, "is_transposed", False))
+        if transposed:
+            hidden, intermediate = intermediate, hidden
+        layer = check_layer(
+            self.files, found, self.recipe, hidden=hidden, intermediate=intermediate, experts=experts, gated=gated,
+            what=name,
+        )  # fmt: skip
+        share = _share_of(second, name, inner=1 if transposed else 2)
+        check_share(layer, self.recipe, share)
+        for parameter in parameters:
+            # So it is neither missing among the weights that are loaded nor drawn at random.
+            module._parameters[parameter] = None
+        module.__dict__["_is_hf_initialized"] = True
+        return _Taken(name, dict(zip(parameters, (first, second), strict=True)), layer, share)
+
+
+def _share_of(down: torch.Tensor, name: str, *, inner: int) -> Share:
+    """Return which part of a layer's experts the parameter of w2, whose I is dimension `inner`, gives a rank."""
+    whole = Share(experts=range(down.shape[0]), columns=range(down.shape[inner]))
+    placements = getattr(down, "placements", None) or ()
+    cut = [placement for placement in placements if not placement.is_replicate()]
+    if not cut:
+        return whole
+    dimension = getattr(cut[0], "dim", -2) % 3
+    if len(placements) != 1 or dimension not in (0, inner):
+        raise ModelError(f"{name} is split as {placements} over ranks, which its quantised weights cannot be")
+    mesh: Any = down.device_mesh  # type: ignore[attr-defined]
+    # As torch.distributed cuts: equal parts as far as they reach.
+    size = -(-down.shape[dimension] // mesh.size())
+    part = range(down.shape[dimension])[mesh.get_local_rank() * size :][:size]
+    return replace(whole, experts=part) if dimension == 0 else replace(whole, columns=part, tp=mesh.size())
 
 
 _as_stored = ContextVar("experts as stored", default=False)
@@ -123,42 +187,37 @@ def load_quantized(
     recipe = recipe_of(config.to_dict())
     if recipe is None:
         return None
-    if kwargs.get("distributed_config") is not None or kwargs.get("tp_plan") is not None:
-        raise UsageError("quantised checkpoints are loaded by one rank so far; leave out tp and ep")
-    checkpoint = inspect_checkpoint(_folder(where, kwargs))
+    ranks = any(kwargs.get(key) is not None for key in SPLITS)
+    # Under `experts_as_stored` its caller has ranks fail together.
+    group = process_group() if ranks and not _as_stored.get() else Group.alone()
+    with group.guard():
+        checkpoint = inspect_checkpoint(_folder(where, kwargs))
+        agree_on_checkpoint(group, checkpoint, {})
+        model, info = _load(load, cls, args, kwargs, config, checkpoint, recipe, find, ranks=ranks)
+    return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def _load(
+    load: Callable[..., Any], cls: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Any,
+    checkpoint: Checkpoint, recipe: Recipe, find: Find, *, ranks: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Load a checkpoint's folder; return the model and what transformers tells of the loading."""
     files = TensorFiles(checkpoint)
     contents = contents_of(files)
     config = copy.deepcopy(config)
     said = _taken_out(config)
-    dtype = _dtype(kwargs, config)
     options = {key: value for key, value in kwargs.items() if key not in GIVEN}
-    dense = {key: files.read(key) for key in contents.plain}
+    dense = {key: files.on_demand(key) for key in contents.plain}
     for base, parts in contents.linears.items():
-        dense[f"{base}.weight"] = dense_weight(files, base, parts, recipe).to(dtype)
+        dense[f"{base}.weight"] = dense_weight(files, base, parts, recipe)
+    plan = _Plan(files, contents, recipe, find, ranks=ranks)
     model, info = load(
-        cls, None, *args[1:], config=config, state_dict=dense, dtype=dtype, output_loading_info=True,
-        quantization_config=_config_class()(_Plan(files, contents, recipe, find)), **options,
+        cls, None, *args[1:], config=config, state_dict=dense, dtype=_dtype(kwargs, config), output_loading_info=True,
+        quantization_config=_config_class()(plan), **options,
     )  # fmt: skip
     model.config.quantization_config = said
     _finish(model, checkpoint.folder)
-    return (model, info) if kwargs.get("output_loading_info") else model
-
-
-def _take(name: str, module: torch.nn.Module) -> _Taken:
-    """Take the weights of quantised experts out of a module without memory. Raises ModelError."""
-    parameters = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
-    known = [module._parameters.get(parameter) for parameter in parameters]
-    first, second = known
-    if first is None or second is None or second.dim() != 3:
-        raise ModelError(f"{name} does not hold its experts as {' and '.join(parameters)} [E, …, …]")
-    experts, hidden, intermediate = second.shape
-    if getattr(module, "is_transposed", False):
-        hidden, intermediate = intermediate, hidden
-    for parameter in parameters:
-        # So it is neither missing among the weights that are loaded nor drawn at random.
-        module._parameters[parameter] = None
-    module.__dict__["_is_hf_initialized"] = True
-    return _Taken(name, parameters, (experts, hidden, intermediate), second.dtype)
+    return model, info
 
 
 def _finish(model: Any, folder: Path) -> None:
@@ -223,7 +282,8 @@ def _config_class() -> Any:
         """Keeps experts out of transformers' loading, and reads them when it is done."""
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            self.quantization_config.plan.take_out(model)
+            plan = self.quantization_config.plan
+            (plan.take_out_later if plan.ranks else plan.take_out)(model)
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from tilecast.engine.rank_part import local, placed_like
+from tilecast.errors import InputError
 from tilecast.kernels.formats import QuantizedStack
 from tilecast.problem import ExpertLayer
 
@@ -30,14 +32,20 @@ class Stacks(NamedTuple):
         return Stacks(*(_moved(stack, device) for stack in self))
 
 
-def attach(module: torch.nn.Module, stacks: Stacks, names: tuple[str, str], dtype: torch.dtype) -> None:
-    """Make a module one of quantised weights: `names` are the parameters of w13 and w2, `dtype` that of its model."""
+def attach(module: torch.nn.Module, stacks: Stacks, known: dict[str, torch.Tensor]) -> None:
+    """Make a module one of quantised weights, where those of w13 and w2 are the parameters `known`, by name.
+
+    Its parameters are split over ranks as `known` are, and the stacks are this rank's part. Raises InputError where
+    those are not.
+    """
     module.__class__ = _movable(type(module))  # type: ignore[arg-type]
     transposed = bool(getattr(module, "is_transposed", False))
-    for name, stack in zip(names, stacks, strict=True):
+    for (name, parameter), stack in zip(known.items(), stacks, strict=True):
         experts, rows, width = stack.shape
         shape = (experts, width, rows) if transposed else (experts, rows, width)
-        module._parameters[name] = _without_memory(shape, dtype, stack.device)
+        if local(parameter).shape != shape:
+            raise InputError(f"{name} is {tuple(local(parameter).shape)} on this rank, its quantised weights {shape}")
+        module._parameters[name] = _without_memory(parameter, parameter.dtype, stack.device)
     module.__dict__[STACKS] = stacks
 
 
@@ -55,7 +63,7 @@ def hand_back(module: torch.nn.Module, stacks: Stacks, names: tuple[str, ...]) -
     """Give a module its stacks, on the device of its parameters `names`, which are without memory even if copied."""
     for name in names:
         known = module.get_parameter(name)
-        module._parameters[name] = _without_memory(known.shape, known.dtype, known.device)
+        module._parameters[name] = _without_memory(known, known.dtype, known.device)
         module.__dict__[STACKS] = stacks.to(known.device)
 
 
@@ -66,13 +74,13 @@ def make_dense(module: torch.nn.Module) -> None:
         return
     gated, concatenated = bool(getattr(module, "has_gate", True)), bool(getattr(module, "is_concatenated", True))
     names = ("gate_up_proj" if gated else "up_proj", "down_proj")
-    like = module.get_parameter(names[1])
-    w13, w2 = dense_weights(stacks, gated=gated, dtype=like.dtype)
+    w13, w2 = dense_weights(stacks, gated=gated, dtype=module.get_parameter(names[1]).dtype)
     if gated and not concatenated:
         w13 = torch.stack(w13.chunk(2, dim=1), dim=2).flatten(1, 2)
     for name, weight in zip(names, (w13, w2), strict=True):
         weight = weight.transpose(1, 2).contiguous() if getattr(module, "is_transposed", False) else weight
-        module._parameters[name] = torch.nn.Parameter(weight.to(like.device), requires_grad=False)
+        known = module.get_parameter(name)
+        module._parameters[name] = torch.nn.Parameter(placed_like(known, weight.to(known.device)), requires_grad=False)
     detach(module)
 
 
@@ -99,9 +107,10 @@ def _moved(stack: QuantizedStack, device: torch.device) -> QuantizedStack:
     return replace(stack, codes=stack.codes.to(device), scales=stack.scales.to(device), zeros=zeros)
 
 
-def _without_memory(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    empty = torch.full((1,), float("nan"), dtype=dtype, device=device).expand(shape)
-    return torch.nn.Parameter(empty, requires_grad=False)
+def _without_memory(known: torch.Tensor, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a parameter without memory, of the shape of `known` and split over ranks as it is."""
+    empty = torch.full((1,), float("nan"), dtype=dtype, device=device).expand(local(known).shape)
+    return torch.nn.Parameter(placed_like(known, empty), requires_grad=False)
 
 
 class _Quantized(torch.nn.Module):
@@ -109,13 +118,14 @@ class _Quantized(torch.nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move, or cast, without giving parameters memory; codes and scales are moved, never cast."""
-        bare = {n: p for n, p in self._parameters.items() if p is not None and p.numel() and not any(p.stride())}
+        held = {name: p for name, p in self._parameters.items() if p is not None and p.numel()}
+        bare = {name: p for name, p in held.items() if not any(local(p).stride())}
         for name in bare:
             self._parameters[name] = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, parameter in bare.items():
-            one = fn(parameter.detach()[(0,) * parameter.dim()].clone())
-            self._parameters[name] = _without_memory(parameter.shape, one.dtype, one.device)
+            one = fn(local(parameter)[(0,) * parameter.dim()].clone())
+            self._parameters[name] = _without_memory(parameter, one.dtype, one.device)
             stacks = stacks_of(self)
             if stacks is not None:
                 self.__dict__[STACKS] = stacks.to(one.device)

@@ -18,6 +18,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PLACES = tuple(ORDER.index(column) for column in range(8))
 """The nibble that holds each column."""
 CODES_PER_WORD = 8
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What scales of integers are kept in."""
 
 
 class Rows(NamedTuple):
@@ -75,7 +77,7 @@ def check_awq(found: AwqTensors, shape: tuple[int, int], group: int, what: str) 
         ("qzeros", found.qzeros, (width // group, words), torch.int32),
         ("scales", found.scales, (width // group, rows), None),
     ):
-        kept = tensor.dtype.is_floating_point if kind is None else tensor.dtype is kind
+        kept = tensor.dtype in SCALE_DTYPES if kind is None else tensor.dtype is kind
         if not kept or tuple(tensor.shape) != wanted:
             raise InputError(
                 f"{what}.{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {kind or 'floats'} {wanted} for a "
@@ -89,7 +91,7 @@ def rows_of_awq(found: AwqTensors) -> Rows:
     # one a byte would be, and checkpoints have tens of billions.
     turned = found.qweight.T
     even, odd = turned[:, ::2].contiguous(), turned[:, 1::2].contiguous()
-    pairs = torch.empty((len(turned), CODES_PER_WORD, even.shape[1]), dtype=torch.uint8)
+    pairs = torch.empty((len(turned), CODES_PER_WORD, even.shape[1]), dtype=torch.uint8, device=even.device)
     for column, place in enumerate(PLACES):
         low = even >> 4 * place & 15
         pairs[:, column] = low.bitwise_or_((odd >> 4 * place & 15) << 4)

@@ -13,7 +13,7 @@ import math
 import torch
 
 from tilecast.errors import InputError
-from tilecast.kernels.awq import Rows
+from tilecast.kernels.awq import SCALE_DTYPES, Rows
 from tilecast.problem import GROUPS, weight_format
 
 BLOCK = 128
@@ -51,7 +51,7 @@ def rows_of_packed(
         return Rows(codes, scales)
     _expect(zero_point, (-(-rows * bits // 32), groups), torch.int32, f"{what}.weight_zero_point", shape)
     # Packed along N: word n/8 of a column holds its rows, the lowest bits first.
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=zero_point.device)
     zeros = ((zero_point[:, None, :] >> shifts[:, None]) & (1 << bits) - 1).flatten(0, 1)[:rows].to(torch.uint8)
     return Rows(codes, scales, _spread(zeros, shape, form))
 
@@ -105,7 +105,7 @@ def _groups(group: int, width: int, what: str) -> int:
 
 
 def _group_scales(scale: torch.Tensor, shape: tuple[int, int], groups: int, form: str, what: str) -> torch.Tensor:
-    if tuple(scale.shape) != (shape[0], groups) or not scale.dtype.is_floating_point:
+    if tuple(scale.shape) != (shape[0], groups) or scale.dtype not in SCALE_DTYPES:
         raise InputError(
             f"{what}.weight_scale is {scale.dtype} {tuple(scale.shape)}, expected floats {(shape[0], groups)}"
         )

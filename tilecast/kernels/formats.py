@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from tilecast.errors import InputError
+from tilecast.kernels.awq import SCALE_DTYPES
 from tilecast.problem import ExpertGemm, WeightFormat, weight_format
 
 CODE_DTYPES = {"awq": torch.uint8, "int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SYMMETRIC_ZERO = {"int4": 8, "int8": 0}
 """What a symmetric format subtracts from its codes: int4 ones are held unsigned."""
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALL = slice(None)
 
 

@@ -60,18 +60,24 @@ def shard(layer: ExpertLayer, *, tp: int = 1, ep: int = 1) -> tuple[Shard, ...]:
     return tuple(Shard(ranks=tuple(where), layer=part) for part, where in ranks.items())
 
 
-def check_cut(layer: ExpertLayer, tp: int) -> None:
-    """Raise ModelError where `tp` ranks would cut I inside a group or a block of weights that shares a scale."""
+def check_cut(layer: ExpertLayer, tp: int, *, word: int = 1) -> None:
+    """Raise ModelError where `tp` ranks would cut I inside a group or a block of weights that shares a scale.
+
+    Likewise for a word that `word` codes are packed into.
+    """
     form = weight_format(layer.weight_format)
-    unit = lcm(form.group or 1, form.rows or 1)
+    shared = lcm(form.group or 1, form.rows or 1)
+    unit = lcm(shared, word)
     if _aligned(layer, tp, unit):
         return
     counts = range(1, max(1, layer.intermediate // unit) + 1)
     working = [str(count) for count in counts if _aligned(layer, count, unit)]
     shown = f"{', '.join(working[:SHOWN])}{', …' if len(working) > SHOWN else ''}"
+    what = f"{'block' if form.rows != 1 else 'group'} of {shared} that shares a scale"
+    what = what if shared % word == 0 else f"word of {word} packed codes"
     raise ModelError(
-        f"tp={tp} would cut the {layer.intermediate} columns of I inside a {'block' if form.rows != 1 else 'group'} of "
-        f"{unit} that shares a scale ({layer.weight_format}); tp that work: {shown}"
+        f"tp={tp} would cut the {layer.intermediate} columns of I inside a {what} ({layer.weight_format}); "
+        f"tp that work: {shown}"
     )
 
 
