@@ -25,7 +25,11 @@ class Ended:
 
 
 def environment(folder: Path, **extra: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TM_GEMM_", "TILECAST_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TM_GEMM_", "TILECAST_")) or name == "TILECAST_LOCK_DIR"
+    }
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TILECAST_CACHE_DIR": str(folder / "cache")}
     return {**kept, **own, **extra}
 
