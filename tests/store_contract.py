@@ -13,9 +13,10 @@ import pytest
 from sqlalchemy import delete, make_url, text
 
 from tilecast.cache_store import models
+from tilecast.cache_store.files import sqlite_path
 from tilecast.cache_store.queries import read_measurements
 from tilecast.cache_store.session import Database, open_server, open_sqlite
-from tilecast.cache_store.store import open_store, sqlite_path
+from tilecast.cache_store.store import open_store
 from tilecast.environment import Environment
 from tilecast.errors import CacheError, SchemaError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable

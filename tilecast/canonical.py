@@ -15,7 +15,8 @@ from tilecast.errors import InputError
 type_names = {dict: "object", list: "list", str: "string", int: "integer", float: "number", bool: "boolean"}
 
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-_quote = json.encoder.encode_basestring_ascii
+quoted = json.encoder.encode_basestring_ascii
+"""Returns the canonical JSON of a string, in a tenth of the time."""
 
 Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 
@@ -26,11 +27,6 @@ def canonical_json(value: Json) -> str:
     Raises ValueError for NaN and infinities, TypeError for what JSON has no form for.
     """
     return _ENCODER.encode(value)
-
-
-def quoted(text: str) -> str:
-    """Return the canonical JSON of a string, in a tenth of the time."""
-    return _quote(text)
 
 
 def digest(value: Json) -> str:

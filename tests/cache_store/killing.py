@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tests.store_contract import HERE, decision, measurement
 from tilecast.cache_store.bundle import export_table, read_bundle
+from tilecast.cache_store.layout import HEAD, STORE_ID
 from tilecast.cache_store.merge import merge_files
-from tilecast.cache_store.models import HEAD, STORE_ID
 from tilecast.cache_store.store import open_store
 from tilecast.evidence import TuningTable
 

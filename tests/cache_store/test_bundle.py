@@ -21,8 +21,8 @@ from tilecast.cache_store.bundle import (
     import_table,
     read_bundle,
 )
+from tilecast.cache_store.layout import EXPORT_FORMAT, EXPORT_ID
 from tilecast.cache_store.memory import MemoryStore
-from tilecast.cache_store.models import EXPORT_FORMAT, EXPORT_ID
 from tilecast.cache_store.store import open_store
 from tilecast.errors import CacheError, SchemaError
 from tilecast.evidence import TuningTable

@@ -18,8 +18,8 @@ from tests.cache_store import damage
 from tests.store_contract import CONFIG, HERE, LAYER, THERE, decision, measurement
 from tilecast.cache_store.bundle import Bundle, export_table, import_table, read_bundle
 from tilecast.cache_store.foreign import described
+from tilecast.cache_store.layout import EXPORT_ID
 from tilecast.cache_store.merge import merge_files
-from tilecast.cache_store.models import EXPORT_ID
 from tilecast.errors import CacheError, InputError
 from tilecast.evidence import TuningTable
 

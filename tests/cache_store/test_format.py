@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tilecast.cache_store import models
+from tilecast.cache_store import layout, models
 from tilecast.cache_store.bundle import MAX_ROWS, Bundle, export_table, read_bundle
 from tilecast.cache_store.measurement_rows import MEASUREMENT_KINDS
 from tilecast.canonical import canonical_json
@@ -141,8 +141,8 @@ def test_every_table_and_column_is_documented(table: models.Table) -> None:
 
 def test_numbers_in_the_text_are_those_in_the_code() -> None:
     text = DOC.read_text(encoding="utf-8")
-    assert f"0x{models.EXPORT_ID:08X}" in text
-    assert f"0x{models.STORE_ID:08X}" in text
-    assert f"format {models.EXPORT_FORMAT}\n" in text.splitlines(keepends=True)[0]
+    assert f"0x{layout.EXPORT_ID:08X}" in text
+    assert f"0x{layout.STORE_ID:08X}" in text
+    assert f"format {layout.EXPORT_FORMAT}\n" in text.splitlines(keepends=True)[0]
     for rows in MAX_ROWS.values():
         assert f"{rows:,}" in text

@@ -14,7 +14,8 @@ from alembic.script import ScriptDirectory
 
 from tests.store_contract import HERE, decision, measurement
 from tilecast.cache_store import files, schema
-from tilecast.cache_store.models import HEAD, REVISIONS, STORE_ID, metadata
+from tilecast.cache_store.layout import HEAD, REVISIONS, STORE_ID
+from tilecast.cache_store.models import metadata
 from tilecast.cache_store.session import open_sqlite
 from tilecast.cache_store.store import open_store
 from tilecast.errors import CacheError, SchemaError

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.store_contract import CONFIG, HERE, SharedStoreContract, StoreContract, decision, measurement
-from tilecast.cache_store import session
+from tilecast.cache_store import plain
 from tilecast.cache_store.bundle import export_table
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.cache_store.store import open_store
@@ -191,7 +191,7 @@ def test_damaged_row_is_an_error_that_names_store_and_entry(tmp_path: Path) -> N
 
 
 def test_locked_store_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(plain, "BUSY_TIMEOUT_S", 0.05)
     path = tmp_path / "store.db"
     with open_store(path) as store, contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Table, create_engine, insert
-
-from tilecast._version import VERSION
-from tilecast.cache_store import models
-from tilecast.cache_store.decision_rows import decision_configs, decision_row, settled
-from tilecast.cache_store.files import Header, check_writable, read_header, regular_size, write_atomically
-from tilecast.cache_store.keyed import Keyed, keyed_row
-from tilecast.cache_store.measurement_rows import Row, measurement_row, storable
+from tilecast.cache_store.decision_rows import decision_configs, settled
+from tilecast.cache_store.files import Header, check_writable, read_header, regular_size, sqlite_path, write_atomically
+from tilecast.cache_store.layout import COLUMNS, EXPORT_FORMAT, EXPORT_FORMATS, export_columns
+from tilecast.cache_store.measurement_rows import storable
+from tilecast.cache_store.plain import plain_rows, reading_untrusted, single_row
 from tilecast.cache_store.queries import read_measurements, read_table
-from tilecast.cache_store.schema import check_store_revision
-from tilecast.cache_store.seal import check_measurements, check_table, seal_measurements
-from tilecast.cache_store.session import open_sqlite
-from tilecast.cache_store.store import SqlStore, open_store, sqlite_path
+from tilecast.cache_store.revision import check_store_revision
+from tilecast.cache_store.seal import check_measurements, check_table
 from tilecast.errors import CacheError, InputError, SchemaError
-from tilecast.evidence import TABLE_FORMAT, Decision, Measurement, TuningTable
+from tilecast.evidence import Decision, Measurement, TuningTable
 from tilecast.store import Store
 
 MAX_FILE_BYTES = 1 << 30
@@ -46,7 +42,6 @@ MAX_NAME = 10_000
 MAX_MESSAGE = 1000
 """Characters of an error message about a file."""
 
-DATA = tuple(models.metadata.sorted_tables)
 SCHEMA_WORDS = frozenset(
     {"CREATE", "TABLE", "UNIQUE", "INDEX", "ON", "NOT", "NULL", "CONSTRAINT", "PRIMARY", "FOREIGN", "KEY", "REFERENCES"}
     | {"VARCHAR", "TEXT", "INTEGER", "BIGINT", "DOUBLE"}
@@ -83,7 +78,10 @@ def export_table(table: TuningTable, path: str | Path, measurements: Sequence[Me
                 f"which the table lacks; export it with its environment's table"
             )
     settled(table.decisions)
-    write_atomically(path, _database_bytes(table, kept))
+    # Writing is what needs SQLAlchemy; a process that serves only reads.
+    from tilecast.cache_store.writing import database_bytes
+
+    write_atomically(path, database_bytes(table, kept))
 
 
 def check_exportable(path: str | Path) -> None:
@@ -118,6 +116,8 @@ def read_bundle(where: str | Path, *, measurements: bool = False) -> Bundle:
     """
     path = sqlite_path(where)
     if path is None:
+        from tilecast.cache_store.store import SqlStore, open_store
+
         with open_store(where, create=False, read_only=True) as store:
             assert isinstance(store, SqlStore)  # Those in memory have no server's URL.
             table, kept = store.snapshot(measurements=measurements)
@@ -137,6 +137,8 @@ def open_evidence(where: str | Path) -> Iterator[Evidence]:
     """
     path = sqlite_path(where)
     if path is None:
+        from tilecast.cache_store.store import open_store
+
         with open_store(where, create=False, read_only=True) as store:
             yield Evidence(store.table(), store.measurements)
         return
@@ -169,10 +171,10 @@ class Evidence:
 
 
 @contextlib.contextmanager
-def _untrusted(path: Path) -> Iterator[tuple[Connection, Header]]:
+def _untrusted(path: Path) -> Iterator[tuple[sqlite3.Connection, Header]]:
     header = read_header(path)
     _check_header(path, header)
-    with contextlib.closing(open_sqlite(path, untrusted=True)) as database, database.reading() as connection:
+    with reading_untrusted(path) as connection:
         yield connection, header
 
 
@@ -219,59 +221,15 @@ def _check_replaceable(path: Path) -> None:
         raise CacheError(f"{path}: holds {kind}, not an exported table, and is left alone; choose another path")
 
 
-def _database_bytes(table: TuningTable, measurements: Sequence[Measurement]) -> bytes:
-    """Return the exported file. It is built in memory, so nothing can be left beside it."""
-    engine = create_engine("sqlite+pysqlite://")
-    try:
-        with engine.connect() as connection:
-            models.metadata.create_all(connection)
-            models.export_metadata.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA application_id={models.EXPORT_ID}")
-            connection.exec_driver_sql(f"PRAGMA user_version={models.EXPORT_FORMAT}")
-            for target, rows in _export_rows(table, measurements):
-                if rows:
-                    connection.execute(insert(target), rows)
-            seal_measurements(connection)
-            connection.commit()
-            raw = connection.connection.driver_connection
-            assert raw is not None
-            return bytes(raw.serialize())
-    finally:
-        engine.dispose()
-
-
-def _export_rows(table: TuningTable, measurements: Sequence[Measurement]) -> list[tuple[Table, list[Row]]]:
-    layers = [d.layer for d in table.decisions] + [m.gemm.layer for m in measurements]
-    configs = [c for d in table.decisions for c in decision_configs(d)] + [m.config for m in measurements]
-    about = {
-        "table_digest": table.digest,
-        "table_format": TABLE_FORMAT,
-        "producer": f"tilecast {VERSION}",
-    }
-    return [
-        (models.export, [about]),
-        (models.environment, _keyed_rows(table.environments)),
-        (models.layer, _keyed_rows(layers)),
-        (models.config, _keyed_rows(configs)),
-        (models.decision, [decision_row(d) for d in table.decisions]),
-        (models.measurement, [measurement_row(m) for m in measurements]),
-    ]
-
-
-def _keyed_rows(entries: Sequence[Keyed]) -> list[Row]:
-    found = {entry.digest: entry for entry in entries}
-    return [keyed_row(found[digest]) for digest in sorted(found)]
-
-
 def _check_header(path: Path, header: Header) -> None:
     # Other systems' files (TurboMind's dump) would be told apart here, before SQLite is asked.
     if not (header.is_export or header.is_store):
         raise CacheError(f"{path}: is a SQLite file of another program, not a Tilecast table; check the path")
     if header.file_bytes > MAX_FILE_BYTES:
         raise CacheError(f"{path}: has {header.file_bytes} bytes, more than the {MAX_FILE_BYTES} allowed; export less")
-    if header.is_export and header.user_version not in models.EXPORT_FORMATS:
+    if header.is_export and header.user_version not in EXPORT_FORMATS:
         raise SchemaError(
-            f"{path}: has export format {header.user_version}, this Tilecast reads up to {models.EXPORT_FORMAT}; "
+            f"{path}: has export format {header.user_version}, this Tilecast reads up to {EXPORT_FORMAT}; "
             f"upgrade Tilecast (`pip install --upgrade tilecast`) or export the table again with this one"
         )
     if header.is_export and header.file_bytes != header.expected_bytes:
@@ -280,15 +238,15 @@ def _check_header(path: Path, header: Header) -> None:
         )
 
 
-def _check_schema(connection: Connection, header: Header, name: str) -> None:
+def _check_schema(connection: sqlite3.Connection, header: Header, name: str) -> None:
     """Refuse whatever Tilecast would not have written, before any of its rows is read."""
-    wanted = {table.name: {column.name for column in table.columns} for table in DATA}
-    objects = connection.exec_driver_sql("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name").all()
+    wanted = dict(COLUMNS)
+    objects = list(plain_rows(connection, "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name"))
     present = {item for kind, item, _, _ in objects if kind == "table"}
     if header.is_export:
-        wanted["export"] = _export_columns(header)
+        wanted["export"] = export_columns(header.user_version)
     else:
-        wanted["alembic_version"] = {"version_num"}
+        wanted["alembic_version"] = frozenset({"version_num"})
         check_store_revision(connection, name)
     names = {*wanted, *(column for columns in wanted.values() for column in columns)}
     for kind, item, table, sql in objects:
@@ -302,19 +260,15 @@ def _check_schema(connection: Connection, header: Header, name: str) -> None:
         if table not in present:
             raise CacheError(f"{name}: lacks the table {table!r}; export it again")
         # Column 1 is the name; column 6 is not 0 for generated and hidden columns.
-        found = connection.exec_driver_sql(f"PRAGMA table_xinfo({table})").all()
+        found = list(plain_rows(connection, f"PRAGMA table_xinfo({table})"))
         if {row[1] for row in found} != columns or any(row[6] for row in found):
             raise CacheError(f"{name}: table {table!r} has other columns than expected; export it again")
 
 
-def _check_undamaged(connection: Connection, name: str) -> None:
-    damage = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+def _check_undamaged(connection: sqlite3.Connection, name: str) -> None:
+    (damage,) = next(plain_rows(connection, "PRAGMA quick_check(1)"))
     if damage != "ok":
         raise CacheError(f"{name}: is damaged ({_one_line(damage)}); copy or export it again")
-
-
-def _export_columns(header: Header) -> set[str]:
-    return {c.name for c in models.export.columns if header.user_version > 1 or c.name != "measurements_digest"}
 
 
 def _strange_word(sql: object, names: Set[str]) -> str | None:
@@ -328,11 +282,14 @@ def _strange_word(sql: object, names: Set[str]) -> str | None:
     return None
 
 
-def _read(connection: Connection, header: Header, name: str, *, measurements: bool, counted: bool = True) -> Bundle:
-    for table in DATA if counted else [table for table in DATA if table is not models.measurement]:
-        rows = connection.exec_driver_sql(f"SELECT count(*) FROM {table.name}").scalar_one()
-        if rows > MAX_ROWS[table.name]:
-            raise CacheError(f"{name}: has {rows} {table.name} rows, more than the {MAX_ROWS[table.name]} allowed")
+def _read(
+    connection: sqlite3.Connection, header: Header, name: str, *, measurements: bool, counted: bool = True
+) -> Bundle:
+    for table, most in MAX_ROWS.items():
+        if counted or table != "measurement":
+            (rows,) = next(plain_rows(connection, f"SELECT count(*) FROM {table}"))
+            if rows > most:
+                raise CacheError(f"{name}: has {rows} {table} rows, more than the {most} allowed")
     found = read_table(connection, all_environments=header.is_export)
     _check_printable(connection, found, name)
     producer = check_table(connection, found, name) if header.is_export else ""
@@ -342,13 +299,13 @@ def _read(connection: Connection, header: Header, name: str, *, measurements: bo
     return Bundle(table=found, measurements=tuple(kept), producer=producer)
 
 
-def _check_printable(connection: Connection, table: TuningTable, name: str) -> None:
+def _check_printable(connection: sqlite3.Connection, table: TuningTable, name: str) -> None:
     """Raise CacheError for names that would do more to a terminal than be printed, and for sizes below 0."""
     choices = [choice for decision in table.decisions for choice in (decision.up, decision.down)]
     texts = {d.routing for d in table.decisions} | {choice.numerics for choice in choices}
     # Canonical JSON writes what is not plain ASCII with a backslash, all but one character; hardly any config has one.
     odd = "SELECT 1 FROM config WHERE instr(fields, '\\') + instr(fields, char(127)) > 0 LIMIT 1"
-    if connection.exec_driver_sql(odd).first() is not None:
+    if single_row(connection, odd) is not None:
         texts |= {config.label for decision in table.decisions for config in decision_configs(decision)}
     for environment in table.environments:
         values = [getattr(environment, field.name) for field in fields(environment)]

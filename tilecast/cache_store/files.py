@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilecast.cache_store.foreign import SAMPLE_BYTES, described
-from tilecast.cache_store.models import EXPORT_ID, STORE_ID
+from tilecast.cache_store.layout import EXPORT_ID, STORE_ID
 from tilecast.errors import CacheError
 
 SQLITE_MAGIC = b"SQLite format 3\0"
@@ -45,6 +45,25 @@ class Header:
     def is_store(self) -> bool:
         """Whether the file is a live store of Tilecast."""
         return self.application_id == STORE_ID
+
+
+def sqlite_path(where: str | Path) -> Path | None:
+    """Return the file that a path or `sqlite:///` URL names, None for a server's URL. Raises CacheError."""
+    if isinstance(where, Path) or "://" not in where:
+        return Path(where).expanduser()
+    # Only a URL needs SQLAlchemy.
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(where)
+    except ArgumentError as error:
+        raise CacheError(f"{where}: is no SQLAlchemy URL; expected sqlite:///PATH or postgresql+DRIVER://…") from error
+    if url.get_backend_name() != "sqlite":
+        return None
+    if url.query or not url.database:
+        raise CacheError(f"{where}: expected sqlite:///PATH without options")
+    return Path(url.database).expanduser()
 
 
 def regular_size(path: Path) -> int | None:

@@ -15,10 +15,12 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, make_url, 
 
 from tilecast.cache_store import models
 from tilecast.cache_store.decision_rows import decision_row
+from tilecast.cache_store.files import sqlite_path
+from tilecast.cache_store.plain import BUSY_TIMEOUT_S, translate
 from tilecast.cache_store.queries import read_environments, read_measurements, read_table
 from tilecast.cache_store.resolve import covers_bucket
-from tilecast.cache_store.session import BUSY_TIMEOUT_S, Database, open_server, open_sqlite, translate
-from tilecast.cache_store.store import open_store, sqlite_path
+from tilecast.cache_store.session import Database, open_server, open_sqlite
+from tilecast.cache_store.store import open_store
 from tilecast.cache_store.streams import Place, latest_times, place_of
 from tilecast.environment import Environment
 from tilecast.errors import CacheError, InputError, UsageError

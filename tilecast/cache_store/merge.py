@@ -19,11 +19,12 @@ from tilecast._version import VERSION
 from tilecast.cache_store import models
 from tilecast.cache_store.bundle import check_exportable, read_bundle
 from tilecast.cache_store.decision_rows import decision_configs, decision_row, settled
-from tilecast.cache_store.files import replacing
+from tilecast.cache_store.files import replacing, sqlite_path
+from tilecast.cache_store.layout import EXPORT_FORMAT, EXPORT_ID
+from tilecast.cache_store.plain import translate
 from tilecast.cache_store.resolve import Ages, Conflict, Resolution, check_merge_policy, resolve
 from tilecast.cache_store.seal import check_measurements, seal_measurements
-from tilecast.cache_store.session import Database, open_server, open_sqlite, translate
-from tilecast.cache_store.store import sqlite_path
+from tilecast.cache_store.session import Database, open_server, open_sqlite
 from tilecast.cache_store.streams import MeasurementSink, MeasurementStream, Place, insert_keyed, place_of
 from tilecast.environment import Environment
 from tilecast.errors import CacheError, InputError, UsageError
@@ -222,8 +223,8 @@ def _building(path: Path, out: Path) -> Iterator[Connection]:
             # The file is nothing before it is whole: it is synced once, when it is finished, and then renamed.
             for pragma in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{CACHE_KIB}"):
                 connection.exec_driver_sql(f"PRAGMA {pragma}")
-            connection.exec_driver_sql(f"PRAGMA application_id={models.EXPORT_ID}")
-            connection.exec_driver_sql(f"PRAGMA user_version={models.EXPORT_FORMAT}")
+            connection.exec_driver_sql(f"PRAGMA application_id={EXPORT_ID}")
+            connection.exec_driver_sql(f"PRAGMA user_version={EXPORT_FORMAT}")
             models.metadata.create_all(connection)
             models.export_metadata.create_all(connection)
             indexes = sorted(models.measurement.indexes, key=lambda index: str(index.name))

@@ -1,4 +1,4 @@
-"""The SQL tables, the same in a live store and in an exported file, and the numbers that name their versions.
+"""The SQL tables, the same in a live store and in an exported file.
 
 Layers, configs and environments are kept once, as canonical JSON under their digest. Rows are never changed,
 except that decisions are replaced; only decisions are ever deleted.
@@ -22,20 +22,6 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
 )
-
-REVISIONS = ("0001",)
-"""Alembic revisions that a store may be at, oldest first."""
-HEAD = REVISIONS[-1]
-"""The revision that this Tilecast reads and writes."""
-
-STORE_ID = int.from_bytes(b"TLST", "big")
-"""SQLite `application_id` of a live store."""
-EXPORT_ID = int.from_bytes(b"TLCS", "big")
-"""SQLite `application_id` of an exported file."""
-EXPORT_FORMATS = (1, 2)
-"""SQLite `user_version`s of exported files that this Tilecast reads, oldest first."""
-EXPORT_FORMAT = EXPORT_FORMATS[-1]
-"""The one that it writes. Format 1 had no `measurements_digest`."""
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",

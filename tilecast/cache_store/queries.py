@@ -9,12 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection
-
 from tilecast.cache_store.decision_rows import DECISION_KINDS, decision_from_row
 from tilecast.cache_store.keyed import Lookup
 from tilecast.cache_store.measurement_rows import MEASUREMENT_KINDS, measurement_from_row
-from tilecast.cache_store.session import PlainRow, plain_rows
+from tilecast.cache_store.plain import Connection, PlainRow, plain_rows
 from tilecast.canonical import canonical_json, quoted
 from tilecast.environment import Environment
 from tilecast.errors import CacheError

@@ -13,28 +13,20 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Connection, inspect, text
 
 from tilecast.cache_store.files import network_filesystem
-from tilecast.cache_store.models import EXPORT_ID, HEAD, REVISIONS, STORE_ID
-from tilecast.cache_store.session import BUSY_TIMEOUT_S, Database
-from tilecast.errors import CacheError, SchemaError
+from tilecast.cache_store.layout import HEAD, STORE_ID
+from tilecast.cache_store.plain import BUSY_TIMEOUT_S
+from tilecast.cache_store.revision import State, check_upgradable, sqlite_state
+from tilecast.cache_store.session import Database
+from tilecast.errors import CacheError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """What a database holds: nothing at all (`fresh`), or a store at a revision (`""` before the first one)."""
-
-    fresh: bool
-    revision: str
-    journal_mode: str = ""
 
 
 def prepare(database: Database, *, path: Path | None, read_only: bool) -> None:
@@ -45,7 +37,7 @@ def prepare(database: Database, *, path: Path | None, read_only: bool) -> None:
     with database.reading() as connection:
         state = _state(connection, database.name)
     if state.revision != HEAD:
-        _check_upgradable(state, database.name, read_only)
+        check_upgradable(state, database.name, read_only)
         with _init_lock(path):
             _upgrade(database)
     if path is not None and not read_only:
@@ -53,44 +45,13 @@ def prepare(database: Database, *, path: Path | None, read_only: bool) -> None:
 
 
 def _state(connection: Connection, name: str) -> State:
-    journal = ""
-    empty = not inspect(connection).get_table_names()
     if connection.dialect.name == "sqlite":
-        application_id = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
-        if application_id == EXPORT_ID:
-            raise CacheError(
-                f"{name}: is an exported table, which never changes, not a store; "
-                f"read it with `tilecast cache import {name}`"
-            )
-        if application_id != STORE_ID and not (empty and application_id == 0):
-            raise CacheError(f"{name}: is a SQLite file of another program; choose another path")
-        journal = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
-    if not inspect(connection).has_table("alembic_version"):
-        return State(fresh=empty, revision="", journal_mode=journal)
+        return sqlite_state(connection, name)
+    tables = inspect(connection).get_table_names()
+    if "alembic_version" not in tables:
+        return State(fresh=not tables, revision="")
     revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-    return State(fresh=False, revision=str(revision or ""), journal_mode=journal)
-
-
-def check_store_revision(connection: Connection, name: str) -> None:
-    """Raise SchemaError unless the store is at the revision that this Tilecast reads."""
-    state = _state(connection, name)
-    if state.revision != HEAD:
-        _check_upgradable(state, name, read_only=True)
-
-
-def _check_upgradable(state: State, name: str, read_only: bool) -> None:
-    if state.revision and state.revision not in REVISIONS:
-        raise SchemaError(
-            f"{name}: has schema {state.revision}, this Tilecast reads up to {HEAD}; "
-            f"upgrade Tilecast (`pip install --upgrade tilecast`) or use another store"
-        )
-    if state.fresh and read_only:
-        raise CacheError(f"{name}: holds no store yet; `tilecast tune --store {name}` makes one")
-    if read_only:
-        raise SchemaError(
-            f"{name}: has schema {state.revision or 'none'}, this Tilecast reads {HEAD}; "
-            f"open it for writing once to upgrade it, as `tilecast tune --store {name}` does"
-        )
+    return State(fresh=False, revision=str(revision or ""))
 
 
 def _upgrade(database: Database) -> None:
@@ -102,7 +63,7 @@ def _upgrade(database: Database) -> None:
         state = _state(connection, database.name)
         if state.revision == HEAD:
             return  # Another process was faster.
-        _check_upgradable(state, database.name, read_only=False)
+        check_upgradable(state, database.name, read_only=False)
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         config.set_main_option("path_separator", "os")

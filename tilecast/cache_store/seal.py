@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, select, update
+import sqlite3
+from typing import TYPE_CHECKING
 
-from tilecast.cache_store import models
+from tilecast.cache_store.plain import Connection, plain_rows, single_row
 from tilecast.cache_store.queries import measurements_digest
 from tilecast.errors import CacheError, SchemaError
 from tilecast.evidence import TABLE_FORMAT, TuningTable
 
+if TYPE_CHECKING:
+    import sqlalchemy
 
-def seal_measurements(connection: Connection, digest: str | None = None) -> None:
+
+def seal_measurements(connection: sqlalchemy.Connection, digest: str | None = None) -> None:
     """Write the digest of all measurements into a file that is being exported, after its last row.
 
     A caller that has made it on the way gives it.
     """
     sealed = measurements_digest(connection) if digest is None else digest
-    connection.execute(update(models.export).values(measurements_digest=sealed))
+    connection.exec_driver_sql("UPDATE export SET measurements_digest = ?", (sealed,))
 
 
 def check_measurements(connection: Connection, name: str, digest: str | None = None) -> None:
@@ -25,11 +29,12 @@ def check_measurements(connection: Connection, name: str, digest: str | None = N
     A caller that has gone over all of them gives their digest. Stores, files of format 1, and files whose writer did
     not look at its measurements have no seal.
     """
-    export = models.export.c.measurements_digest
-    sqlite = connection.dialect.name == "sqlite"
-    if not sqlite or export.name not in {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(export)")}:
+    if not isinstance(connection, sqlite3.Connection) and connection.dialect.name != "sqlite":
         return
-    stored = connection.execute(select(export)).scalar_one()
+    if "measurements_digest" not in {row[1] for row in plain_rows(connection, "PRAGMA table_info(export)")}:
+        return
+    row = single_row(connection, "SELECT measurements_digest FROM export")
+    stored = "" if row is None else row[0]
     if stored is None:
         return
     actual = measurements_digest(connection) if digest is None else digest
@@ -42,7 +47,7 @@ def check_measurements(connection: Connection, name: str, digest: str | None = N
 
 def check_table(connection: Connection, table: TuningTable, name: str) -> str:
     """Return an export's producer. Raises CacheError, SchemaError unless its decisions are those it was sealed with."""
-    rows = connection.exec_driver_sql("SELECT table_digest, table_format, producer FROM export LIMIT 2").all()
+    rows = list(plain_rows(connection, "SELECT table_digest, table_format, producer FROM export LIMIT 2"))
     if len(rows) != 1:
         raise CacheError(
             f"{name}: has {'several' if rows else 'no'} rows in its export table, expected 1; export it again"

@@ -11,11 +11,11 @@ from typing import Any, Self, TypeVar
 
 from sqlalchemy import BindParameter, Connection, Delete, Table, bindparam, delete, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, IntegrityError
+from sqlalchemy.exc import IntegrityError
 
 from tilecast.cache_store import models
 from tilecast.cache_store.decision_rows import decision_configs, decision_row, settled
-from tilecast.cache_store.files import SQLITE_MAGIC, reason, regular_size
+from tilecast.cache_store.files import SQLITE_MAGIC, reason, regular_size, sqlite_path
 from tilecast.cache_store.keyed import Keyed, keyed_row
 from tilecast.cache_store.measurement_rows import MEASUREMENT_KINDS, measurement_row, storable
 from tilecast.cache_store.memory import MemoryStore
@@ -52,21 +52,6 @@ def open_store(where: str | Path | None, *, create: bool = True, read_only: bool
         database.close()
         raise
     return SqlStore(database, read_only=read_only)
-
-
-def sqlite_path(where: str | Path) -> Path | None:
-    """Return the file that a path or `sqlite:///` URL names, None for a server's URL. Raises CacheError."""
-    if isinstance(where, Path) or "://" not in where:
-        return Path(where).expanduser()
-    try:
-        url = make_url(where)
-    except ArgumentError as error:
-        raise CacheError(f"{where}: is no SQLAlchemy URL; expected sqlite:///PATH or postgresql+DRIVER://…") from error
-    if url.get_backend_name() != "sqlite":
-        return None
-    if url.query or not url.database:
-        raise CacheError(f"{where}: expected sqlite:///PATH without options")
-    return Path(url.database).expanduser()
 
 
 def _checked_path(path: Path, *, create: bool) -> Path:

@@ -18,6 +18,7 @@ from tilecast.cache_store.measurement_rows import (
     measurement_row,
     plain_samples,
 )
+from tilecast.cache_store.plain import plain_rows
 from tilecast.cache_store.queries import (
     Seal,
     configs_in,
@@ -27,7 +28,6 @@ from tilecast.cache_store.queries import (
     plain_line,
     sealed_line,
 )
-from tilecast.cache_store.session import plain_rows
 from tilecast.environment import Environment
 from tilecast.evidence import Decision
 from tilecast.problem import ExpertLayer, TileConfig
