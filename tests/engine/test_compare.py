@@ -445,6 +445,21 @@ def test_reproducible_takes_attention_that_a_model_writes_out(tmp_path: Path) ->
     assert [check.verdict for check in found.invariance] == ["equal"] * 2, found.invariance
 
 
+def test_what_loading_does_is_not_named_as_uncovered(tmp_path: Path) -> None:
+    request = Request(
+        folder=str(save_tiny("mixtral", tmp_path)), against=None, prompts=PROMPTS, reproducible=True, checks=("policy",)
+    )
+    found = compare(request)
+    assert found.uncovered == ()
+    assert [check.verdict for check in found.invariance] == ["equal"]
+
+
+def test_experts_of_many_classes_are_named_as_uncovered(tmp_path: Path) -> None:
+    folder = str(save_tiny("mixtral", tmp_path))
+    request = Request(folder=folder, against=None, prompts=PROMPTS, reproducible=True, policy="fastest", checks=())
+    assert compare(request).uncovered == ("experts under the policy fastest",)
+
+
 def test_reproducible_holds_for_the_experts_whatever_the_environment_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tilecast.engine.invariant import invariant
+from tilecast.engine.invariant import invariant, outside
 from tilecast.errors import InputError
 
 COUNTS = (2, 3, 8, 17, 33, 100, 257)
@@ -221,3 +221,15 @@ def test_it_ends_with_its_block_and_refuses_autocast() -> None:
     assert torch.equal(F.linear(given, _matrix(given).T.contiguous()), outside)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="autocast"), invariant():
         pass
+
+
+def test_outside_is_torchs_own_and_recorded_nowhere() -> None:
+    rows, kernel = torch.randn(3, 4, 9), torch.randn(5, 4, 3)
+    wanted = torch.nn.functional.linear(rows[0].T, rows[1, :, :].T)
+    with invariant() as outer, invariant() as inner:
+        with outside():
+            torch.nn.functional.conv1d(rows, kernel)
+            assert torch.equal(torch.nn.functional.linear(rows[0].T, rows[1, :, :].T), wanted)
+        assert outer.covered and inner.covered
+        torch.nn.functional.fractional_max_pool2d(torch.randn(1, 1, 8, 8), 3, output_size=2)
+    assert not inner.covered

@@ -93,7 +93,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RANKS = 2
-ENDINGS = ("kill in generate", "kill in load", "error in generate")
+ENDINGS = ("kill in generate", "kill in load", "error in generate", "error in python")
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,15 @@ def test_a_killed_rank_ends_the_others_with_one_message(ended, ending: str) -> N
         (line,) = re.findall("^tilecast: .*", rank.errors, re.MULTILINE)
         assert line == f"tilecast: rank {RANKS - 1} died: no sign of life for 10 s; start all ranks again"
         assert "Traceback" not in rank.errors and float(rank.errors.strip().splitlines()[-1]) < 60
+
+
+def test_an_error_on_one_rank_of_a_program_ends_the_ranks_that_wait_for_it(ended) -> None:  # type: ignore[no-untyped-def]
+    stuck, raised = ended["error in python"]
+    message = f"rank {RANKS - 1}: OSError: the network file system went away"
+    assert raised.code == 0 and f"raised: {message}\n" in raised.errors, raised.errors[-2000:]
+    assert stuck.code == 5 and "raised" not in stuck.errors
+    (line,) = re.findall("^tilecast: stuck .*", stuck.errors, re.MULTILINE)
+    assert line == f"tilecast: stuck in a collective after another rank failed, so this one ends: {message}"
 
 
 def test_an_error_on_one_rank_while_generating_ends_all_with_it(ended) -> None:  # type: ignore[no-untyped-def]

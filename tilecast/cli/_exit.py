@@ -74,6 +74,12 @@ def complain(message: str) -> None:
         sys.stderr.flush()
 
 
+def end_process(error: TilecastError) -> None:
+    """End a rank that is stuck in a collective after another failed: its main thread cannot."""
+    complain(str(error))
+    os._exit(exit_code(error))
+
+
 def guarded(call: Callable[[], object], *, debug: bool) -> int:
     """Run `call`, report whatever it raises as one line and return the exit code.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tilecast.canonical import Json
+from tilecast.cli._exit import end_process
 from tilecast.cli._options import (
     EpOption,
     JsonOption,
@@ -151,7 +152,7 @@ def compare(
             reporter.update(done=done[0], total=3 + len(request.checks), text=text, remaining_s=None)
             done[0] += 1
 
-        found = run_comparison(request, report)
+        found = run_comparison(request, report, end_process)
     failed = unmet(found, expected)
     if picture is not None and not output.quiet:
         write_atomically(picture.expanduser(), draw(found).encode("utf-8"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tilecast.canonical import Json
-from tilecast.cli._exit import complain, exit_code
+from tilecast.cli._exit import end_process
 from tilecast.cli._options import DtypeOption, JsonOption, PolicyOption, ThreadsOption, parse_dtypes, parse_policy
 from tilecast.cli._output import Output
 from tilecast.cli._run import launched_rank, use_threads
-from tilecast.errors import InputError, TilecastError, UsageError
+from tilecast.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from tilecast.engine.generate import Generation, Sampling
@@ -121,7 +120,7 @@ def generate(
     with _logged(output):
         loaded = load_model(
             folder, dtype=chosen_dtype, tp=tp, ep=ep, policy="reproducible" if reproducible else chosen_policy,
-            table=table, group=group, experts=experts, on_stuck=_end_process,
+            table=table, group=group, experts=experts, on_stuck=end_process,
         )  # fmt: skip
         encoded = _shared(loaded, lines, as_ids=ids is not None)
         _run(loaded, lines, encoded, output, max_new_tokens=max_new_tokens, sampling=sampling, batch=batch,
@@ -219,7 +218,7 @@ def _run(
         done = run(
             loaded, encoded, max_new_tokens=max_new_tokens, sampling=sampling, batch=batch, reproducible=reproducible,
             digests=reproducible and output.json_wanted,
-            on_token=_writer(stream) if streaming else None, on_stuck=_end_process,
+            on_token=_writer(stream) if streaming else None, on_stuck=end_process,
         )  # fmt: skip
     if streaming:
         sys.stdout.write(f"{stream.end()}\n")
@@ -260,7 +259,3 @@ def _json(loaded: Loaded, lines: list[str], done: Generation) -> Json:
     }  # fmt: skip
 
 
-def _end_process(error: TilecastError) -> None:
-    """End a rank that is stuck in a collective after another failed: its main thread cannot."""
-    complain(str(error))
-    os._exit(exit_code(error))

@@ -33,10 +33,11 @@ from tilecast.engine.compare_invariance import (
 )
 from tilecast.engine.compare_reference import Reference, ReferenceReport, compare_to, reference_of
 from tilecast.engine.group import Group
-from tilecast.engine.invariant import invariant
-from tilecast.engine.invariant_attention import row_wise_attention
+from tilecast.engine.invariant import outside
+from tilecast.engine.invariant_attention import row_by_row, row_wise_attention
 from tilecast.engine.load import Loaded, load_model
-from tilecast.errors import ModelError, UsageError
+from tilecast.engine.watch import together
+from tilecast.errors import ModelError, TilecastError, UsageError
 from tilecast.settings import child_environment
 
 EXPECTATIONS = {
@@ -121,12 +122,23 @@ class Comparison:
         }  # fmt: skip
 
 
-def compare(request: Request, report: Report = lambda _text: None) -> Comparison:
+def compare(
+    request: Request,
+    report: Report = lambda _text: None,
+    on_stuck: Callable[[TilecastError], None] | None = None,
+) -> Comparison:
     """Load what is to be compared and compare it; all ranks must call it. `report` is told what is being done.
+
+    `on_stuck` is as `watch.together` says.
 
     Raises what `load_model` raises, and ModelError for prompts that are not ids of the model's vocabulary.
     """
     group = process_group()
+    with together(group, on_stuck):
+        return _compared(request, group, report)
+
+
+def _compared(request: Request, group: Group, report: Report) -> Comparison:
     reference: Reference | None = None
     prompts: Prompts | None = None
     wide: torch.dtype | None = None
@@ -159,7 +171,7 @@ def _surroundings(request: Request, model: Any) -> Iterator[Mapping[str, int]]:
     if not request.reproducible:
         yield {}
         return
-    with row_wise_attention(model), invariant() as context:
+    with row_by_row(model) as context:
         yield context.uncovered
 
 
@@ -303,7 +315,9 @@ def check_policy(request: Request, loaded: Loaded, prompts: Prompts, group: Grou
         )
     ours = run(loaded.model, prompts, alone(prompts))
     for policy in ("reproducible", "fastest"):
-        other = _load(request, request.experts, group, policy=policy)
+        # What loading does to weights says nothing of how they run.
+        with outside():
+            other = _load(request, request.experts, group, policy=policy)
         with row_wise_attention(other.model) if request.reproducible else nullcontext():
             theirs = run(other.model, prompts, alone(prompts))
         found = check_traces("policy", policy, prompts, ours, theirs)

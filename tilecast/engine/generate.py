@@ -112,7 +112,8 @@ def generate(
     `on_token` is called with (prompt's place, token) as tokens come, end tokens left out. `reproducible` runs the
     model's other operations row by row, too (`invariant`), so that bits do not depend on the batch; what it cannot
     vouch for is named in the result. A sampled request's draws come from the seed and the prompt itself (the n-th of
-    equal prompts draws anew), not from its place. On several ranks all must call it alike.
+    equal prompts draws anew), not from its place. On several ranks all must call it alike; `on_stuck` is as
+    `watch.together` says.
 
     Raises UsageError for numbers out of range, InputError for prompts that the model cannot take, and on every rank
     what any of them raises.
@@ -372,16 +373,9 @@ def _row_by_row(model: Any, wanted: bool) -> Iterator[Any | None]:
         yield None
         return
     # Imported here: they are large, and only this needs them.
-    from tilecast.engine.adapted import adapted_of
-    from tilecast.engine.invariant import invariant
-    from tilecast.engine.invariant_attention import row_wise_attention
+    from tilecast.engine.invariant_attention import row_by_row
 
-    with row_wise_attention(model), invariant() as context:
-        for state in map(adapted_of, model.modules()):
-            runtime = None if state is None else state.runtime
-            if runtime is not None and runtime.policy != "reproducible":
-                # No operation of torch tells of it.
-                context.uncovered[f"experts under the policy {runtime.policy}"] += 1
+    with row_by_row(model) as context:
         yield context
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -27,7 +29,7 @@ from tilecast.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Invariant", "invariant", "request_seed", "sample_row"]
+__all__ = ["Invariant", "invariant", "outside", "request_seed", "sample_row"]
 
 
 class Invariant:
@@ -41,6 +43,7 @@ class Invariant:
         self.uncovered: Counter[str] = Counter()
         self._functions = _Functions(self.uncovered)
         self._dispatch = _Dispatch(self.uncovered)
+        self._modes = (self._functions, self._dispatch)
         self._depth = 0
 
     @property
@@ -60,6 +63,7 @@ class Invariant:
             raise InputError("invariant() inside torch.compile: compiled code fuses operations; run the model eagerly")
         self._dispatch.__enter__()  # type: ignore[no-untyped-call]
         self._functions.__enter__()  # type: ignore[no-untyped-call]
+        _entered().append(self)
         self._depth += 1
         return self
 
@@ -69,6 +73,7 @@ class Invariant:
         """Give torch's operations back, and say once what was not covered."""
         self._functions.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._dispatch.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        _entered().remove(self)
         self._depth -= 1
         if self.uncovered and self._depth == 0 and error is None:
             names = ", ".join(sorted(self.uncovered))
@@ -85,15 +90,41 @@ def invariant() -> Invariant:
     return Invariant()
 
 
+_threads = threading.local()
+
+
+def _entered() -> list[Invariant]:
+    """Return the contexts that this thread is inside of."""
+    found: list[Invariant] = _threads.__dict__.setdefault("entered", [])
+    return found
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Run the block as if this thread were in no `invariant()`: torch's own operations, and none is recorded."""
+    modes = [mode for context in _entered() for mode in context._modes]
+    before = [mode.paused for mode in modes]
+    for mode in modes:
+        mode.paused = True
+    try:
+        yield
+    finally:
+        for mode, paused in zip(modes, before, strict=True):
+            mode.paused = paused
+
+
 class _Functions(TorchFunctionMode):
     def __init__(self, uncovered: Counter[str]) -> None:
         super().__init__()
         self._uncovered = uncovered
+        self.paused = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
+        if self.paused:
+            return func(*args, **given)
         if func is F.linear and _sound(args, given):
             return operations.linear(*args, **given)
         if func is F.scaled_dot_product_attention:
@@ -130,11 +161,14 @@ class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, uncovered: Counter[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._uncovered = uncovered
+        self.paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
+        if self.paused:
+            return func(*args, **given)
         known = _kinds.get(func)
         if known is None:
             known = _kinds[func] = operations.kind_of(func)

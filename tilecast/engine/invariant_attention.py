@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tilecast.engine.adapted import adapted_of
+from tilecast.engine.invariant import Invariant, invariant
 from tilecast.engine.invariant_operations import ranges_for
 from tilecast.errors import InputError
 from tilecast.kernels.attend import attend
@@ -50,6 +52,18 @@ def row_wise_attention(model: Any) -> Iterator[None]:
     finally:
         if own == "eager":
             model.set_attn_implementation(own)
+
+
+@contextlib.contextmanager
+def row_by_row(model: Any) -> Iterator[Invariant]:
+    """Run a transformers model inside of `invariant()`, with what it writes out itself, and its experts, in view."""
+    with row_wise_attention(model), invariant() as context:
+        for state in map(adapted_of, model.modules()):
+            runtime = None if state is None else state.runtime
+            if runtime is not None and runtime.policy != "reproducible":
+                # No operation of torch tells of it.
+                context.uncovered[f"experts under the policy {runtime.policy}"] += 1
+        yield context
 
 
 def attention_forward(

@@ -7,6 +7,8 @@ its collective breaks, and where it does not break, `on_stuck` is told.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,9 @@ POLL_S = 0.5
 GRACE_S = 5.0
 """How long a rank may stay in its collective after another has failed, before it counts as stuck."""
 
+STUCK_EXIT_CODE = 5
+"""What the command line ends with where ranks do not agree."""
+
 LOST_S = 15.0
 """How long a rank whose connection broke waits to hear from the group what happened to the other one."""
 
@@ -32,13 +37,14 @@ def together(group: Group, on_stuck: Callable[[TilecastError], None] | None = No
     """Run a block that uses torch.distributed's collectives, so that any rank's error or death ends it on all.
 
     Raises the shared error. `on_stuck` is called, on a thread, with that error where the block has not ended within
-    GRACE_S seconds of it: a process that has nothing else to do should end there.
+    GRACE_S seconds of it; by default it is `end_process`.
     """
     if group.world_size == 1:
         yield
         return
     ended = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(group, ended, on_stuck), name="tilecast-watch", daemon=True)
+    told = on_stuck or end_process
+    watcher = threading.Thread(target=_watch, args=(group, ended, told), name="tilecast-watch", daemon=True)
     watcher.start()
     try:
         with group.guard():
@@ -71,11 +77,21 @@ def _hear_who_was_lost(group: Group) -> None:
     raise AgreementError("the connection between ranks broke, so one ended; start all ranks again")
 
 
-def _watch(group: Group, ended: threading.Event, on_stuck: Callable[[TilecastError], None] | None) -> None:
+def end_process(error: TilecastError) -> None:
+    """End this process with STUCK_EXIT_CODE, as NCCL's watchdog does with one whose collective cannot end.
+
+    Nothing interrupts a thread inside a collective of gloo: it would wait for the rank that failed until its timeout.
+    """
+    sys.stderr.write(f"tilecast: stuck in a collective after another rank failed, so this one ends: {error}\n")
+    sys.stderr.flush()
+    os._exit(STUCK_EXIT_CODE)
+
+
+def _watch(group: Group, ended: threading.Event, on_stuck: Callable[[TilecastError], None]) -> None:
     while not ended.wait(POLL_S):
         try:
             group.check()
         except TilecastError as error:
-            if not ended.wait(GRACE_S) and on_stuck is not None:
+            if not ended.wait(GRACE_S):
                 on_stuck(error)
             return
