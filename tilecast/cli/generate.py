@@ -16,6 +16,7 @@ from tilecast.canonical import Json
 from tilecast.cli._exit import end_process
 from tilecast.cli._options import DtypeOption, JsonOption, PolicyOption, ThreadsOption, parse_dtypes, parse_policy
 from tilecast.cli._output import Output
+from tilecast.cli._placement import ExpertCountsOption, GpuExpertsOption, parse_gpu_experts, placement_json
 from tilecast.cli._run import launched_rank, use_threads
 from tilecast.errors import InputError, UsageError
 
@@ -76,6 +77,8 @@ def generate(
     experts: Annotated[
         str, typer.Option("--experts", metavar="NAME", help="Experts implementation: tilecast or transformers' own.")
     ] = "tilecast",
+    gpu_experts: GpuExpertsOption = None,
+    expert_counts: ExpertCountsOption = None,
     threads: ThreadsOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -90,6 +93,8 @@ def generate(
 
         tilecast generate ./mixtral --prompts questions.txt --batch 16 --json
 
+        tilecast generate ./mixtral --gpu-experts 2 --expert-counts seen.json --prompt "Once upon a time"
+
         torchrun --nproc-per-node 2 -m tilecast generate ./mixtral --tp 2 --prompt "Once upon a time"
     """
     rank = launched_rank()
@@ -99,6 +104,7 @@ def generate(
     if reproducible and chosen_policy == "fastest":
         raise UsageError("--reproducible and --policy fastest contradict each other; leave out one")
     chosen_dtype = None if dtype is None else _dtype(dtype)
+    placement = parse_gpu_experts(gpu_experts, expert_counts, tp=tp, ep=ep, experts=experts)
     sources = {"--prompt": prompt, "--prompts": prompts, "--ids": ids}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
@@ -120,7 +126,7 @@ def generate(
     with _logged(output):
         loaded = load_model(
             folder, dtype=chosen_dtype, tp=tp, ep=ep, policy="reproducible" if reproducible else chosen_policy,
-            table=table, group=group, experts=experts, on_stuck=end_process,
+            table=table, group=group, experts=experts, gpu_experts=placement, on_stuck=end_process,
         )  # fmt: skip
         encoded = _shared(loaded, lines, as_ids=ids is not None)
         _run(loaded, lines, encoded, output, max_new_tokens=max_new_tokens, sampling=sampling, batch=batch,
@@ -252,6 +258,7 @@ def _json(loaded: Loaded, lines: list[str], done: Generation) -> Json:
         outputs.append(entry if one.logits_digest is None else {**entry, "logits_sha256": one.logits_digest})
     return {
         "experts": loaded.experts, "dtype": str(loaded.dtype).removeprefix("torch."), "tp": loaded.tp, "ep": loaded.ep,
+        "placement": placement_json(loaded.model),
         "outputs": outputs, "prefill_tokens": done.prefill_tokens, "prefill_s": done.prefill_s,
         "prefill_tokens_per_s": done.prefill_per_s, "decode_tokens": done.decode_tokens, "decode_s": done.decode_s,
         "decode_tokens_per_s": done.decode_per_s,

@@ -194,7 +194,7 @@ class Adapted:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Adapted:
         """Return a state that a copied module starts from; the packed weights never change, so they are shared."""
-        copied = Adapted.__new__(Adapted)
+        copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
 

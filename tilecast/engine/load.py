@@ -12,7 +12,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tilecast.engine.checkpoint import (
     inspect_checkpoint,
 )
 from tilecast.engine.group import Group
+from tilecast.engine.placed_choice import Asked, Choice, as_choice
 from tilecast.engine.quantized import recipe_of
 from tilecast.engine.watch import is_connection_error, together
 from tilecast.errors import DeviceError, ModelError, TilecastError, UsageError
@@ -70,6 +71,7 @@ def load_model(
     table: str | None = None,
     group: Group | None = None,
     experts: str = "tilecast",
+    gpu_experts: Asked | Choice | None = None,
     on_stuck: Callable[[TilecastError], None] | None = None,
 ) -> Loaded:
     """Load a checkpoint folder (config.json, safetensors, tokenizer if any) and make its experts ready.
@@ -77,7 +79,8 @@ def load_model(
     `dtype` None is the checkpoint's own; `device` None the rank's GPU or the CPU. `tp` ranks split attention, dense
     layers and every expert's I; `ep` ranks split attention and dense layers alike, but keep whole experts each. One of
     them is 1, the other the world size. `policy` and `table` replace TM_GEMM_POLICY and TM_GEMM_IMPORT. `experts` is
-    any name that transformers knows as `experts_implementation`. `on_stuck` is as `together` says.
+    any name that transformers knows as `experts_implementation`. `gpu_experts` keeps these experts of each layer on
+    `device` and the others on the CPU, as `read_choice` says. `on_stuck` is as `together` says.
 
     Raises, on all ranks with one message: UsageError for options that do not fit, ModelError for a checkpoint that
     is not complete or has weights that the model does not, DeviceError for too little memory, AgreementError for
@@ -86,12 +89,14 @@ def load_model(
     group = group or process_group()
     with group.guard():
         transformers = _transformers()
+        choice = None if gpu_experts is None else _placement(gpu_experts, max(group.world_size, tp * ep), experts)
         check_parallel(group.world_size, tp, ep)
         settings = _settings(policy, table)
         checkpoint = inspect_checkpoint(folder)
         wanted = _dtype(dtype, checkpoint)
         place = _device(device, group)
-        _check_memory(checkpoint, wanted, place, tp=tp * ep)
+        # Experts that are placed come into the CPU's memory first.
+        _check_memory(checkpoint, wanted, place if choice is None else torch.device("cpu"), tp=tp * ep)
         orders = {
             "tp": tp,
             "ep": ep,
@@ -108,11 +113,11 @@ def load_model(
             with _experts_as_stored(checkpoint):
                 model = _loaded(transformers, checkpoint, wanted, _distributed(tp, ep))
             check_heads(model, tp * ep)
-            if group.world_size == 1:
+            if group.world_size == 1 and choice is None:
                 model = model.to(place)
             model.eval()
             tokenizer = _tokenizer(transformers, checkpoint.folder)
-        used = _use_experts(model, experts, settings)
+        used = _use_experts(model, experts, settings, None if choice is None else replace(choice, near=place))
         # Nobody generates before all have loaded.
         group.gather("loaded", b"")
     return Loaded(
@@ -158,8 +163,17 @@ def _settings(policy: str | None, table: str | None) -> Settings | None:
         return None
     settings = Settings.from_environment()
     if policy is not None:
-        settings = dataclasses.replace(settings, policy=policy)
-    return settings if table is None else dataclasses.replace(settings, import_from=table)
+        settings = replace(settings, policy=policy)
+    return settings if table is None else replace(settings, import_from=table)
+
+
+def _placement(asked: Asked | Choice, ranks: int, experts: str) -> Choice:
+    """Return which experts are near. Raises UsageError where the other options leave no way to place them."""
+    if ranks > 1:
+        raise UsageError(f"gpu_experts is for one process, not for {ranks} ranks; leave it out, or tp, ep and torchrun")
+    if experts != "tilecast":
+        raise UsageError(f"gpu_experts needs Tilecast's experts, but they are to run on {experts!r:.40}")
+    return as_choice(asked)
 
 
 # Before anything is loaded -----------------------------------------------------------------------------------
@@ -341,17 +355,19 @@ def _tokenizer(transformers: Any, folder: Path) -> Any | None:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {type(error).__name__}: {_line(error)}") from error
 
 
-def _use_experts(model: Any, experts: str, settings: Settings | None) -> str:
+def _use_experts(model: Any, experts: str, settings: Settings | None, placement: Choice | None) -> str:
     """Switch the model's experts over, which for Tilecast's starts up on all ranks; return what runs them."""
     # Imported here: transformers' own experts need none of it.
     from tilecast.engine import transformers as adapter
 
     found = adapter.experts_modules(model)
+    if not found and placement is not None:
+        raise ModelError("gpu_experts is given, but the model has no experts that transformers lets others run")
     if not found:
         logger.warning("the model has no experts that transformers lets others run, so its own code runs it")
         return "its own"
     try:
-        with adapter.started_by(settings) if experts == adapter.NAME else nullcontext():
+        with adapter.started_by(settings, placement) if experts == adapter.NAME else nullcontext():
             model.set_experts_implementation(experts)
     except ValueError as error:
         raise UsageError(f"experts are to run on {experts!r:.40}: {_line(error)}") from error

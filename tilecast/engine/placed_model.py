@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,11 +67,12 @@ class PlacedModule:
 class PlacedAdapted(Adapted):
     """What runs one module's experts on two devices."""
 
-    def __init__(self, module: torch.nn.Module, place: PlacedModule, stream_from: int | None) -> None:
-        """Start without weights: `prepare` puts them where they are to be."""
+    def __init__(self, module: torch.nn.Module, place: PlacedModule, runtimes: tuple[Runtime, Runtime]) -> None:
+        """Start without weights: `prepare` puts them where they are to be. The runtimes are near's and far's."""
         super().__init__(module, place.form, None)
         self.place = place
-        self.stream_from = stream_from
+        self.runtimes = runtimes
+        self.stream_from = _stream_from(place, *runtimes)
 
     def prepare(
         self, module: torch.nn.Module, runtime: Runtime, top_k: int, *, release: bool = True, summed: bool = True
@@ -88,7 +89,9 @@ class PlacedAdapted(Adapted):
         detach(module)
         self._release(module, self.place.near)
         for name in self.form.names[2:]:
-            replace_parameter(module, name, local(module.get_parameter(name)).to(self.place.near))
+            bias = local(module.get_parameter(name))
+            if bias.device != self.place.near:
+                replace_parameter(module, name, bias.to(self.place.near))
         self._seen = fingerprint(module, self.form)
 
     @property
@@ -100,8 +103,7 @@ class PlacedAdapted(Adapted):
 
     def fits(self, module: torch.nn.Module) -> bool:
         """Whether the module still stands for the weights that were placed, where and as it did."""
-        assert self.form is not None
-        return fingerprint(module, self.form) == self._seen
+        return fingerprint(module, self.place.form) == self._seen
 
     def plain(self) -> Plain:
         """Return the weights of all experts in the CPU's memory, bit for bit as they were given."""
@@ -123,7 +125,7 @@ class PlacedAdapted(Adapted):
         return place_experts(
             plain.w13, plain.w2, top_k=top_k, near_experts=self.place.near_experts, near=self.place.near, far=FAR,
             activation=layer.activation, gated=layer.gated, bias13=plain.bias13, bias2=plain.bias2, dtype=plain.dtype,
-            near_runtime=self.runtime, far_runtime=runtime_module.current(FAR.type), stream_from=self.stream_from,
+            near_runtime=self.runtimes[0], far_runtime=self.runtimes[1], stream_from=self.stream_from,
         )  # fmt: skip
 
 
@@ -184,9 +186,33 @@ def place_model(model: torch.nn.Module, found: Sequence[Inspected], choice: Choi
 
 def adapt_placed(module: torch.nn.Module, place: PlacedModule) -> PlacedAdapted:
     """Put a module's experts where they are to be, and return what runs them. Raises what `place_experts` raises."""
-    runtime, far = runtime_module.current(place.near.type), runtime_module.current(FAR.type)
-    state = PlacedAdapted(module, place, _stream_from(place, runtime, far))
-    state.prepare(module, runtime, place.layer.top_k)
+    runtimes = runtime_module.current(place.near.type), runtime_module.current(FAR.type)
+    return _adapted(module, place, runtimes, place.layer.top_k)
+
+
+def place_again(module: torch.nn.Module, known: PlacedAdapted, top_k: int) -> PlacedAdapted:
+    """Place a module's experts once more: it was copied, cast or moved, or has new weights.
+
+    What was near is where the module's parameters now are. The module is whole there for a moment.
+    """
+    with torch.inference_mode(False):
+        known.restore(module, quantized=True)
+    form = known.place.form
+    near = local(module.get_parameter(form.names[1])).device
+    (layer,) = plain_weights(module, form).layers(form, top_k)
+    runtimes = known.runtimes
+    if near.type != known.place.near.type:
+        runtimes = runtime_module.current(near.type), runtimes[1]
+    return _adapted(module, replace(known.place, near=near, layer=layer), runtimes, top_k)
+
+
+def _adapted(
+    module: torch.nn.Module, place: PlacedModule, runtimes: tuple[Runtime, Runtime], top_k: int
+) -> PlacedAdapted:
+    state = PlacedAdapted(module, place, runtimes)
+    # Not in inference mode: what is made there could not be copied, cast or written to later.
+    with torch.inference_mode(False):
+        state.prepare(module, runtimes[0], top_k)
     module.__dict__[STATE] = state
     return state
 

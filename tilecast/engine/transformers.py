@@ -26,6 +26,17 @@ from tilecast.engine.expert_module import Form, Unsupported, form_of, local, pla
 from tilecast.engine.float32_routers import keep_router_in_float32
 from tilecast.engine.group import Group
 from tilecast.engine.late_fallbacks import remember_models, warn_late
+from tilecast.engine.placed_choice import Asked, Choice, as_choice
+from tilecast.engine.placed_model import (
+    PlacedAdapted,
+    adapt_placed,
+    announce_placement,
+    kind_of,
+    made_whole,
+    place_again,
+    place_model,
+    placeable,
+)
 from tilecast.engine.quantized_loading import load_quantized
 from tilecast.engine.quantized_module import make_dense
 from tilecast.engine.runtime import Runtime
@@ -49,6 +60,7 @@ class _Options:
     release: bool = True
     float32_router: bool = False
     settings: Settings | None = None
+    placement: Choice | None = None
 
 
 _options = _Options()
@@ -71,16 +83,19 @@ def register_transformers(
 
 
 @contextmanager
-def started_by(settings: Settings | None) -> Iterator[None]:
-    """Have models of the block started up as `settings` say, where given; a program's own options stay as they are."""
+def started_by(settings: Settings | None, placement: Choice | None = None) -> Iterator[None]:
+    """Have models of the block started up as `settings` say, where given; a program's own options stay as they are.
+
+    With a `placement` some of their experts are near, and the others on the CPU.
+    """
     _register()
-    before = _options.settings
-    _options.settings = settings or before
+    before = _options.settings, _options.placement
+    _options.settings, _options.placement = settings or before[0], placement
     try:
         with runtime_module.lent() if settings is not None else nullcontext():
             yield
     finally:
-        _options.settings = before
+        _options.settings, _options.placement = before
 
 
 def _register() -> None:
@@ -100,27 +115,46 @@ def experts_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]
 
 
 def prepare_model(
-    model: torch.nn.Module, *, release: bool | None = None, float32_router: bool | None = None
+    model: torch.nn.Module,
+    *,
+    release: bool | None = None,
+    float32_router: bool | None = None,
+    gpu_experts: Asked | Choice | None = None,
 ) -> AdaptedModel:
     """Start up for a model that is loaded and pack its experts; `from_pretrained` does it where it is registered.
 
     Needed by hand for a model that was built otherwise and is to be compiled. All ranks must call it. An experts module
     that the tuned kernels do not run, on any rank, falls back to transformers' grouped_mm on all of them, and the
     reason is logged once. Raises what `startup` raises.
+
+    `gpu_experts` keeps that many experts of each layer on the GPU and the others on the CPU: a number, `auto`, a file
+    or ids by layer, as `placed_choice.read_choice` says; where there is no GPU both parts run on the CPU. The model is
+    best in the CPU's memory then: what belongs on the GPU is moved there. Raises UsageError on several ranks.
     """
+    choice = _options.placement if gpu_experts is None else as_choice(gpu_experts)
     release = _options.release if release is None else release
     float32_router = _options.float32_router if float32_router is None else float32_router
     found = [(name, module) for name, module in experts_modules(model) if _asks_for_us(module)]
     group = process_group()
     with group.guard():
+        if choice is not None:
+            made_whole(group, found)
         forms = [_inspected(module, _top_k_of(model, name, module)) for name, module in found]
         reasons = _shared_reasons(group, [reason for _, _, reason in forms])
-        layers = [layer for (_, own, _), reason in zip(forms, reasons, strict=True) if not reason for layer in own]
-        runtime = _start(group, layers, found[0][1]) if layers else None
-        for (_, module), (form, own, _), reason in zip(found, forms, reasons, strict=True):
+        places = {} if choice is None else place_model(model, placeable(found, forms, reasons), choice)
+        runs = [
+            places[name].near_layers if name in places else own
+            for (name, _), (_, own, _) in zip(found, forms, strict=True)
+        ]
+        layers = [layer for own, reason in zip(runs, reasons, strict=True) if not reason for layer in own]
+        runtime = _start(group, layers, kind_of(places) or _kind(found[0][1])) if places or layers else None
+        for (name, module), (form, own, _), reason in zip(found, forms, reasons, strict=True):
+            if name in places:
+                adapt_placed(module, places[name])
+                continue
             state = adapt(module, reason, form) if reason or form else None
             if state is not None and reason is None:
-                kind = local(next(module.parameters())).device.type
+                kind = _kind(module)
                 state.prepare(
                     module,
                     runtime_module.current(kind),
@@ -136,11 +170,13 @@ def prepare_model(
             keep_router_in_float32(model, name, module)
     modules = tuple(
         AdaptedModule(name=name, layers=() if reason else own, reason=reason)
-        for (name, _), (_, own, _), reason in zip(found, forms, reasons, strict=True)
+        for (name, _), own, reason in zip(found, runs, reasons, strict=True)
     )
     adapted = AdaptedModel(modules=modules, runtime=runtime)
     if group.rank == 0:
         log_adapted(adapted, OTHERWISE)
+        if choice is not None:
+            announce_placement(places, choice)
     return adapted
 
 
@@ -192,6 +228,8 @@ def _prepare_late(module: torch.nn.Module, top_k: int) -> Adapted:
     if torch.compiler.is_compiling():
         raise UsageError("prepare the model before it is compiled: tilecast.prepare_model(model)")
     known = adapted_of(module)
+    if isinstance(known, PlacedAdapted):
+        return place_again(module, known, top_k)
     if known is not None:
         known.restore(module, quantized=True)
     group = process_group()
@@ -200,7 +238,7 @@ def _prepare_late(module: torch.nn.Module, top_k: int) -> Adapted:
         (reason,) = _shared_reasons(group, [reason])
         state = adapt(module, reason, form)
         if reason is None:
-            kind = local(next(module.parameters())).device.type
+            kind = _kind(module)
             added = summed(module, form, module)
             own = None if known is None else known.runtime
             if own is None or own.environment.device_kind != kind:
@@ -243,12 +281,16 @@ def _shared_reasons(group: Group, reasons: list[str | None]) -> list[str | None]
     return shared
 
 
-def _start(group: Group, layers: list[ExpertLayer], module: torch.nn.Module) -> Runtime:
+def _kind(module: torch.nn.Module) -> str:
+    """Return the kind of device that a module's weights are on."""
+    return local(next(module.parameters())).device.type
+
+
+def _start(group: Group, layers: list[ExpertLayer], kind: str) -> Runtime:
     """Do what the environment variables ask for, or take the table that is in use already."""
     if _options.settings is None:
         runtime_module.own_again()
     settings = _options.settings or Settings.from_environment()
-    kind = local(next(module.parameters())).device.type
     if _options.settings is None and runtime_module.in_use() and settings.tune is None and settings.miss != "tune":
         found = runtime_module.current(kind)
         check_coverage(group, found, layers)
@@ -268,8 +310,6 @@ def _top_k_of(model: torch.nn.Module, name: str, module: torch.nn.Module) -> int
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return 1
-
-
 
 
 # transformers itself -------------------------------------------------------------------------------------------
