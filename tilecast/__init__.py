@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from tilecast.engine.experts import MoeBlock, PreparedExperts, prepare_experts
     from tilecast.engine.functional import fused_experts
     from tilecast.engine.parallel import TensorParallelExperts, all_reduce_ordered, shard_experts
+    from tilecast.engine.placement import PlacedExperts, place_experts
     from tilecast.engine.runtime import current, lookup, misses, use_table
     from tilecast.engine.transformers import prepare_model, register_transformers, restore_model
 
 _LAZY = {
     "MoeBlock": "tilecast.engine.experts",
+    "PlacedExperts": "tilecast.engine.placement",
     "PreparedExperts": "tilecast.engine.experts",
     "TensorParallelExperts": "tilecast.engine.parallel",
     "all_reduce_ordered": "tilecast.engine.parallel",
@@ -45,6 +47,7 @@ _LAZY = {
     "import_table": "tilecast.cache_store.bundle",
     "lookup": "tilecast.engine.runtime",
     "misses": "tilecast.engine.runtime",
+    "place_experts": "tilecast.engine.placement",
     "prepare_experts": "tilecast.engine.experts",
     "prepare_model": "tilecast.engine.transformers",
     "register_transformers": "tilecast.engine.transformers",
@@ -84,6 +87,7 @@ __all__ = [
     "Measurement",
     "ModelError",
     "MoeBlock",
+    "PlacedExperts",
     "PreparedExperts",
     "SchemaError",
     "TensorParallelExperts",
@@ -99,6 +103,7 @@ __all__ = [
     "import_table",
     "lookup",
     "misses",
+    "place_experts",
     "prepare_experts",
     "prepare_model",
     "register_transformers",

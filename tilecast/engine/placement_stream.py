@@ -34,8 +34,9 @@ class Ring:
     def __init__(self, near: torch.device, like: Sequence[torch.Tensor], experts: int) -> None:
         """Allocate room for so many experts of tensors [E, …] in each place."""
         with torch.inference_mode(False):
+            # Zeros, as kernels may look at the codes of all experts, those of none included.
             self.rooms = [
-                [torch.empty((experts, *part.shape[1:]), dtype=part.dtype, device=near) for part in like]
+                [torch.zeros((experts, *part.shape[1:]), dtype=part.dtype, device=near) for part in like]
                 for _ in range(ROOMS)
             ]
         self.free: list[torch.cuda.Event | None] = [None] * ROOMS

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -77,7 +77,7 @@ class Transfer:
         key = (name, like.dtype, size, self.near)
         found = _mine.buffers.get(key)
         if found is None:
-            with build.device_guard(self.near):
+            with build.device_guard(self.near) if self.asynchronous else nullcontext():
                 found = _mine.buffers[key] = HostBuffer(size, like, pinned=self.asynchronous)
         found.wait()
         found.tensor = found.storage[:count].view(*shape)
