@@ -18,8 +18,11 @@ from tests.tiny_models import save_tiny, save_tokenizer
 from tilecast.engine import quantize as quantize_module
 from tilecast.engine import runtime
 from tilecast.engine.calibration import Seen, own_scales, sequences_of, shared_scales
+from tilecast.engine.checkpoint import inspect_checkpoint
 from tilecast.engine.load import load_model
 from tilecast.engine.quantize import quantize_checkpoint
+from tilecast.engine.quantized import contents_of, dense_weight, recipe_of
+from tilecast.engine.tensor_files import TensorFiles
 from tilecast.errors import InputError, ModelError, UsageError
 
 pytest.importorskip("transformers")
@@ -245,6 +248,26 @@ def test_what_cannot_be_quantised_is_told_in_one_line(mixtral: Path, tmp_path: P
     with pytest.raises(ModelError, match="no experts stored as linear layers of their own"):
         quantize_checkpoint(save_tiny("gpt_oss", tmp_path / "g"), tmp_path / "a", form="fp8")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("form", ["awq", "fp8"])
+@pytest.mark.parametrize("least", [1e-7, 1e-12])
+def test_tiny_weights_are_kept(mixtral: Path, tmp_path: Path, form: str, least: float) -> None:
+    shutil.copytree(mixtral, tmp_path / "tiny")
+    path = tmp_path / "tiny" / "model.safetensors"
+    weights = load_file(path)
+    key = next(name for name in weights if name.endswith("experts.1.w3.weight"))
+    weights[key] *= least
+    save_file(weights, path, metadata={"format": "pt"})
+    quantize_checkpoint(tmp_path / "tiny", tmp_path / "made", form=form, group=32)
+    files = TensorFiles(inspect_checkpoint(tmp_path / "made"))
+    recipe = recipe_of(json.loads((tmp_path / "made" / "config.json").read_text()))
+    assert recipe is not None
+    base = key.removesuffix(".weight")
+    parts = contents_of(files).experts[int(base.split(".")[2])][1, "up"]
+    error = dense_weight(files, base, parts, recipe)[...] - weights[key]
+    # e4m3 rounds to 4 bits, and AWQ to half a step of 15.
+    assert error.norm() / weights[key].norm() < (0.04 if form == "fp8" else 0.15)
 
 
 def test_weights_that_are_not_finite_are_named(mixtral: Path, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from tests import quantized_checkpoints as checkpoints
 from tests.quantized_checkpoints import AWQ_CONFIG, FP8_CONFIG, compressed_config, quantized_twins
 from tilecast.engine import runtime
 from tilecast.engine.adapted import adapted_of
+from tilecast.engine.checkpoint import inspect_checkpoint
 from tilecast.engine.load import load_model
-from tilecast.engine.quantized import recipe_of
+from tilecast.engine.quantized import contents_of, dense_weight, recipe_of
 from tilecast.engine.quantized_module import stacks_of
+from tilecast.engine.tensor_files import TensorFiles
 from tilecast.engine.transformers import experts_modules
 from tilecast.errors import ModelError
 from tilecast.kernels.formats import QuantizedStack
@@ -260,6 +262,40 @@ def test_experts_of_a_layer_that_is_not_there_are_refused(folder: Path) -> None:
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     changed(folder, lambda weights: weights.update({FIRST + "qweight": torch.ones((64, 8), dtype=torch.int32)}))
     refused(folder, r"experts\.3\.w1\.qweight is torch\.int32 \(64, 8\), expected torch\.int32 \(64, 12\)")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_scales_that_cannot_be_are_named(form: str, bad: float, tmp_path: Path) -> None:
+    quantize, config = FORMS[form]
+    parts, _ = quantize(torch.randn((64, 64), generator=torch.Generator().manual_seed(0)))
+    name = next(part for part in parts if part.startswith(("scales", "weight_scale")))
+    parts[name].view(-1)[-1] = bad
+    save_file({f"layer.{part}": tensor for part, tensor in parts.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    files = TensorFiles(inspect_checkpoint(tmp_path))
+    recipe = recipe_of({"quantization_config": config})
+    assert recipe is not None
+    weight = dense_weight(files, "layer", contents_of(files).linears["layer"], recipe)
+    with pytest.raises(ModelError, match=rf"^layer\.{name} holds {bad:g}, expected scales that are finite and not neg"):
+        weight[...]
+
+
+def test_scales_of_different_dtypes_are_all_kept(folder: Path) -> None:
+    def widen(weights: dict[str, torch.Tensor]) -> None:
+        weights[FIRST + "scales"] = weights[FIRST + "scales"].float() * (1 + 2**-20)
+
+    changed(folder, widen)
+    stack = stack_of(experts_of(load(folder))[1])
+    wanted = load_file(folder / "model.safetensors")[FIRST + "scales"].T
+    assert torch.equal(stack.scales[3, : len(wanted)], wanted)
+
+
+def test_a_shape_that_is_said_otherwise_is_refused(tmp_path: Path) -> None:
+    quantize, config = FORMS["int4_g32"]
+    quantized, _ = quantized_twins(tmp_path, "mixtral", quantize, config, **WIDE)
+    changed(quantized, lambda weights: weights.update({FIRST + "weight_shape": torch.tensor([64, 96])}))
+    refused(quantized, r"experts\.3\.w1\.weight_shape says \[64, 96\], expected \[96, 64\]")
 
 
 def test_missing_dense_weights_are_an_error_as_ever(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,53 @@ def test_weights_that_are_no_numbers_are_refused(form: str, bad: float) -> None:
     weights[1, 3, 5] = bad
     with pytest.raises(InputError, match="weights of expert 1 are not finite"):
         quantize(weights, gemm)
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+@pytest.mark.parametrize("least", [1e-7, 1e-12, 1e-30])
+def test_tiny_weights_err_by_half_a_step_too(form: str, least: float) -> None:
+    gemm = layer(form).down
+    weights = dense(gemm) * least
+    stack = quantize(weights, gemm, torch.float32)
+    for expert in range(gemm.layer.experts):
+        found = stack.dequantized(gemm, expert)
+        error = (found - weights[expert].double()).norm() / weights[expert].double().norm()
+        assert error < (0.04 if weight_format(form).bits == 8 else 0.2)
+
+
+@pytest.mark.parametrize("form", ["awq_g32", "int4_g64", "int8_channel"])
+def test_scales_of_float16_keep_whatever_float16_would(form: str) -> None:
+    gemm = layer(form).down
+    weights = dense(gemm) * 1e-5
+    stack = quantize(weights, gemm)
+    for expert in range(gemm.layer.experts):
+        error = (stack.dequantized(gemm, expert) - weights[expert].double()).abs()
+        # A scale of a few of float16's least numbers is rounded up, so that no code is cut off.
+        assert (error <= 0.501 * stack.row_scales(gemm, expert, torch.float64)).all()
+        assert (stack.row_scales(gemm, expert, torch.float64) <= 1e-6).all()
+
+
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_weights_of_zero_stay_zero(form: str) -> None:
+    gemm = layer(form).down
+    stack = quantize(torch.zeros_like(dense(gemm)), gemm)
+    assert not stack.dequantized(gemm, 0).any() and stack.scales.float().isfinite().all()
+
+
+def test_scales_and_zero_points_that_cannot_be_are_refused() -> None:
+    gemm = layer("awq_g32").down
+    stack = quantize(dense(gemm), gemm)
+    assert stack.zeros is not None
+    stack.check_values()
+    for name, bad, message in (
+        ("scales", float("nan"), "scales of expert 1 hold nan"),
+        ("scales", -0.5, r"scales of expert 1 hold -0\.5"),
+        ("zeros", 16, "zero points of expert 1 hold 16, expected 0 to 15"),
+    ):
+        changed = {name: getattr(stack, name).clone()}
+        changed[name][1, 3, 2] = bad
+        with pytest.raises(InputError, match=message):
+            replace(stack, **changed).check_values()
 
 
 def test_weights_whose_scales_overflow_are_refused() -> None:

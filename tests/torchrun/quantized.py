@@ -1,6 +1,6 @@
 """Loads quantised checkpoints on all ranks and generates greedily, beside their dequantised twins in one process.
 
-Arguments: the folder (for each name NAME/quantized and NAME/dense, saved by the test), then MODE (tp or ep) and names.
+Arguments: the folder (NAME/quantized and NAME/dense for each NAME, saved by the test), then MODE:NAME, tp or ep, each.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ def compare(folder: Path, parallel: dict[str, int]) -> dict[str, object]:
 
 
 def main() -> None:
-    folder, mode, *names = Path(sys.argv[1]), *sys.argv[2:]
+    folder, *cases = Path(sys.argv[1]), *sys.argv[2:]
     warnings.filterwarnings("ignore")
     count_reading()
     ranks = int(os.environ["WORLD_SIZE"])
-    parallel = {"tp": {"tp": ranks}, "ep": {"ep": ranks}}[mode]
     report: dict[str, object] = {}
-    for name in names:
+    for case in cases:
+        mode, _, name = case.partition(":")
         try:
-            report[name] = compare(folder / name, parallel)
+            report[case] = compare(folder / name, {mode: ranks})
         except TilecastError as error:
-            report[name] = {"error": f"{type(error).__name__}: {error}"}
-    (folder / f"{mode}{ranks}-rank{os.environ['RANK']}.json").write_text(json.dumps(report))
+            report[case] = {"error": f"{type(error).__name__}: {error}"}
+    (folder / f"{ranks}-rank{os.environ['RANK']}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tilecast.engine.runtime import Runtime
 from tilecast.engine.table_index import Entry
 from tilecast.errors import InputError
 from tilecast.kernels import route, sort_slots
+from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.routing import SCORINGS
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel
 from tilecast.kernels.stacks import Weights, detached
@@ -140,6 +141,9 @@ def prepare_experts(
         w13, w2, top_k=top_k, activation=activation, gated=gated, bias13=bias13, bias2=bias2,
         global_experts=global_experts, dtype=dtype,
     )  # fmt: skip
+    for weights in (w13, w2):
+        if isinstance(weights, QuantizedStack):
+            weights.check_values()
     chosen = runtime or runtime_module.current(w13.device.type)
     if policy is not None:
         chosen = chosen.with_policy(policy)

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("awq", "fp8")
 SHARD_BYTES = 4 << 30
+COARSE = 2.0**-20
+"""Below it float16 has fewer than 16 numbers."""
 NORM = "post_attention_layernorm.weight"
 FOLDED = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe",
@@ -296,7 +298,11 @@ def _write(
 def _stored(weight: torch.Tensor, form: str, group: int) -> dict[str, torch.Tensor]:
     """Return a weight's tensors by part, as checkpoints of its format name them."""
     name = f"awq_g{group}" if form == "awq" else f"fp8_block{BLOCK}"
-    stack = quantize(weight[None], _single(weight.shape[0], weight.shape[1], name))
+    gemm = _single(weight.shape[0], weight.shape[1], name)
+    stack = quantize(weight[None], gemm)
+    if form == "awq" and bool((stack.scales < COARSE).any()):
+        # float16 has too few numbers there; readers of AWQ take scales of another float type and cast them.
+        stack = quantize(weight[None], gemm, torch.float32)
     if form == "fp8":
         return {"weight": stack.codes[0], "weight_scale_inv": stack.scales[0]}
     assert stack.zeros is not None, "AWQ has zero points"

@@ -84,6 +84,18 @@ class QuantizedStack:
                     f"{name} are {tuple(tensor.shape)}, expected {scales} for {gemm.layer.label} {gemm.name}"
                 )
 
+    def check_values(self) -> None:
+        """Raise InputError for scales that are not finite or negative, and for zero points beyond the codes."""
+        wrong = ~(self.scales.isfinite() & (self.scales >= 0))
+        for what, tensor, bad, wanted in (
+            ("scales", self.scales, wrong, "finite and not negative"),
+            ("zero points", self.zeros, None if self.zeros is None else self.zeros > 15, "0 to 15"),
+        ):
+            if tensor is not None and bad is not None and bool(bad.any()):
+                place = bad.nonzero()[0].tolist()
+                value = float(tensor[tuple(place)])
+                raise InputError(f"{what} of expert {place[0]} hold {value:g}, expected {wanted}")
+
     def integers(self, expert: int, rows: slice = ALL) -> torch.Tensor:
         """Return one expert's codes [N, K], or those of some rows, less their zero points, as float32 (exact)."""
         form = weight_format(self.format)
@@ -178,14 +190,24 @@ def _quantized(
     grouped = weight.view(gemm.n, -1, group)
     if form.kind == "awq":
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scales = ((high - low) / 15).clamp(min=1e-5).to(scale_dtype)
+        scales = _scales((high - low) / 15, scale_dtype)
         zeros = (-low / scales.float()).round().clamp(0, 15)
         codes = (grouped / scales.float()[..., None]).round() + zeros[..., None]
         return _packed(codes.clamp(0, 15).view(gemm.n, gemm.k)), scales, zeros.to(torch.uint8)
     limit = 7 if form.kind == "int4" else 127
-    scales = (grouped.abs().amax(-1) / limit).clamp(min=1e-5).to(scale_dtype)
+    scales = _scales(grouped.abs().amax(-1) / limit, scale_dtype)
     codes = (grouped / scales.float()[..., None]).round().clamp(-limit - 1, limit).view(gemm.n, gemm.k)
     return (_packed(codes + 8) if form.kind == "int4" else codes.to(torch.int8)), scales, None
+
+
+def _scales(steps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return wanted steps as scales of a dtype: to nearest, but up where that is coarse; 1 where all weights are 0."""
+    info = torch.finfo(dtype)
+    # Those of float16 are within reach of weights; there are few, so that rounding down would cut codes off.
+    least = info.smallest_normal * (info.eps if dtype is torch.float16 else 1.0)
+    coarse = (steps / least).ceil().clamp(min=1) * least
+    found = torch.where(steps < info.smallest_normal, coarse, steps)
+    return torch.where(steps == 0, 1.0, found).to(dtype)
 
 
 def _packed(codes: torch.Tensor) -> torch.Tensor:
@@ -202,6 +224,6 @@ def _to_fp8(weight: torch.Tensor, gemm: ExpertGemm, form: WeightFormat) -> tuple
     of_row = padded.view(gemm.n, columns, width).amax(-1)
     peaks = torch.zeros(rows, columns, device=weight.device)
     peaks.scatter_reduce_(0, where[:, None].expand(-1, columns), of_row, "amax")
-    scales = (peaks / largest).clamp(min=1e-12)
+    scales = _scales(peaks / largest, torch.float32)
     spread = scales.index_select(0, where).repeat_interleave(width, dim=1)[:, : gemm.k]
     return (weight / spread).clamp(-largest, largest).to(torch.float8_e4m3fn), scales
