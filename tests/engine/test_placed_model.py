@@ -273,8 +273,12 @@ def test_a_model_without_experts_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [0, 3, 8])
 def test_on_a_gpu_each_expert_is_where_it_is_to_be(folders: dict[str, Path], number: int) -> None:
     wanted = greedy(load_model(folders["mixtral"], dtype="float32", device="cuda"))
-    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     found = load_model(folders["mixtral"], dtype="float32", device="cuda", gpu_experts=number)
+    peak, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+    # As they are stored and as they come, of one layer at a time.
+    assert peak <= held + 2 * number * 3 * 64 * 48 * 4 + (64 << 10)
     for state in placed_modules(found.model):
         assert state.placed.near.type == "cuda" and state.placed.far.type == "cpu"
         for ids, part in state.placed.shares:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tilecast.autotune.tuner import Progress
     from tilecast.engine.group import Group
     from tilecast.engine.tuning import Search
+    from tilecast.environment import Environment
 
 
 def use_threads(threads: int | None) -> int:
@@ -55,8 +56,10 @@ def tune_layers(
     search: Search | None = None,
     budget_s: float | None = None,
     fresh: bool = False,
+    on: Environment | None = None,
 ) -> TuningTable:
-    """Tune layers on all ranks of `group`, keeping measurements in the store at `where`, with a progress bar.
+    """Tune layers on all ranks of `group`, on the device of `on` (by default the current GPU or the CPU), keeping
+    measurements in the store at `where`, with a progress bar.
 
     Raises what the tuner raises, and Interrupted on Ctrl-C.
     """
@@ -65,7 +68,7 @@ def tune_layers(
     from tilecast.cache_store.store import open_store
     from tilecast.engine.tuning import tune_together
 
-    plan = make_plan(layers, tokens, environment.here(), policy=policy, routing=routing or "uniform")
+    plan = make_plan(layers, tokens, on or environment.here(), policy=policy, routing=routing or "uniform")
     with resumable("measurements made"), group.guard(), output.progress("tuning") as reporter:
         store = open_store(where) if group.rank == 0 else None
         try:

@@ -22,6 +22,7 @@ from tilecast.cli._options import (
     parse_token_option,
 )
 from tilecast.cli._output import Output, add_row, plural, table
+from tilecast.cli._placement import GpuExpertsOption, parse_gpu_experts, placed_layers
 from tilecast.cli._run import use_threads
 from tilecast.cli._stores import check_configs, read_table, store_location
 from tilecast.environment import Environment
@@ -51,6 +52,7 @@ def coverage(
     tokens: TokensOption = None,
     dtype: DtypeOption = None,
     policy: PolicyOption = None,
+    gpu_experts: GpuExpertsOption = None,
     routing: Annotated[
         str | None,
         typer.Option(
@@ -91,6 +93,8 @@ def coverage(
 
         tilecast cache coverage mixtral-8x7b mixtral.db --tp 8
 
+        tilecast cache coverage mixtral-8x7b mixtral-gpu2.db --gpu-experts 2
+
         tilecast cache coverage qwen3-30b-a3b fleet.db --tp 4 --tokens 1,16,256 --environment 3f9a12c4 --json
     """  # fmt: skip
     from tilecast.cache_store.match import check_relax, match
@@ -100,18 +104,23 @@ def coverage(
     settings = Settings.from_environment()
     chosen = parse_policy(policy, settings.policy)
     counts = parse_token_option(tokens, DEFAULT_TOKENS)
+    choice = parse_gpu_experts(gpu_experts, tp=tp, ep=ep)
     split = sharded(model, tp=tp, ep=ep, dtype=dtype)
     use_threads(threads)
     where = source or settings.import_from or store_location(None, settings)
     found = read_table(where)
     place = _place(found, environment, where)
     profile = _profile(found, chosen, place, relaxed, routing or settings.routing)
-    alike = _check_servable(found, place, chosen, where, here=environment is None)
-    points = [
-        (layer, count, match(found, place, layer, count, chosen, profile, relax=relaxed, reach=reach, alike=alike))
-        for layer in split.layers
-        for count in counts
-    ]
+    # Each device with the layers that it will run: two where experts are placed on a GPU and the CPU.
+    asked = ((place, split.layers),) if choice is None else placed_layers(split, choice, near=place).runs
+    points = []
+    for device, layers in asked:
+        alike = _check_servable(found, device, chosen, where, here=environment is None)
+        points += [
+            (layer, count, match(found, device, layer, count, chosen, profile, relax=relaxed, reach=reach, alike=alike))
+            for layer in layers
+            for count in counts
+        ]
     gaps = [point for point in points if not point[2].hit]
     split.explain(output)
     output.emit(
@@ -130,10 +139,11 @@ def coverage(
     )
     _show(output, points)
     if gaps:
-        asked = "" if tokens is None else f" --tokens {tokens}"
+        more = "" if tokens is None else f" --tokens {tokens}"
+        more += "" if gpu_experts is None else f" --gpu-experts {gpu_experts}"
         raise CoverageError(
             f"{where} lacks {len(gaps)} of {plural(len(points), 'point')} of {model}; tune them on {place.device}: "
-            f"tilecast tune {model} --tp {tp} --ep {ep}{asked} --policy {chosen} --export FILE"
+            f"tilecast tune {model} --tp {tp} --ep {ep}{more} --policy {chosen} --export FILE"
         )
 
 

@@ -20,6 +20,7 @@ from tilecast.cli._options import (
     parse_token_option,
 )
 from tilecast.cli._output import Output
+from tilecast.cli._placement import GpuExpertsOption, parse_gpu_experts
 from tilecast.cli._run import launched_rank, use_threads
 from tilecast.errors import CoverageError, InputError, UsageError
 
@@ -97,6 +98,7 @@ def compare(
         typer.Option("--policy", metavar="POLICY", help="reproducible or fastest.", show_default=False),
     ] = None,
     table: TableOption = None,
+    gpu_experts: GpuExpertsOption = None,
     reproducible: Annotated[
         bool, typer.Option("--reproducible", help="Run the model with operations that do not depend on the batch.")
     ] = False,
@@ -134,9 +136,11 @@ def compare(
 
     output = Output(json_wanted=json_, rank=launched_rank())
     given, texts = _prompts(ids or [], prompt or [], prompts)
+    parse_gpu_experts(gpu_experts, tp=tp, ep=ep, experts=experts)  # Usage errors come before anything is loaded.
     request = Request(
         folder=folder, experts=experts, against=None if against == "none" else against, dtype=_dtype(dtype),
-        device=device, tp=tp, ep=ep, policy=_policy(policy), table=table, prompts=given, texts=texts,
+        device=device, tp=tp, ep=ep, policy=_policy(policy), table=table,
+        gpu_experts=gpu_experts, prompts=given, texts=texts,
         reproducible=reproducible, seed=seed, checks=_checks(check), edges=parse_token_option(tokens, EDGES),
     )  # fmt: skip
     default = () if request.against is None else ("close",)

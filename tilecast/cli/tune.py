@@ -35,15 +35,27 @@ from tilecast.cli._options import (
     weights_text,
 )
 from tilecast.cli._output import Output, duration, plural
+from tilecast.cli._placement import (
+    GpuExpertsOption,
+    PlacedLayers,
+    break_even_json,
+    break_even_lines,
+    break_evens,
+    parse_gpu_experts,
+    placed_layers,
+)
 from tilecast.cli._recorded import read_missed, tune_missed
 from tilecast.cli._run import launched_rank, tune_layers, use_threads
 from tilecast.cli._stores import store_location
 from tilecast.cli._tables import decision_tables, table_json, weak
+from tilecast.environment import Environment, here
 from tilecast.errors import UsageError
+from tilecast.evidence import TuningTable
+from tilecast.problem import ExpertLayer
 from tilecast.settings import DEFAULT_TOKENS, Settings
 
 if TYPE_CHECKING:
-    from tilecast.evidence import Measurement, TuningTable
+    from tilecast.evidence import Measurement
 
 
 def tune(
@@ -59,6 +71,7 @@ def tune(
     budget: BudgetOption = None,
     weights: WeightsOption = None,
     share: ShareOption = "replicate",
+    gpu_experts: GpuExpertsOption = None,
     seed: SeedOption = 0,
     store: StoreOption = None,
     export: Annotated[
@@ -88,6 +101,8 @@ def tune(
 
         tilecast tune mixtral-8x7b --tp 8 --effort quick --dry-run
 
+        tilecast tune mixtral-8x7b --gpu-experts 2 --export mixtral-gpu2.db
+
         tilecast tune --from-record seen.json --routing seen.json --export more.db
     """
     from tilecast.autotune.routing_profiles import load_profile
@@ -105,6 +120,9 @@ def tune(
     Search(effort=effort, share=share)  # Usage errors come before anything is read.
     if model is None and from_record is None:
         raise UsageError("neither MODEL nor --from-record is given; name a preset, a config.json, a folder or a spec")
+    choice = parse_gpu_experts(gpu_experts, tp=tp, ep=ep)
+    if choice is not None and (model is None or from_record is not None):
+        raise UsageError("--gpu-experts needs MODEL, and leaves nothing to --from-record; leave out one of the two")
     split = None if model is None else sharded(model, tp=tp, ep=ep, dtype=dtype)
     where = store_location(store, settings)
     use_threads(threads)
@@ -120,12 +138,18 @@ def tune(
         shares = calls
         output.note(f"weights as recorded: {weights_text(shares)}")
     search = Search(effort=effort, seed=seed, weights=shares, share=share)
+    placed = None if choice is None or split is None else placed_layers(split, choice)
     if split is not None:
         split.explain(output)
+    if placed is not None:
+        placed.explain(output)
+        profile = placed.profile(profile)
+    parts = _parts(split, placed)
     if dry_run:
-        wanted = dict.fromkeys(split.layers, counts) if missed is None and split is not None else {}
-        for layer, seen in (missed or {}).items():
-            wanted[layer] = tuple(sorted(seen)) if tokens is None else counts
+        wanted = [(where_run, dict.fromkeys(layers, counts)) for where_run, layers in parts]
+        if missed is not None:
+            seen_at = {layer: tuple(sorted(seen)) if tokens is None else counts for layer, seen in missed.items()}
+            wanted = [(here(), seen_at)]
         report_forecast(output, wanted, policy=chosen, profile=profile, search=search, folder=settings.cache_dir)
         return
     if missed is not None:
@@ -136,11 +160,16 @@ def tune(
         )  # fmt: skip
     else:
         assert split is not None, "checked above"
-        _announce(output, split, counts, chosen, budget_s, where)
-        table = tune_layers(
-            split.layers, counts, policy=chosen, routing=profile, where=where, group=group, output=output,
-            search=search, budget_s=budget_s, fresh=fresh,
-        )  # fmt: skip
+        total = sum(len(layers) for _, layers in parts)
+        _announce(output, total, counts, chosen, budget_s, where)
+        table = TuningTable()
+        for place, layers in parts:
+            budget_part = None if budget_s is None else budget_s * len(layers) / total
+            tuned = tune_layers(
+                layers, counts, policy=chosen, routing=profile, where=where, group=group, output=output,
+                search=search, budget_s=budget_part, fresh=fresh, on=place,
+            )  # fmt: skip
+            table = table.merged(tuned)
     evidence: list[Measurement] = []
     with group.guard():
         if rank == 0:
@@ -148,16 +177,28 @@ def tune(
         if rank == 0 and export is not None:
             export_table(table, export, evidence)
         group.gather("exported", b"")
-    _report(output, split, table, evidence, where=where, export=export, ranks=group.world_size, weights=shares)
+    _report(
+        output, split, table, evidence, where=where, export=export, ranks=group.world_size, weights=shares,
+        placed=placed, policy=chosen, routing="uniform" if profile is None else profile.name,
+    )  # fmt: skip
+
+
+def _parts(
+    split: ShardedModel | None, placed: PlacedLayers | None
+) -> tuple[tuple[Environment, tuple[ExpertLayer, ...]], ...]:
+    """Return the layers to tune by the device that runs them."""
+    if placed is not None:
+        return placed.parts
+    return () if split is None else ((here(), split.layers),)
 
 
 def _announce(
-    output: Output, split: ShardedModel, counts: tuple[int, ...], policy: str, budget_s: float | None, where: str
+    output: Output, layers: int, counts: tuple[int, ...], policy: str, budget_s: float | None, where: str
 ) -> None:
     shown = ", ".join(map(str, counts[:12])) + (f", … {counts[-1]}" if len(counts) > 12 else "")
     within = "" if budget_s is None else f", within {duration(budget_s)}"
     noun = "token" if counts == (1,) else "tokens"
-    output.note(f"tuning {plural(len(split.layers), 'layer')} for {shown} {noun}, policy {policy}{within}")
+    output.note(f"tuning {plural(layers, 'layer')} for {shown} {noun}, policy {policy}{within}")
     output.note(f"measurements go to {where}")
 
 
@@ -180,6 +221,9 @@ def _report(
     export: Path | None,
     ranks: int,
     weights: dict[int, float] | None,
+    placed: PlacedLayers | None,
+    policy: str,
+    routing: str,
 ) -> None:
     from tilecast.autotune.explain import table_costs
     from tilecast.cli._explained import cost_lines, costs_json
@@ -188,6 +232,7 @@ def _report(
 
     costs = table_costs(table, evidence, registry, weights=weights)
     peers = peer_times_or_warning(output, table, evidence, Settings.from_environment())
+    sent = [] if placed is None else break_evens(placed, table, policy=policy, routing=routing)
     document: dict[str, Json] = {
         "command": "tune",
         "model": None if split is None else split.to_json(),
@@ -197,9 +242,11 @@ def _report(
         "table": table_json(table),
         "reproducibility": costs_json(costs, table),
         "peers": peers_json(peers),
+        "break_even": None if placed is None else break_even_json(sent),
     }
     output.emit(document)
     output.show(*decision_tables(table.decisions), *peer_table(peers), *cost_lines(costs, table))
+    output.show(*break_even_lines(sent))
     uncertified = weak(table.decisions)
     if uncertified:
         output.warn(f"{plural(len(uncertified), 'decision')} could not be certified on this device as reproducible")

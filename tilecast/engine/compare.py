@@ -65,9 +65,9 @@ class Request:
     """What to compare: a checkpoint folder whose experts run on `experts`, against the same on `against`.
 
     `prompts` and `texts` (which need the checkpoint's tokenizer) go together; without both, prompts are random ids,
-    and texts where there is a tokenizer. dtype, device, policy and table None are what `load_model` takes then.
-    `against` None leaves the reference out. With `reproducible` the model under test runs inside `invariant()`.
-    `edges` are token counts of buckets.
+    and texts where there is a tokenizer. dtype, device, policy, table and gpu_experts None are what `load_model` takes
+    then; the last is for `experts` alone. `against` None leaves the reference out. With `reproducible` the model under
+    test runs inside `invariant()`. `edges` are token counts of buckets.
     """
 
     folder: str
@@ -79,6 +79,7 @@ class Request:
     ep: int = 1
     policy: str | None = None
     table: str | None = None
+    gpu_experts: str | None = None
     prompts: Prompts | None = None
     texts: tuple[str, ...] = ()
     reproducible: bool = False
@@ -252,7 +253,7 @@ def _load(
     return load_model(
         request.folder, dtype=dtype or request.dtype, device=request.device, tp=request.tp, ep=request.ep,
         policy=asked if ours else None, table=request.table if ours else None,
-        group=group, experts=experts,
+        group=group, experts=experts, experts_only=True, gpu_experts=request.gpu_experts if ours else None,
     )  # fmt: skip
 
 

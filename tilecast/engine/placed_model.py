@@ -130,7 +130,12 @@ class PlacedAdapted(Adapted):
 
 
 def made_whole(group: Group, found: Sequence[tuple[str, torch.nn.Module]]) -> None:
-    """Give experts that were prepared before their weights back. Raises UsageError on several ranks."""
+    """Give experts that were prepared before their weights back.
+
+    Raises UsageError on several ranks, InputError for a model without experts.
+    """
+    if not found:
+        raise InputError("gpu_experts is given, but the model has no experts that Tilecast runs")
     if group.world_size > 1:
         raise UsageError(f"gpu_experts is for one process, not for {group.world_size} ranks; leave one of both out")
     for _, module in found:
@@ -145,13 +150,19 @@ def placeable(
     forms: Sequence[tuple[Form | None, tuple[ExpertLayer, ...], str | None]],
     reasons: Sequence[str | None],
 ) -> list[Inspected]:
-    """Return the modules that one layer's kernels run; the others stay whole, with the rest of the model."""
+    """Return the modules that one layer's kernels run; the others stay whole, with the rest of the model.
+
+    Raises InputError if that are all.
+    """
     kept: list[Inspected] = []
     for (name, module), (form, own, _), reason in zip(found, forms, reasons, strict=True):
         if form is not None and reason is None and len(own) == 1:
             kept.append((name, module, form, own[0]))
         elif reason is None:
             logger.warning("%s stays whole, as its own code runs between the GEMMs", name)
+    if not kept:
+        why = next((reason for reason in reasons if reason), "its own code runs between the GEMMs")
+        raise InputError(f"gpu_experts is given, but no experts of the model can be placed: {why}")
     return kept
 
 
@@ -165,8 +176,6 @@ def place_model(model: torch.nn.Module, found: Sequence[Inspected], choice: Choi
 
     Raises InputError for a choice that does not fit the model, DeviceError for more than what is free there.
     """
-    if not found:
-        raise InputError("gpu_experts is given, but the model has no experts that can be placed")
     near = choice.near or near_device()
     candidates = []
     for place, (name, _, _, layer) in enumerate(found):

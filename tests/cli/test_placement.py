@@ -1,0 +1,166 @@
+"""`--gpu-experts`: generate, tune and cache coverage with experts on two devices, here both of them the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import LAYER, SPEC, Command
+from tests.tiny_models import save_tiny
+from tests.torchrun.launch import ROOT, environment
+from tilecast.cache_store.bundle import import_table
+from tilecast.cli._placement import break_even_lines
+from tilecast.engine.placed_choice import shares_of
+from tilecast.engine.streaming import BreakEven
+
+QUICK = ("--tokens", "1,4", "--effort", "quick", "--threads", "1", "--budget", "8s")
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for name, content in (
+        ("ids", '{"0": [1, 5], "1": [0]}'),
+        ("short", '{"0": [1]}'),
+        ("twice", '{"0": [1, 1], "1": []}'),
+        ("beyond", '{"0": [8], "1": []}'),
+        ("broken", "{"),
+        (
+            "record",
+            '{"format": "tilecast-record", "version": 1, "rank": 0, "world_size": 1, "seconds": 1, "layers": []}',
+        ),
+    ):
+        (folder / f"{name}.json").write_text(content)
+    return folder
+
+
+def test_generate_gives_the_same_tokens_and_says_what_is_where(cli: Command, mixtral: Path, files: Path) -> None:
+    options = ("generate", mixtral, "--ids", "5,6,7", "--max-new-tokens", "4", "--json")
+    plain = json.loads(cli(*options).out)
+    for asked, near in (("3", [[0, 1, 2]] * 2), (files / "ids.json", [[1, 5], [0]])):
+        done = cli(*options, "--gpu-experts", asked)
+        assert done.code == 0, done.err
+        document = json.loads(done.out)
+        assert document["outputs"] == plain["outputs"]
+        assert document["placement"]["near_experts"] == {"0": near[0], "1": near[1]}
+        (line,) = [line for line in done.err.splitlines() if "near" in line]
+        assert "of 8 experts of each of 2 layers are near (cpu)" in line and "both parts run on the CPU" in line
+    assert plain["placement"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--gpu-experts", "9"), 3, "layers.0.mlp.experts: number of near experts is 9"),
+        (("--gpu-experts=-1",), 2, "gpu_experts is -1, expected 0 or above"),
+        (("--gpu-experts", "most"), 2, "'most', expected a number of experts, auto, or a file"),
+        (("--gpu-experts", "short.json"), 3, "short.json lacks layers 1 of the model"),
+        (("--gpu-experts", "twice.json"), 3, "near expert 1 is given twice"),
+        (("--gpu-experts", "beyond.json"), 3, "near expert is 8"),
+        (("--gpu-experts", "broken.json"), 3, "broken.json is not JSON"),
+        (("--gpu-experts", "record.json"), 3, "record.json has no counts of E8"),
+        (("--gpu-experts", "2", "--expert-counts", "ids.json"), 3, "record"),
+        (("--gpu-experts", "ids.json", "--expert-counts", "record.json"), 2, "nothing to choose by counts"),
+        (("--expert-counts", "record.json"), 2, "--expert-counts is given without --gpu-experts"),
+        (("--gpu-experts", "2", "--tp", "2"), 2, "--gpu-experts is for one process"),
+        (("--gpu-experts", "2", "--ep", "2"), 2, "--gpu-experts is for one process"),
+        (("--gpu-experts", "2", "--experts", "eager"), 2, "needs --experts tilecast"),
+    ],
+)
+def test_generate_tells_wrong_input_in_one_line(
+    cli: Command, mixtral: Path, files: Path, options: tuple[str, ...], code: int, words: str
+) -> None:
+    given = [str(files / option) if option.endswith(".json") else option for option in options]
+    cli("generate", mixtral, "--ids", "1", *given).failed(code, words)
+
+
+@pytest.mark.torchrun
+def test_all_ranks_say_that_one_process_places_experts(mixtral: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tilecast",
+        "generate", str(mixtral), "--tp", "2", "--gpu-experts", "2", "--ids", "1",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(tmp_path), timeout=120, capture_output=True, text=True, check=False
+    )
+    lines = [line for line in done.stderr.splitlines() if "--gpu-experts is for one process" in line]
+    assert done.returncode != 0 and len(lines) == 2, done.stderr
+
+
+def test_both_shares_are_tuned_covered_and_run(cli: Command, mixtral: Path, tmp_path: Path) -> None:
+    path = tmp_path / "placed.db"
+    done = cli("tune", mixtral, "--gpu-experts", "3", *QUICK, "--export", path, "--json")
+    assert done.code == 0, done.err
+    assert "both parts are tuned for the CPU" in done.err
+    near, far = "E3/8 H64 I48 top2 fp32", "E5/8 H64 I48 top2 fp32"
+    assert {d.layer.label for d in import_table(path).decisions} == {near, far}
+    (even,) = json.loads(done.out)["break_even"]
+    assert (even["near"], even["far"]) == (near, far)
+    # On one device to send weights and to run them there takes longer than to run them.
+    assert even["tokens"] is None and even["bytes"] == 5 * 3 * 64 * 48 * 4 and even["bytes_per_second"] > 0
+    ask = ("cache", "coverage", mixtral, path, "--tokens", "1,4", "--threads", "1")
+    covered = cli(*ask, "--gpu-experts", "3", "--json")
+    assert covered.code == 0, covered.err
+    assert {point["layer"] for point in json.loads(covered.out)["points"]} == {near, far}
+    gap = cli(*ask, "--gpu-experts", "2")
+    assert gap.code == 4 and "lacks 4 of 4 points" in gap.err and "--gpu-experts 2" in gap.err
+    options = ("generate", mixtral, "--ids", "5,6,7", "--max-new-tokens", "3", "--gpu-experts", "3", "--threads", "1")
+    assert "4 decisions, 2 of 2 distinct layers covered" in cli(*options, "--import", path).err
+
+
+def test_a_line_says_from_how_many_tokens_on_weights_are_sent() -> None:
+    shares = shares_of(LAYER, 1)
+    found = [
+        (shares, BreakEven(tokens=tokens, bytes=3 << 20, bytes_per_second=rate))
+        for tokens, rate in ((64, 5e10), (None, 5e10), (None, None))
+    ]
+    label = "E4 H64 I96 top2 bf16"
+    sent = f"{label}: sending 3.0 MiB of far experts at 50.0 GB/s to the near device is faster"
+    assert break_even_lines(found) == [
+        f"{sent} from 64 tokens on",
+        f"{sent} at no tuned token count",
+        f"{label}: the table has no times of both shares, so there is no break-even",
+    ]
+
+
+def test_dry_run_shows_both_shares(cli: Command, files: Path, mixtral: Path) -> None:
+    done = cli("tune", mixtral, "--gpu-experts", files / "ids.json", "--tokens", "1", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    layers = {(task["layer"]["experts"], task["layer"]["global_experts"]) for task in json.loads(done.out)["tasks"]}
+    assert layers == {(1, 8), (7, 8), (2, 8), (6, 8)}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--gpu-experts", "5"), 3, "gpu_experts is 5, but a layer has 4 experts"),
+        (("--gpu-experts", "auto"), 2, "give a number"),
+        (("--gpu-experts", "ids.json"), 3, "has ids for 2 layers, the model has 1"),
+        (("--gpu-experts", "2", "--tp", "2"), 2, "--gpu-experts is for one process"),
+        (("--gpu-experts", "2", "--from-record", "record.json"), 2, "--from-record"),
+    ],
+)
+def test_tune_tells_wrong_input_in_one_line(
+    cli: Command, files: Path, options: tuple[str, ...], code: int, words: str
+) -> None:
+    given = [str(files / option) if option.endswith(".json") else option for option in options]
+    cli("tune", SPEC, *given).failed(code, words)
+
+
+def test_compare_runs_placed_experts(cli: Command, mixtral: Path, files: Path) -> None:
+    options = ("--check", "batch", "--ids", "5,6,7,8", "--ids", "11,3", "--expect", "close,invariant", "--reproducible")
+    done = cli("compare", mixtral, "--gpu-experts", files / "ids.json", *options, "--json")
+    assert done.code == 0, (done.out, done.err)
+    assert [(one["check"], one["verdict"]) for one in json.loads(done.out)["invariance"]] == [("batch", "equal")]
+    wrong = cli("compare", mixtral, "--gpu-experts", "9", *options)
+    assert wrong.code == 3 and "number of near experts is 9" in wrong.err.splitlines()[-1]
+    cli("compare", mixtral, "--gpu-experts", "2", "--experts", "eager", *options).failed(2, "needs --experts tilecast")
