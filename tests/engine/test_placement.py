@@ -21,11 +21,15 @@ from tilecast.autotune.classes import same_bits
 from tilecast.engine import placement, placement_stream, recording
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.placement import PlacedExperts, break_even, choose_near, place_experts
+from tilecast.engine.placement_part import add_slots, launch_add
 from tilecast.engine.runtime import Runtime, misses, use_table
 from tilecast.environment import cpu_environment
 from tilecast.errors import DeviceError, InputError, UsageError
 from tilecast.evidence import TuningTable
 from tilecast.kernels.formats import quantize
+from tilecast.kernels.gpu.decode import Decode
+from tilecast.kernels.gpu.grouped import Grouped
+from tilecast.kernels.gpu.target import parse_target
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import sort_slots
 from tilecast.kernels.spec import TORCH_DTYPES, Registry
@@ -273,6 +277,48 @@ def test_tensors_of_two_devices_never_meet(dtype: str, monkeypatch: pytest.Monke
                 experts(*routed(layer, 2))
 
 
+def triton_runtime(policy: str = "fastest") -> Runtime:
+    """Return a GPU's runtime, whose kernels Triton's interpreter runs on tensors of the CPU."""
+    kernels = Registry((Grouped(), Decode()))
+    found = Runtime(EMPTY, environment=parse_target("cuda:90").environment(), registry=kernels, policy=policy)
+    found.devices.add(torch.device("cpu"))
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not in use where there is a GPU")
+@pytest.mark.parametrize("form", ["dense", "awq_g32"])
+def test_a_gpus_kernels_run_the_near_share_and_chunks(form: str) -> None:
+    """Up to the sums inside the interpreter's products, which are numpy's: those depend on the shape."""
+    use_table(None)
+    layer = replace(SHAPE, hidden=64, intermediate=32, experts=4, global_experts=4, weight_format=form, bias=True)
+    near = triton_runtime()
+    alone = prepared(layer)
+    for near_experts, stream_from in (((0, 3), None), ((0, 3), 2), ((), 1), ((0, 1, 2, 3), None)):
+        experts = placed(layer, near_experts, near_runtime=near, stream_from=stream_from, policy="fastest")
+        for tokens in (1, 5):
+            operands = routed(layer, tokens)
+            torch.testing.assert_close(experts(*operands), alone(*operands), rtol=1e-5, atol=1e-5)
+
+
+def assert_added_alike(dtype: str, device: torch.device) -> None:
+    layer = replace(WIDE, dtype=dtype, top_k=5)
+    _, ids, _ = routed(layer, 6)
+    slots = torch.randn(30, layer.hidden, generator=torch.Generator().manual_seed(1)) * 100
+    slots[((ids < 0) | (ids >= layer.experts)).flatten()] = 0
+    here = torch.full((6, layer.hidden), torch.nan, dtype=TORCH_DTYPES[dtype])
+    there = here.to(device, copy=True)
+    add_slots(slots, layer, ids, here)
+    launch_add(slots.to(device), layer, ids.to(device), there)
+    assert same_bits(here, there.cpu()) and not torch.equal(here, here.flip(0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not in use where there is a GPU")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_gpus_kernel_adds_slots_with_the_same_bits(dtype: str) -> None:
+    # Not bf16, which the interpreter cuts where a GPU rounds.
+    assert_added_alike(dtype, torch.device("cpu"))
+
+
 # Around it ------------------------------------------------------------------------------------------------------
 
 
@@ -458,6 +504,13 @@ def test_near_a_gpu_the_error_is_no_larger_than_on_either_device(dtype: str, on_
                 assert_as_good_as_torch(found.cpu(), exact, torchs)
                 for _ in range(20):
                     assert torch.equal(experts(*operands), found)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_a_gpu_adds_slots_with_the_same_bits(dtype: str, on_gpu: torch.device) -> None:
+    assert_added_alike(dtype, on_gpu)
 
 
 @pytest.mark.gpu

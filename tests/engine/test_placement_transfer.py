@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tilecast.engine.experts import prepare_experts
 from tilecast.engine.placement import PlacedExperts, place_experts
 from tilecast.engine.placement_transfer import SMALLEST, HostBuffer, Transfer
 from tilecast.engine.runtime import use_table
+from tilecast.kernels.gpu import build
 from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.problem import ExpertLayer
 
@@ -206,3 +208,34 @@ def test_a_room_is_not_overwritten_while_it_is_read(late: LateCopies) -> None:
     experts(*inputs(layer, 30, seed=4))
     again = [event for event in stream.waited if event.stream is late.main]  # type: ignore[attr-defined]
     assert len(again) - len(waited) >= 8 and set(map(id, free)) <= set(map(id, again))
+
+
+def test_streams_events_and_copies_are_under_the_launch_guard(
+    late: LateCopies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded: list[torch.device] = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        guarded.append(device)
+        yield
+        guarded.pop()
+
+    def checked(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            assert guarded and set(guarded) == {CPU}
+            seen.add(function.__name__)
+            return function(*args, **options)
+
+        return call
+
+    seen: set[str] = set()
+    monkeypatch.setattr(build, "device_guard", guard)
+    for name in ("Event", "Stream", "stream", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, checked(getattr(torch.cuda, name)))
+    monkeypatch.setattr(placement_transfer, "HostBuffer", checked(HostBuffer))
+    use_table(None)
+    experts = placed(LAYER, (1,), stream_from=9)
+    for tokens in (5, 9):
+        experts(*inputs(LAYER, tokens))
+    assert seen == {"Event", "Stream", "_within", "<lambda>", "HostBuffer"}

@@ -161,18 +161,22 @@ def _places(experts: int, chosen: Sequence[int]) -> torch.Tensor:
     return torch.tensor(found).int()
 
 
-def add_slots(slots: torch.Tensor, layer: ExpertLayer, ids: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def add_slots(slots: torch.Tensor, layer: ExpertLayer, ids: torch.Tensor, out: torch.Tensor) -> None:
     """Add the results [T·k, H] of each token's slots in slot order into out [T, H], with one rounding."""
     if slots.is_cuda:
-        # One launch in place of one for each slot; its sums are those below.
-        build = combine_build(layer.down, TRITON_TYPES[out.dtype], device_facts(out.device)[0])
-        launch_combine(build, slots, DeviceLayout(ids, layer.experts), out)
-        return out
+        launch_add(slots, layer, ids, out)
+        return
     by_token = slots.view(*ids.shape, -1)
     total = by_token[:, 0]
     for place in range(1, ids.shape[1]):
         total = total + by_token[:, place]
-    return out.copy_(total)
+    out.copy_(total)
+
+
+def launch_add(slots: torch.Tensor, layer: ExpertLayer, ids: torch.Tensor, out: torch.Tensor) -> None:
+    """Do on a GPU what `add_slots` does, in one launch in place of one for each slot."""
+    build = combine_build(layer.down, TRITON_TYPES[out.dtype], device_facts(out.device)[0])
+    launch_combine(build, slots, DeviceLayout(ids, layer.experts), out)
 
 
 def classes_of(runtime: Runtime, layer: ExpertLayer) -> tuple[str, str]:

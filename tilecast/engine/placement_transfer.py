@@ -62,7 +62,11 @@ class Transfer:
 
     def check_capture(self) -> None:
         """Raise UsageError while a CUDA graph is captured: which rows are sent is known on the host only."""
-        if self.asynchronous and torch.cuda.is_current_stream_capturing():
+        if not self.asynchronous:
+            return
+        with build.device_guard(self.near):
+            captured = torch.cuda.is_current_stream_capturing()
+        if captured:
             raise UsageError(
                 "experts placed on two devices cannot be captured in a CUDA graph, as the host decides what is sent; "
                 "capture the layers around them"
