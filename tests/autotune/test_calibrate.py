@@ -24,10 +24,18 @@ from tilecast.autotune.calibrate import (
 )
 from tilecast.autotune.clock import HostClock
 from tilecast.autotune.contention import Reading
-from tilecast.autotune.costs import expected_check_s, expected_compile_s, expected_pack_s, expected_sample_s
+from tilecast.autotune.costs import (
+    code_of,
+    expected_check_s,
+    expected_compile_s,
+    expected_pack_s,
+    expected_sample_s,
+    expected_warming_s,
+)
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError
 from tilecast.kernels.gpu.target import TARGETS
+from tilecast.problem import TileConfig
 
 
 class FixedProbe:
@@ -167,4 +175,11 @@ def test_costs_of_tuning_grow_with_what_causes_them() -> None:
     first, later = (expected_check_s(LAYER.up, 64, 1000.0, found, first=flag) for flag in (True, False))
     assert first > later > 0.002
     assert expected_pack_s(LAYER.up, found, copies=4) == pytest.approx(4 * expected_pack_s(LAYER.up, found))
-    assert expected_compile_s(0) == 0 < expected_compile_s(1)
+    assert 0 < expected_compile_s(LAYER.up, processes=2) < expected_compile_s(LAYER.up)
+    assert expected_compile_s(replace(LAYER, dtype="bf16").down) > expected_compile_s(LAYER.up), "into two dtypes"
+    alike = (
+        TileConfig("llvm.moe_gemm", {"mr": 4, "block_n": 64}),
+        TileConfig("llvm.moe_gemm", {"mr": 4, "block_n": 256}),
+    )
+    assert code_of(alike[0]) == code_of(alike[1]) != code_of(alike[0].with_params(mr=2))
+    assert expected_warming_s(1e5) == 0 and expected_warming_s(1e3) == pytest.approx(2e-3)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from tests.autotune.shared import HERE, LAYER
 from tests.torch_kernel import TorchKernel
+from tilecast.autotune import gate as module
 from tilecast.autotune.gate import Gate, error_ratio
 from tilecast.autotune.workload import Workload
 from tilecast.problem import ExpertLayer
@@ -113,3 +115,29 @@ def test_a_float32_chain_is_not_blamed_for_its_rounding() -> None:
     assert error_ratio(chain, exact, (rows @ weight).double(), 4096) < 2
     # Half-precision accumulation, on the other hand, is an error.
     assert error_ratio((rows.half() @ weight.half()).float(), exact, (rows @ weight).double(), 4096) > 2
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.label)
+def test_the_oracle_says_the_same_of_several_counts_at_once(
+    layer: ExpertLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = (1, 3, 40)
+    asked = {"reference_up": 0, "reference_down": 0}
+    for name in asked:
+        real = getattr(module, name)
+
+        def counted(*arguments: object, name: str = name, real: Callable[..., torch.Tensor] = real) -> torch.Tensor:
+            asked[name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, counted)
+    kernel = TorchKernel()
+    for gemm in layer.gemms:
+        alone, together = Gate(Workload(HERE)), Gate(Workload(HERE), counts)
+        own = {tokens: alone._expected(gemm, tokens, "") for tokens in counts}
+        before = dict(asked)
+        for tokens in counts:
+            assert together.check(gemm, tokens, kernel.config(), kernel).status == "ok"
+            for (exact, _), (other, _) in zip(own[tokens], together._expected(gemm, tokens, ""), strict=True):
+                torch.testing.assert_close(exact, other, rtol=1e-12, atol=1e-12)
+        assert sum(asked.values()) == sum(before.values()) + 2, "once in float64, once in the layer's dtype"

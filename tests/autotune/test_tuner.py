@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -435,3 +435,34 @@ def test_what_has_to_run_is_no_duplicate() -> None:
         kernels = [KERNEL.numerics(LAYER.up, c, HERE) for c in (m.config, default)]
         alike = kernels[0] == kernels[1] and m.config["layout"] == default["layout"]
         assert m.status == ("duplicate" if alike and m.config != default else "ok")
+
+
+class Compiling(FakeTimes):
+    """A measurer that compiles several configs at once."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__(by_block)
+        self.fails, self.compiled = fails, []  # type: ignore[var-annotated]
+
+    def compile(self, gemm: ExpertGemm, configs: Sequence[TileConfig]) -> None:
+        self.compiled.append((self.checks, gemm, tuple(configs)))
+        if self.fails:
+            raise RuntimeError("the compiler ended")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_configs_are_compiled_together_before_the_first_is_checked(fails: bool) -> None:
+    measurer, store = Compiling(fails=fails), MemoryStore()
+    measure_plan(plan_of(4), store, REGISTRY, measurer=measurer)
+    of_up = [(checks, configs) for checks, gemm, configs in measurer.compiled if gemm == LAYER.up]
+    ran = {m.config for m in store.measurements() if m.gemm == LAYER.up}
+    assert [c for _, configs in of_up for c in configs] == list(dict.fromkeys(c for _, cs in of_up for c in cs))
+    assert {c for _, configs in of_up for c in configs} == ran
+    assert len(of_up) == -(-len(ran) // 8) and [checks for checks, _ in of_up] == list(range(0, len(ran), 8))
+    assert {m.status for m in store.measurements()} == {"ok"}, "whoever is at fault is found when it runs"
+
+
+def test_few_are_compiled_at_once_where_a_deadline_may_come_first() -> None:
+    measurer = Compiling()
+    measure_plan(plan_of(4), MemoryStore(), REGISTRY, measurer=measurer, budget_s=30)
+    assert max(len(configs) for _, _, configs in measurer.compiled) == 2

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,3 +125,13 @@ def test_every_environment_has_a_watch(monkeypatch: pytest.MonkeyPatch, caplog: 
     blind = watch_for(h100)
     assert isinstance(blind, Blind)
     assert blind.disturbed(blind.read(), blind.read()) is None
+
+
+def test_the_cpu_time_of_children_is_our_own_once_they_ended() -> None:
+    watch = CpuWatch()
+    before = watch.read()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.4: pass"], check=True)
+    after = watch.read()
+    if before is None or after is None:
+        pytest.skip("the system does not tell")
+    assert after.own_s - before.own_s >= 0.3

@@ -94,6 +94,7 @@ class ClassVerifier:
         self._operands: _Operands | None = None
         self._of: ExpertGemm | None = None
         self._packed: dict[tuple[str, str], GemmWeights] = {}
+        self._reversed: dict[tuple[str, str], GemmWeights] = {}
         self._alone: dict[tuple[TileConfig, int, torch.dtype], torch.Tensor] = {}
 
     def verify(self, gemm: ExpertGemm, config: TileConfig, bucket: Bucket) -> str | None:
@@ -128,9 +129,8 @@ class ClassVerifier:
             inputs = operands.inputs(torch.arange(PROBES))
             dtype = self._out_dtypes(operands.gemm)[0]
             rows = self._run(operands, config, inputs, dtype)
-            weights = replace(operands.weights, data=backward(operands.weights.data, operands.gemm), plans={})
             turned = inputs.rows.index_select(-1, reversal(operands.gemm).to(inputs.rows.device))
-            other_way = self._launch(config, replace(inputs, rows=turned), self._pack(config, weights), dtype)
+            other_way = self._launch(config, replace(inputs, rows=turned), self._backward(operands, config), dtype)
         except Exception as error:  # As in `verify`.
             return _raised(config, error)
         present = (inputs.route.ids >= 0) & (inputs.route.ids < operands.gemm.layer.experts)
@@ -145,6 +145,7 @@ class ClassVerifier:
         """Drop the operands and expected rows."""
         self._operands, self._of = None, None
         self._packed.clear()
+        self._reversed.clear()
         self._alone.clear()
 
     def token_counts(self, gemm: ExpertGemm, bucket: Bucket) -> tuple[int, ...]:
@@ -205,6 +206,14 @@ class ClassVerifier:
         if key not in self._packed:
             self._packed[key] = self._pack(config, operands.weights)
         return self._launch(config, inputs, self._packed[key], out_dtype)
+
+    def _backward(self, operands: _Operands, config: TileConfig) -> GemmWeights:
+        """Return the weights with K reversed, in the config's layout."""
+        key = config.kernel, self._registry[config.kernel].layout(operands.gemm, config)
+        if key not in self._reversed:
+            data = backward(operands.weights.data, operands.gemm)
+            self._reversed[key] = self._pack(config, replace(operands.weights, data=data, plans={}))
+        return self._reversed[key]
 
     def _pack(self, config: TileConfig, weights: GemmWeights) -> GemmWeights:
         kernel = self._registry[config.kernel]

@@ -61,7 +61,14 @@ class CpuWatch:
             if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in self._cpus:
                 counts = [int(field) for field in rest.split()]
                 busy += sum(counts[i] for i in BUSY_FIELDS if i < len(counts))
-        own_s = time.process_time() + sum(self._process_s(pid) for pid in self._pids())
+        spent = os.times()
+        # Children count once they have been waited for: those that compiled for this process.
+        own_s = (
+            time.process_time()
+            + spent.children_user
+            + spent.children_system
+            + sum(self._process_s(pid) for pid in self._pids())
+        )
         return Reading(time.monotonic(), busy * self._tick_s, own_s)
 
     def _process_s(self, pid: int) -> float:

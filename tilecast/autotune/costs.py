@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tilecast.autotune.calibrate import Calibration
-from tilecast.autotune.measure import MAX_REPEATS, SAMPLE_US
-from tilecast.problem import ExpertGemm
+from tilecast.autotune.gate import out_dtypes
+from tilecast.autotune.measure import CLEARLY_LONG, MAX_REPEATS, SAMPLE_US
+from tilecast.problem import ExpertGemm, TileConfig
 
 ROUTING_US = 150.0
 """Drawing, sorting and looking up the operands of one launch."""
@@ -12,16 +13,23 @@ ORACLE_SLOTS = 64
 """Slots that the gate compares with float64, in two variants."""
 FLOAT64_RATE, CONVERTED_BYTES = 0.25, 8
 """Part of the float32 rate that float64 products reach; bytes of one converted weight."""
-PACK_PASSES, PACK_RATE = 3.0, 0.25
-"""Times that packing touches every weight, and the part of the bandwidth that gather-like copies reach."""
-COMPILE_S = {"cpu": 0.15, "cuda": 2.0}
-"""Compiling one new config."""
+PACK_RATE = 0.011
+"""Part of the bandwidth that making random weights and packing them reaches, into memory that nobody used before."""
+COMPILE_S = {"cpu": 0.5, "cuda": 2.0}
+"""Compiling one kernel; on a CPU of one process of those that compile at once."""
+GIVEN_AT_LAUNCH = ("block_n", "block_k", "threads")
+"""Parameters of the CPU's kernels that are arguments of compiled code; block_n nearly always is."""
 
 
 def expected_sample_s(predicted_us: float, calibration: Calibration, *, device_kind: str = "cpu") -> float:
     """Return the seconds that one sample of a config takes, repeats of short launches and fresh routing included."""
     repeats = max(1, min(MAX_REPEATS, int(SAMPLE_US[device_kind] / max(predicted_us, 1e-3) + 0.5)))
     return repeats * (predicted_us + ROUTING_US) / 1e6
+
+
+def expected_warming_s(predicted_us: float, *, device_kind: str = "cpu") -> float:
+    """Return the seconds of the launches that precede a config's first sample."""
+    return 0.0 if predicted_us > CLEARLY_LONG * SAMPLE_US[device_kind] else 2 * predicted_us / 1e6
 
 
 def expected_check_s(
@@ -40,9 +48,16 @@ def expected_check_s(
 
 def expected_pack_s(gemm: ExpertGemm, calibration: Calibration, *, copies: int = 1) -> float:
     """Return the seconds of making `copies` of a GEMM's weights in one more layout."""
-    return copies * PACK_PASSES * gemm.weight_bytes() / (PACK_RATE * calibration.memory_bytes_s)
+    return copies * gemm.weight_bytes() / (PACK_RATE * calibration.memory_bytes_s)
 
 
-def expected_compile_s(configs: int, *, device_kind: str = "cpu") -> float:
-    """Return the seconds of compiling so many configs, none of which is in the cache of compiled code."""
-    return configs * COMPILE_S[device_kind]
+def expected_compile_s(gemm: ExpertGemm, *, device_kind: str = "cpu", processes: int = 1) -> float:
+    """Return the seconds of compiling what the gate launches of one config, by so many processes at once."""
+    if device_kind != "cpu":
+        return COMPILE_S[device_kind]
+    return len(out_dtypes(gemm)) * COMPILE_S["cpu"] / processes
+
+
+def code_of(config: TileConfig) -> TileConfig:
+    """Return what stands for all configs of a CPU's kernel that run the same code."""
+    return TileConfig(config.kernel, {name: value for name, value in config.params if name not in GIVEN_AT_LAUNCH})

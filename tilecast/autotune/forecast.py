@@ -6,8 +6,16 @@ import random
 from dataclasses import dataclass, field
 
 from tilecast.autotune.calibrate import Calibration
-from tilecast.autotune.costs import expected_check_s, expected_compile_s, expected_pack_s, expected_sample_s
+from tilecast.autotune.costs import (
+    code_of,
+    expected_check_s,
+    expected_compile_s,
+    expected_pack_s,
+    expected_sample_s,
+    expected_warming_s,
+)
 from tilecast.autotune.gate import Verdict
+from tilecast.autotune.measure import Prepared
 from tilecast.autotune.plan import Plan
 from tilecast.autotune.prescreen import anchors, prescreen
 from tilecast.autotune.rank import ModelRanker
@@ -18,12 +26,12 @@ from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertGemm, TileConfig
 from tilecast.store import Store
 
-NOISE = 0.03
-"""Relative noise of the rehearsal's samples: without any, nothing would be in doubt, and less would be measured."""
+NOISE = 0.06
+"""Relative noise of the rehearsal's samples, that of recorded sweeps: with less, less would be in doubt."""
 UNKNOWN_US = 1000.0
 """What a config is taken to need where the model has no opinion of any."""
-WORKER_S = 4.0
-"""Starting the process that measures."""
+WORKER_S = 5.5
+"""Starting this process and the one that measures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,7 @@ class Rehearsal:
     costs: dict[tuple[ExpertGemm, int], _Costs] = field(default_factory=dict)
     _stacks: set[tuple[ExpertGemm, str]] = field(default_factory=set)
     _compiled: set[tuple[ExpertGemm, TileConfig]] = field(default_factory=set)
+    _sampled: set[tuple[ExpertGemm, int, TileConfig]] = field(default_factory=set)
 
     @property
     def _calibration(self) -> Calibration:
@@ -86,21 +95,32 @@ class Rehearsal:
             self._stacks.add(stack)
             copies = weight_copies(gemm, self.ranker.model.environment.llc_bytes)
             costs.seconds += expected_pack_s(gemm, self._calibration, copies=copies)
-        if (gemm, config) not in self._compiled:
-            self._compiled.add((gemm, config))
-            costs.seconds += expected_compile_s(1, device_kind=self._device_kind)
+        costs.seconds += self._compile_s(gemm, config)
         return Verdict(error_ratio=0.0)
 
     def sample(self, gemm: ExpertGemm, tokens: int, config: TileConfig, *, round: int, count: int) -> tuple[float, ...]:
         """Return the predicted time with noise, and add what taking it costs."""
         us = self._us(gemm, tokens, config)
         costs = self.costs.setdefault((gemm, tokens), _Costs())
-        # The first sample of a config follows two launches that say how long one takes.
-        warm = 2 * us / 1e6 if round == 0 else 0.0
+        warm = 0.0
+        if (gemm, tokens, config) not in self._sampled:
+            self._sampled.add((gemm, tokens, config))
+            warm = expected_warming_s(us, device_kind=self._device_kind)
         costs.seconds += warm + count * expected_sample_s(us, self._calibration, device_kind=self._device_kind)
         costs.samples += count
         generator = random.Random(f"{self.seed} {gemm.name} {tokens} {config.digest} {round}")
         return tuple(us * max(0.5, 1 + NOISE * generator.gauss(0, 1)) for _ in range(count))
+
+    def _compile_s(self, gemm: ExpertGemm, config: TileConfig) -> float:
+        is_gpu, environment = self._device_kind != "cpu", self.ranker.model.environment
+        if not is_gpu and not isinstance(self.registry[config.kernel], Prepared):
+            return 0.0
+        code = config if is_gpu else code_of(config)
+        if (gemm, code) in self._compiled:
+            return 0.0
+        self._compiled.add((gemm, code))
+        processes = max(1, environment.threads or environment.units)
+        return expected_compile_s(gemm, device_kind=self._device_kind, processes=processes)
 
     def _us(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> float:
         return self.ranker.rank(gemm, tokens, [config]).get(config, UNKNOWN_US)

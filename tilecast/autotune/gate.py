@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +32,14 @@ MAX_ERROR_RATIO = 2.0
 SAMPLED_SLOTS = 32
 """Slots per launch that are compared with the oracle; every slot is checked for being written and finite."""
 ABSENT_SHARE = 0.125
+ORACLES_AT_ONCE = 8
+"""Token counts whose expected values are worked out in one pass over the weights."""
 GATE_SEED = 1 << 20
 """Inputs of the gate are none of those that are timed."""
+
+
+Expected = tuple[torch.Tensor, torch.Tensor]
+"""What rows should be: in float64, and in the layer's dtype by torch; both as float64 [rows, columns]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +75,23 @@ class Gate:
     numerics round activations first, from rows rounded so.
     """
 
-    def __init__(self, workload: Workload) -> None:
-        """Take operands from `workload`."""
+    def __init__(self, workload: Workload, tokens: Sequence[int] = ()) -> None:
+        """Take operands from `workload`; `tokens` are counts that will be checked, whose oracles share their work."""
         self._workload = workload
+        self._tokens = tuple(sorted(tokens))
+        self._known: dict[tuple[int, str], list[Expected]] = {}
         self._held: tuple[ExpertGemm, int] | None = None
         self._cases: dict[str, tuple[_Case, ...]] = {}
+        self._launches_us: dict[tuple[ExpertGemm, int, TileConfig], list[float]] = {}
+
+    def launch_us(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> float:
+        """Return how long the faster of a config's launches here took, seen from the host; 0 if there was none."""
+        return min(self._launches_us.get((gemm, tokens, config), ()), default=0.0)
 
     def check(self, gemm: ExpertGemm, tokens: int, config: TileConfig, kernel: Kernel) -> Verdict:
         """Launch `config` and judge its output. Whatever the kernel raises passes through."""
+        if self._held is None or self._held[0] != gemm:
+            self._known.clear()
         if self._held != (gemm, tokens):
             self._held, self._cases = (gemm, tokens), {}
         activations = str(kernel.numerics(gemm, config, self._workload.environment).get("activations", ""))
@@ -82,12 +99,15 @@ class Gate:
             self._cases[activations] = self._make_cases(gemm, tokens, activations)
         weights = self._workload.weights(gemm, kernel, kernel.layout(gemm, config))
         order = kernel.order(gemm, config)
-        worst = 0.0
+        worst, launches_us = 0.0, self._launches_us.setdefault((gemm, tokens, config), [])
         for case in self._cases[activations]:
             device = self._workload.device
             out = poisoned_output(gemm, tokens, case.out_dtype, device)
-            launch(kernel, config, weights, in_order(gemm, case.inputs, order), out)
+            inputs = in_order(gemm, case.inputs, order)
+            start = time.perf_counter()
+            launch(kernel, config, weights, inputs, out)
             synchronise(device)
+            launches_us.append(1e6 * (time.perf_counter() - start))
             detail = _beyond_the_last(gemm, out, case.inputs, order)
             out = in_slot_order(gemm, out, case.inputs.route, order)
             detail = detail or _unwritten(out, case.written)
@@ -101,22 +121,38 @@ class Gate:
             return Verdict(status="wrong_result", error_ratio=worst, detail=detail)
         return Verdict(error_ratio=worst)
 
+    def _variants(self, gemm: ExpertGemm, tokens: int) -> list[Inputs]:
+        full = self._workload.inputs(gemm, tokens, GATE_SEED)
+        return [full] if tokens * gemm.layer.top_k == 1 else [full, _with_absent_slots(gemm, full)]
+
+    def _sampled(self, gemm: ExpertGemm, tokens: int) -> torch.Tensor:
+        count = max(2, SAMPLED_SLOTS // gemm.layer.top_k)
+        return _sampled_tokens(tokens, count).to(self._workload.device)
+
+    def _expected(self, gemm: ExpertGemm, tokens: int, activations: str) -> list[Expected]:
+        """Return what each variant's sampled rows should be, worked out together with those of the counts to come."""
+        if (tokens, activations) not in self._known:
+            later = [t for t in self._tokens if t > tokens and (t, activations) not in self._known]
+            together = (tokens, *later[: ORACLES_AT_ONCE - 1])
+            asked = [(v, self._sampled(gemm, t)) for t in together for v in self._variants(gemm, t)]
+            # Plain weights are the oracle's, whatever layout the kernel reads.
+            weights = self._workload.plain(gemm)
+            found = iter(_expected(gemm, asked, weights.data, weights.bias, activations))
+            for t in together:
+                self._known[t, activations] = [next(found) for _ in self._variants(gemm, t)]
+        return self._known[tokens, activations]
+
     def release(self) -> None:
         """Drop the expected values."""
         self._held, self._cases = None, {}
+        self._known.clear()
+        self._launches_us.clear()
 
     def _make_cases(self, gemm: ExpertGemm, tokens: int, activations: str) -> tuple[_Case, ...]:
-        full = self._workload.inputs(gemm, tokens, GATE_SEED)
-        variants = [full]
-        if tokens * gemm.layer.top_k > 1:
-            variants.append(_with_absent_slots(gemm, full))
-        # Plain weights are the oracle's, whatever layout the kernel reads.
-        weights = self._workload.plain(gemm)
         device = self._workload.device
-        sampled = _sampled_tokens(tokens, max(2, SAMPLED_SLOTS // gemm.layer.top_k)).to(device)
-        expected = _expected(gemm, variants, sampled, weights.data, weights.bias, activations)
-        dtype = TORCH_DTYPES[gemm.layer.dtype]
-        cases = []
+        variants, sampled = self._variants(gemm, tokens), self._sampled(gemm, tokens)
+        expected = self._expected(gemm, tokens, activations)
+        dtypes, cases = out_dtypes(gemm), []
         for number, (inputs, (exact, torch_values)) in enumerate(zip(variants, expected, strict=True)):
             present = _present(gemm, inputs)
             rows, written = sampled, torch.ones(tokens, dtype=torch.bool, device=device)
@@ -125,13 +161,17 @@ class Gate:
                 slots = _slots_of(sampled, gemm.layer.top_k)
                 rows = slots[present[slots]]
                 exact, torch_values = exact[present[slots]], torch_values[present[slots]]
-            # The second launch of down gives a rank's partial sum, which is not rounded.
-            out_dtype = torch.float32 if gemm.name == "down" and number else dtype
             cases.append(
-                _Case(inputs=inputs, out_dtype=out_dtype, written=written, rows=rows, exact=exact,
+                _Case(inputs=inputs, out_dtype=dtypes[-1 if number else 0], written=written, rows=rows, exact=exact,
                       torch_values=torch_values)
             )  # fmt: skip
         return tuple(cases)
+
+
+def out_dtypes(gemm: ExpertGemm) -> tuple[torch.dtype, ...]:
+    """Return what the gate's launches write: the layer's dtype, and of down a rank's partial sum, not rounded."""
+    dtype = TORCH_DTYPES[gemm.layer.dtype]
+    return (dtype,) if gemm.name == "up" else tuple(dict.fromkeys((dtype, torch.float32)))
 
 
 def error_ratio(out: torch.Tensor, exact: torch.Tensor, torch_values: torch.Tensor, k: int) -> float:
@@ -219,30 +259,29 @@ def _with_absent_slots(gemm: ExpertGemm, full: Inputs) -> Inputs:
 
 def _expected(
     gemm: ExpertGemm,
-    variants: list[Inputs],
-    sampled: torch.Tensor,
+    asked: Sequence[tuple[Inputs, torch.Tensor]],
     weight: Weights,
     bias: torch.Tensor | None,
     activations: str,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return (float64, same-dtype torch) results of the sampled tokens of each variant, both as float64.
+) -> list[Expected]:
+    """Return the results of each variant's sampled tokens.
 
-    All variants go through the reference at once, as converting the weights costs the most.
+    All go through the reference at once, as converting the weights costs the most.
     """
     layer, top_k = gemm.layer, gemm.layer.top_k
-    ids = torch.cat([v.route.ids[sampled] for v in variants])
+    ids = torch.cat([v.route.ids[sampled] for v, sampled in asked])
     # The oracle's own way to sort, which no kernel uses.
     route = routing.sort_slots(ids, layer.experts)
     results = []
     for dtype in (torch.float64, TORCH_DTYPES[layer.dtype]):
         if gemm.name == "up":
-            rows = torch.cat([v.rows[sampled] for v in variants])
+            rows = torch.cat([v.rows[sampled] for v, sampled in asked])
             result = reference_up(layer, rows, weight, route, bias, dtype, activations)
         else:
-            slots = _slots_of(sampled, top_k)
-            rows = torch.cat([v.rows[slots] for v in variants])
-            scale = torch.cat([v.topk_weights[sampled] for v in variants])
+            rows = torch.cat([v.rows[_slots_of(sampled, top_k)] for v, sampled in asked])
+            scale = torch.cat([v.topk_weights[sampled] for v, sampled in asked])
             result = reference_down(layer, rows, weight, route, scale, bias, dtype, activations)
         results.append(result.double())
-    exact, torch_values = (result.chunk(len(variants)) for result in results)
+    each = [len(sampled) * (top_k if gemm.name == "up" else 1) for _, sampled in asked]
+    exact, torch_values = (result.split_with_sizes(each) for result in results)
     return list(zip(exact, torch_values, strict=True))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import torch
 
 from tilecast.autotune.clock import Clock, clock_for
-from tilecast.autotune.gate import Gate, Verdict
+from tilecast.autotune.gate import Gate, Verdict, out_dtypes
 from tilecast.autotune.routing_profiles import RoutingProfile
 from tilecast.autotune.workload import Workload, check_memory, launch, poisoned_output
 from tilecast.environment import Environment
-from tilecast.kernels.spec import Registry
+from tilecast.kernels.spec import GemmWeights, Registry
 from tilecast.problem import ExpertGemm, TileConfig
 
 SAMPLE_US = {"cpu": 8000.0, "cuda": 200.0}
 """A sample is the mean of as many launches as take about this long: on a CPU what the rest of the machine does comes
 and goes within milliseconds, and on either the clock and the call around one short launch would show."""
 MAX_REPEATS = 64
+CLEARLY_LONG = 2.0
+"""A launch that took so many samples' time in the gate is a sample by itself, whatever it touched first."""
 
 
 class Measurer(Protocol):
@@ -39,6 +44,15 @@ class Measurer(Protocol):
 
     def release(self, gemm: ExpertGemm) -> None:
         """Drop what is kept for `gemm`; its last bucket is done."""
+        ...
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A kernel that can be told what it will launch, and compiles that."""
+
+    def prepare(self, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> None:
+        """Load what launches into `out_dtype` need, compiled if need be."""
         ...
 
 
@@ -102,15 +116,17 @@ class DeviceMeasurer:
         routing: str | RoutingProfile = "uniform",
         seed: int = 0,
         clock: Clock | None = None,
+        tokens: Sequence[int] = (),
     ) -> None:
         """Measure kernels of `registry`; operands follow from `seed` alone; `clock` is by default the device's.
 
+        `tokens` are counts that will be measured: the gate works out what is expected of several in one go.
         Raises DeviceError if the environment's device is not here.
         """
         self._registry = registry
         self._workload = Workload(environment, routing=routing, seed=seed)
         self._clock = clock or clock_for(self._workload.device, environment.llc_bytes)
-        self._gate = Gate(self._workload)
+        self._gate = Gate(self._workload, tokens)
         self._repeats: dict[tuple[ExpertGemm, int, TileConfig], int] = {}
         self._turn = 0
 
@@ -120,27 +136,56 @@ class DeviceMeasurer:
 
     def check(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> Verdict:
         """Run the correctness gate on the full problem; see `Gate`."""
-        return self._gate.check(gemm, tokens, config, self._registry[config.kernel])
+        kernel = self._registry[config.kernel]
+        if isinstance(kernel, Prepared):
+            weights = self._workload.weights(gemm, kernel, kernel.layout(gemm, config))
+            for dtype in out_dtypes(gemm):
+                kernel.prepare(config, weights, dtype)
+        return self._gate.check(gemm, tokens, config, kernel)
+
+    def compile(self, gemm: ExpertGemm, configs: Sequence[TileConfig]) -> None:
+        """Have what the launches of `configs` need compiled on all cores at once, by kernels that can say what it is.
+
+        What cannot be compiled is left out: its launch says why.
+        """
+        loads = []
+        for config in configs:
+            kernel = self._registry[config.kernel]
+            if isinstance(kernel, Prepared):
+                weights = self._workload.weights(gemm, kernel, kernel.layout(gemm, config))
+                loads += [partial(kernel.prepare, config, weights, dtype) for dtype in out_dtypes(gemm)]
+        if loads:
+            # Imports a compiler.
+            from tilecast.kernels.cpu.jit import compile_together
+
+            compile_together(loads, torch.get_num_threads())
 
     def sample(self, gemm: ExpertGemm, tokens: int, config: TileConfig, *, round: int, count: int) -> tuple[float, ...]:
         """Return `count` times of one launch in µs, each on the next copy of the weights and fresh routing.
 
-        The first call for a config launches it once without timing. Launches of less than `SAMPLE_US` are
-        repeated, each repeat on its own operands, and the time divided.
+        The first call for a config launches it twice without timing, unless the gate showed that it takes long.
+        Launches of less than `SAMPLE_US` are repeated, each repeat on its own operands, and the time divided.
         """
         key = (gemm, tokens, config)
         if key not in self._repeats:
-            # The first launch compiles and touches memory; the second says how long one takes.
-            self._time(gemm, tokens, config, seeds=[0])
-            once = self._time(gemm, tokens, config, seeds=[0])
-            wanted = SAMPLE_US[self._workload.environment.device_kind]
-            self._repeats[key] = max(1, min(MAX_REPEATS, int(wanted / once + 0.5)))
+            self._repeats[key] = self._repeats_of(gemm, tokens, config)
         repeats = self._repeats[key]
         times = []
         for index in range(count):
             first = 1 + (round * 8 + index) * MAX_REPEATS
             times.append(self._time(gemm, tokens, config, seeds=list(range(first, first + repeats))))
         return tuple(times)
+
+    def _repeats_of(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> int:
+        wanted = SAMPLE_US[self._workload.environment.device_kind]
+        # What the gate launched may have been compiling, unless the kernel was told before.
+        told = isinstance(self._registry[config.kernel], Prepared)
+        if told and self._gate.launch_us(gemm, tokens, config) > CLEARLY_LONG * wanted:
+            return 1
+        # The first launch compiles and touches memory; the second says how long one takes.
+        self._time(gemm, tokens, config, seeds=[0])
+        once = self._time(gemm, tokens, config, seeds=[0])
+        return max(1, min(MAX_REPEATS, int(wanted / once + 0.5)))
 
     def release(self, gemm: ExpertGemm) -> None:
         """Drop the weights, inputs and expected values."""
@@ -157,6 +202,8 @@ class DeviceMeasurer:
         for seed in seeds:
             self._turn = (self._turn + 1) % copies
             weights = self._workload.weights(gemm, kernel, layout, self._turn)
+            if isinstance(kernel, Prepared):
+                kernel.prepare(config, weights, out.dtype)
             inputs = self._workload.inputs(gemm, tokens, seed, order)
             launches.append(partial(launch, kernel, config, weights, inputs, out))
         return self._clock.time(launches)

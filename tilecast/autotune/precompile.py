@@ -1,7 +1,7 @@
 """GPU candidates are compiled while others are measured: their first launch finds them in Triton's cache.
 
-On a CPU there is nothing to do: compiling takes the cores that are measured, and what was compiled is kept on disk by
-the kernels themselves.
+On a CPU there is nothing to do here: compiling takes the cores that are measured, and the measurer does it before
+(`DeviceMeasurer.compile`); what was compiled is kept on disk by the kernels themselves.
 """
 
 from __future__ import annotations

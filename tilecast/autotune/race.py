@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,11 +23,16 @@ from tilecast.errors import DeviceError
 from tilecast.evidence import Measurement
 from tilecast.problem import Bucket, ExpertGemm, TileConfig
 
+logger = logging.getLogger(__name__)
+
 FEW = 4
 """Candidates besides the default that get a sample even when a task's share of the budget is spent."""
 
 SCREENING_SHARE = 0.6
 """Part of a task's time that round 0 may take: many configs sampled once and none twice tell nothing from noise."""
+
+COMPILED_AT_ONCE, COMPILED_IN_A_BUDGET = 8, 2
+"""Configs that are compiled together before the first of them is checked; few where a deadline may come first."""
 
 SPLIT_ROUNDS = 2
 """Rounds whose configs are shared out among ranks that divide the work."""
@@ -117,6 +124,7 @@ class Race:
         self._last_us: dict[TileConfig, float] = {}
         self._passed: set[TileConfig] = set()
         self._coded: dict[str, TileConfig] = {}
+        self._compiled: dict[TileConfig, float] = {}
 
     def run(self) -> int:
         """Run all rounds and return how many (config, round) pairs the deadline cut."""
@@ -180,6 +188,7 @@ class Race:
             if not must and (stop or (number == 0 and time.monotonic() + cost > self._screening_end)):
                 self._cut += 1
                 continue
+            self._compile(config, order[position:])
             checked = self._check(config, number)
             again = partial(self._sample, config, number, turn.samples, checked)
             made += stretch.add(again)
@@ -199,6 +208,26 @@ class Race:
             # The median: the first config of each weight layout packs for all that follow it.
             return median(self._first_costs_s) if self._first_costs_s else 0.0
         return self._cost_s[config] * samples
+
+    def _compile(self, config: TileConfig, following: Sequence[TileConfig]) -> None:
+        """Have the next few that are to be checked compiled at once, `config` first, where the measurer can do that."""
+        compile_all = getattr(self._session.measurer, "compile", None)
+        if compile_all is None or config in self._compiled:
+            return
+        self._catch_up()
+        at_once = COMPILED_AT_ONCE if math.isinf(self._deadline) else COMPILED_IN_A_BUDGET
+        fresh = [c for c in following if c not in self._passed and c not in self._compiled][:at_once]
+        if config not in fresh:
+            return
+        start = time.monotonic()
+        try:
+            compile_all(self._gemm, fresh)
+        except DeviceError:
+            raise
+        except Exception as error:  # One that ends the compiler ends it again, when it is checked alone.
+            logger.debug("compiling %d configs at once failed: %s", len(fresh), error)
+        each_s = (time.monotonic() - start) / len(fresh)
+        self._compiled |= dict.fromkeys(fresh, each_s)
 
     def _check(self, config: TileConfig, number: int) -> Verdict | None:
         """Run the gate if the config was not checked before: a verdict, or None for one that passed it earlier."""
@@ -222,7 +251,7 @@ class Race:
             status, detail = failure(error)
             return Verdict(status=status, detail=detail)
         finally:
-            self._first_costs_s.append(time.monotonic() - start)
+            self._first_costs_s.append(time.monotonic() - start + self._compiled.get(config, 0.0))
 
     def _twin(self, config: TileConfig) -> TileConfig | None:
         """Return a config that ran here with the very same machine code, unless `config` has to run itself."""

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, cast
@@ -118,6 +118,10 @@ class SandboxMeasurer:
         """Run the correctness gate in the worker."""
         limit_s = self._limit_s("check", gemm, tokens, 0)
         return cast(Verdict, self._call("check", (gemm, tokens, config), {}, limit_s))
+
+    def compile(self, gemm: ExpertGemm, configs: Sequence[TileConfig]) -> None:
+        """Have what the launches of `configs` need compiled in the worker. Raises what the measurer raises there."""
+        self._call("compile", (gemm, tuple(configs)), {}, len(configs) * COMPILE_S + self._limit_s("check", gemm, 1, 0))
 
     def sample(self, gemm: ExpertGemm, tokens: int, config: TileConfig, *, round: int, count: int) -> tuple[float, ...]:
         """Return `count` times in µs, taken in the worker."""

@@ -60,7 +60,8 @@ def device_tools(
     others, as it will in production: nothing is watched then. Raises DeviceError where the device cannot be had.
     """
     environment = plan.environment
-    factory = partial(DeviceMeasurer, environment, registry, routing=plan.routing_profile)
+    tokens = tuple(bucket.tokens for bucket in plan.buckets)
+    factory = partial(DeviceMeasurer, environment, registry, routing=plan.routing_profile, tokens=tokens)
     with ExitStack() as stack:
         stack.enter_context(device_lock(environment, timeout_s=LOCK_TIMEOUT_S if ranks > 1 else None))
         limits = calibration_for(environment, registry, folder=folder) if calibrate is None else calibrate()

@@ -34,7 +34,7 @@ class Ranked:
     at most, round by round. rounds: the most rounds.
     """
 
-    samples_each: float = 1.2
+    samples_each: float = 1.15
     least: int = 24
     most: int = 150
     start: float = 0.2

@@ -10,11 +10,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +102,8 @@ def _object(build: Callable[[Any], None], key: str, isa: Isa) -> bytes:
     path = _object_path(key)
     body = _read_object(path)
     if body is None:
+        if not _rules.compiles:
+            raise NotCompiled(partial(_object, build, key, isa), key)
         module, machine = optimised(build, isa)
         body = bytes(machine.emit_object(module))
         _write_object(path, body)
@@ -127,6 +133,86 @@ def load(build: Callable[[Any], None], fields: dict[str, Any], entry: str) -> in
         engine.finalize_object()
         _loaded.append(engine)
         return int(engine.get_function_address(entry))
+
+
+class NotCompiled(Exception):
+    """Code that nobody compiled yet, where none may be: see `compile_together`."""
+
+    def __init__(self, make: Callable[[], object], key: str) -> None:
+        """Say what compiles and keeps it, and under which key."""
+        super().__init__(key)
+        self.make = make
+        self.key = key
+
+
+class _Rules(threading.local):
+    """Whether this thread's loads may compile."""
+
+    def __init__(self) -> None:
+        self.compiles = True
+
+
+_rules = _Rules()
+
+
+def compile_together(loads: Sequence[Callable[[], object]], processes: int) -> int:
+    """Have the code that `loads` would compile one after the other compiled by so many processes at once.
+
+    They leave it in the cache folder, where the next load finds it: LLVM runs in one thread of a process at a time.
+    Returns how many were compiled by others than this process. What a load raises is not raised here, as that load
+    will raise it again; what a process cannot compile is left out.
+    """
+    wanted: dict[str, Callable[[], object]] = {}
+    _rules.compiles = False
+    try:
+        for load_one in loads:
+            try:
+                load_one()
+            except NotCompiled as missing:
+                wanted.setdefault(missing.key, missing.make)
+            except Exception:  # The launch that needs it says what is wrong.
+                continue
+    finally:
+        _rules.compiles = True
+    makes = list(wanted.values())
+    shares = [makes[first::processes] for first in range(max(1, min(processes, len(makes))))]
+    if len(shares) < 2 or sys.platform != "linux":
+        return 0
+    children = [_forked(share) for share in shares[1:]]
+    start = time.monotonic()
+    for make in shares[0]:
+        make()
+    _wait_for(children, start + LATE_FACTOR * (time.monotonic() - start) + LATE_S)
+    return sum(map(len, shares[1:]))
+
+
+LATE_FACTOR, LATE_S = 3.0, 5.0
+"""A process that takes so many times as long as this one's share, and these seconds more, is ended."""
+
+
+def _forked(makes: Sequence[Callable[[], object]]) -> int:
+    """Return the id of a process that compiles its share and ends."""
+    with warnings.catch_warnings():
+        # Of this process's threads the child needs none; a lock that one holds is what `_wait_for` is for.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child:
+        return child
+    try:
+        for make in makes:
+            make()
+    finally:
+        os._exit(0)
+
+
+def _wait_for(children: Sequence[int], deadline: float) -> None:
+    for child in children:
+        while os.waitpid(child, os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                break
+            time.sleep(0.001)
 
 
 @cache

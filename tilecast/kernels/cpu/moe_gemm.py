@@ -223,6 +223,10 @@ class MoeGemm:
 
     # Launching ------------------------------------------------------------------------
 
+    def prepare(self, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> None:
+        """Load what launches into `out_dtype` need, compiled if need be. Raises as a launch does."""
+        _plan(self.isa, config, weights, out_dtype)
+
     def up(
         self,
         config: TileConfig,
