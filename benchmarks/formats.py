@@ -1,22 +1,23 @@
-"""Time CPU decode and prefill with quantised weights against dense ones, interleaved, and print JSON.
+"""Time CPU decode and prefill with quantised weights against dense ones, interleaved.
 
 python benchmarks/formats.py --threads 2 --rounds 40 --tokens 1,4,16,64 --formats awq_g128,int8_g128,fp8_block128
 
 Each GEMM of Mixtral-8x7B's layer as one of 8 ranks sees it, default configs, experts taking turns so that no weights
-are read from a cache. `speedup` is over the dense GEMM of the same rounds, of the fastest and of the median times;
-`roofline` is the part of the measured read bandwidth that a launch reaches on the bytes of its active experts.
+are read from a cache. `speedup` is over the dense GEMM, the median and the quartiles of ratios within a round, and of
+the least times; `roofline` is the part of the measured read bandwidth that a launch reaches on the bytes of its active
+experts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from report import write_result
 from shapes import mixtral_tp8
 
 from tilecast.canonical import Json
@@ -26,7 +27,7 @@ from tilecast.kernels.cpu.peak import measure_peaks
 from tilecast.kernels.cpu.sorting import sort_slots
 from tilecast.kernels.formats import quantize
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
-from tilecast.problem import ExpertGemm, ExpertLayer
+from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
 KERNEL = MoeGemm()
 
@@ -40,10 +41,14 @@ def packed(gemm: ExpertGemm) -> GemmWeights:
     return KERNEL.pack(GemmWeights(gemm=gemm, layout=PLAIN, data=stack), layout)
 
 
+def config_of(weights: GemmWeights, tokens: int) -> TileConfig:
+    return KERNEL.default(weights.gemm, tokens, cpu_environment())
+
+
 def launcher(weights: GemmWeights, tokens: int) -> Callable[[int], float]:
     """Return a function that launches once, for a round's choice of experts, and returns seconds."""
     gemm, layer = weights.gemm, weights.gemm.layer
-    config = KERNEL.default(gemm, tokens, cpu_environment())
+    config = config_of(weights, tokens)
     dtype, slots = TORCH_DTYPES[layer.dtype], tokens * layer.top_k
     first = torch.arange(slots).view(tokens, layer.top_k)
     routes = [sort_slots((first + layer.top_k * i) % layer.experts, layer.experts) for i in range(4)]
@@ -73,13 +78,22 @@ def race(layers: list[ExpertLayer], tokens: int, rounds: int, stacks: list[list[
                 taken.append(seconds)
     gb_s = measure_peaks().read_gb_s
     found = []
-    for layer, taken in zip(layers, times, strict=True):
+    for layer, taken, both in zip(layers, times, stacks, strict=True):
         active = min(layer.experts, tokens * layer.top_k)
         size = sum(gemm.weight_bytes(active) for gemm in layer.gemms)
         best, middle = min(taken), statistics.median(taken)
+        ratios = [dense / mine for dense, mine in zip(times[0], taken, strict=True)]
+        low, ratio, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"  {layer.weight_format} T={tokens}: {ratio:.2f}× the dense kernel ({low:.2f} to {high:.2f}; least times "
+            f"{min(times[0]) / best:.2f}×), {middle * 1e6:.0f} µs, "
+            f"{size / middle / 1e9 / gb_s:.0%} of the memory roofline",
+            flush=True,
+        )
         found.append({
             "format": layer.weight_format, "tokens": tokens, "min_us": best * 1e6, "median_us": middle * 1e6,
-            "speedup_min": min(times[0]) / best, "speedup_median": statistics.median(times[0]) / middle,
+            "speedup_min": min(times[0]) / best, "speedup_median": ratio, "quartiles": [low, high],
+            "configs": {w.gemm.name: config_of(w, tokens).label for w in both},
             "weight_bytes": size, "read_gb_s": gb_s, "roofline_min": size / best / 1e9 / gb_s,
             "roofline_median": size / middle / 1e9 / gb_s,
         })  # fmt: skip
@@ -87,13 +101,14 @@ def race(layers: list[ExpertLayer], tokens: int, rounds: int, stacks: list[list[
 
 
 def main() -> None:
-    """Print one JSON object."""
+    """Run and write the result."""
     parser = argparse.ArgumentParser(description="Time the CPU kernels on weight formats.")
     parser.add_argument("--formats", default="awq_g128,int4_g128,int8_g128,fp8_block128", help="comma-separated")
     parser.add_argument("--tokens", default="1,4,16,64", help="comma-separated")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--results", type=Path, help="folder for the result; none: by device")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     base = mixtral_tp8(options.dtype)
@@ -101,8 +116,8 @@ def main() -> None:
     layers = [ExpertLayer(**{**base.to_json(), "weight_format": name}) for name in names]  # type: ignore[arg-type]
     stacks = [[packed(gemm) for gemm in layer.gemms] for layer in layers]
     rows = [row for tokens in options.tokens.split(",") for row in race(layers, int(tokens), options.rounds, stacks)]
-    head: dict[str, Json] = {"layer": base.label, "threads": options.threads, "load": list(os.getloadavg())}
-    print(json.dumps({**head, "rows": rows}, indent=1))
+    result: dict[str, Json] = {"layer": base.label, "threads": options.threads, "rows": list(rows)}
+    print(f"  written to {write_result('formats', result, options.results)}", flush=True)
 
 
 if __name__ == "__main__":

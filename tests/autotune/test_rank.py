@@ -12,6 +12,7 @@ from tilecast.autotune.prescreen import prescreen
 from tilecast.autotune.rank import CostModel, ModelRanker
 from tilecast.engine.runtime import default_registry
 from tilecast.environment import cpu_environment
+from tilecast.kernels.cpu.sparse import NAME as SPARSE
 from tilecast.kernels.gpu.target import parse_target
 from tilecast.kernels.spec import Registry
 from tilecast.kernels.work import Predictable, Work
@@ -80,6 +81,21 @@ def test_a_ranker_predicts_for_its_profile() -> None:
     config = registry.default_kernel(layer.up, environment).default(layer.up, 8, environment)
     uniform, skewed = (ModelRanker(model, registry, name).rank(layer.up, 8, [config]) for name in ("uniform", "zipf:2"))
     assert skewed[config] < uniform[config], "fewer experts are read"
+
+
+def test_dead_neurons_make_the_sparse_kernel_faster_and_no_other() -> None:
+    environment, registry = cpu_environment(), default_registry()
+    model = CostModel(environment, CALIBRATION)
+    layer = replace(LAYER, activation="relu")
+    for gemm in layer.gemms:
+        configs = {name: registry[name].default(gemm, 1, environment) for name in ("llvm.moe_gemm", SPARSE)}
+        alive, dead = (
+            ModelRanker(model, registry, f"uniform+sparsity:{share}").rank(gemm, 1, list(configs.values()))
+            for share in ("0.1", "0.95")
+        )
+        dense, sparse = configs.values()
+        assert dead[dense] == alive[dense] and dead[sparse] < 0.75 * alive[sparse]
+        assert dead[sparse] < dead[dense]
 
 
 def test_ranking_is_ascending_and_does_not_depend_on_the_order_asked() -> None:

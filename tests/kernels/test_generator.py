@@ -13,13 +13,14 @@ import torch
 from tests.cases import SMALL, assert_both_gemms, operands
 from tilecast.environment import cpu_environment
 from tilecast.kernels import routing
-from tilecast.kernels.cpu import jit, moe_gemm
-from tilecast.kernels.cpu._moe import Variant
+from tilecast.kernels.cpu import jit
+from tilecast.kernels.cpu._variant import Variant
 from tilecast.kernels.cpu.isa import CROSS, Isa, host_isa
 from tilecast.kernels.cpu.layouts import column_order, pack_bias, padded_columns
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.peak import measure_peaks
 from tilecast.kernels.cpu.sorting import sort_slots
+from tilecast.kernels.cpu.tiles import tile_shapes
 from tilecast.problem import ExpertLayer
 from tilecast.settings import Settings
 
@@ -57,7 +58,7 @@ def test_compiles_for_cpus_that_are_not_here(name: str, changes: dict[str, objec
 @pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16"])
 def test_inner_loop_of_the_default_tile_keeps_its_sums_in_registers(name: str) -> None:
     isa = CROSS[name]
-    mr, nv = moe_gemm.tile_shapes(isa, 256, 64, "bf16")[0]
+    mr, nv = tile_shapes(isa, 256, 64, "bf16")[0]
     dot = "native" if isa.dot_bf16 else ""
     assembly = jit.compile_assembly(variant(isa, mr=mr, nv=nv, max_nv=nv, unroll=4, dot=dot), isa)
     body = assembly[assembly.index(f"micro_{mr}x{nv}:") :].split(".Lfunc_end")[0]

@@ -9,14 +9,16 @@ from tilecast import environment as environments
 from tilecast.autotune.prescreen import prescreen
 from tilecast.engine.runtime import default_registry
 from tilecast.environment import cpu_environment
+from tilecast.kernels.cpu._codes import codes_of
 from tilecast.kernels.cpu.isa import CROSS
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.onednn import KERNEL as ONEDNN
-from tilecast.kernels.cpu.work import Shape, row_blocks, step_cycles
+from tilecast.kernels.cpu.sparse import SparseExperts
+from tilecast.kernels.cpu.work import Shape, row_blocks, step_cycles, word_cycles
 from tilecast.kernels.gpu.target import TARGETS, parse_target
 from tilecast.kernels.gpu.work import column_tiles, efficiency, resident_programs
 from tilecast.kernels.work import Predictable, Work
-from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
+from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig, weight_format
 
 CPU = cpu_environment()
 LAYER = ExpertLayer(hidden=2048, intermediate=512, experts=4, top_k=2)
@@ -184,3 +186,27 @@ def test_a_better_description_leaves_decisions_valid(tmp_path, monkeypatch: pyte
     assert environments.kernel_source_digest.__wrapped__("cpu") == before
     (folder / "launched.py").write_text("3")
     assert environments.kernel_source_digest.__wrapped__("cpu") != before
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.9, 1.0])
+def test_dead_neurons_are_not_read(dead: float) -> None:
+    kernel, dense = SparseExperts(CROSS["avx2"]), MoeGemm(CROSS["avx2"])
+    layer = dataclasses.replace(LAYER, activation="relu")
+    for gemm in layer.gemms:
+        config, like = kernel.default(gemm, 1, CPU), dense.default(gemm, 1, CPU)
+        gates = 0.5 if gemm.name == "up" else 0.0
+        for counts in ([1, 0, 1, 0], [3, 0, 2, 0]):
+            whole = dense.work(gemm, like, CPU, counts)
+            found = kernel.work(gemm, config, CPU, counts, dead)
+            alive = sum(1 - dead**count for count in counts if count) / 2
+            assert found.weight_bytes == pytest.approx(whole.weight_bytes * (gates + (1 - gates) * alive))
+            assert found.useful_flops == pytest.approx(whole.useful_flops * (gates + (1 - gates) * (1 - dead)))
+            assert 0 < found.efficiency <= 1 and 0 < found.memory_efficiency <= 1
+    assert kernel.work(layer.up, kernel.default(layer.up, 1, CPU), CPU, [0, 0]).flops == 0
+
+
+def test_products_of_4_bit_codes_are_counted() -> None:
+    codes = codes_of(weight_format("awq_g128"), chain=256, scale="fp16", panel=16, dtype="bf16", byte_pairs=True)
+    assert word_cycles(1, 2, codes, 0.0) == (2 * 3 + 24) / 4, "two masks, a shift, six products and additions a vector"
+    assert word_cycles(4, 1, codes, 0.0) > 2 * word_cycles(1, 1, codes, 0.0)
+    assert word_cycles(1, 2, dataclasses.replace(codes, byte_pairs=False), 0.0) > word_cycles(1, 2, codes, 0.0)

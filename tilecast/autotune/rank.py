@@ -11,7 +11,7 @@ from tilecast.autotune.draws import typical_counts
 from tilecast.autotune.routing_profiles import RoutingProfile, as_profile
 from tilecast.environment import Environment
 from tilecast.kernels.spec import Kernel, Registry
-from tilecast.kernels.work import Predictable, Work
+from tilecast.kernels.work import Predictable, SkipsZeros, Work
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
 DRAWS = 3
@@ -57,7 +57,11 @@ class CostModel:
             return None
         drawn = self.counts(gemm.layer, tokens, routing) if counts is None else counts
         threads = dict(config.params).get("threads", 0)
-        works = [kernel.work(gemm, config, self.environment, rows) for rows in drawn]
+        dead = as_profile(routing).sparsity
+        if dead is not None and isinstance(kernel, SkipsZeros):
+            works = [kernel.work(gemm, config, self.environment, rows, dead) for rows in drawn]
+        else:
+            works = [kernel.work(gemm, config, self.environment, rows) for rows in drawn]
         return sum(self.work_us(work, threads=threads if isinstance(threads, int) else 0) for work in works) / len(
             works
         )

@@ -13,6 +13,9 @@ from typing import Protocol, runtime_checkable
 from tilecast.environment import Environment
 from tilecast.problem import ExpertGemm, TileConfig
 
+UNKNOWN_SPARSITY = 0.5
+"""The share of dead neurons that random operands leave."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -63,6 +66,24 @@ class Predictable(Protocol):
 
     def work(self, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
         """Return what a launch of a valid config does; counts are the rows of each local expert."""
+        ...
+
+
+@runtime_checkable
+class SkipsZeros(Protocol):
+    """A predictable kernel that leaves out dead neurons: its work depends on how many of them are."""
+
+    skips_zeros: bool
+
+    def work(
+        self,
+        gemm: ExpertGemm,
+        config: TileConfig,
+        environment: Environment,
+        counts: Sequence[int],
+        dead: float = UNKNOWN_SPARSITY,
+    ) -> Work:
+        """Return what a launch of a valid config does where a share `dead` of the neurons is."""
         ...
 
 

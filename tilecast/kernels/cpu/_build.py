@@ -45,6 +45,15 @@ def vector(element: Value, lanes: int) -> Value:
     return ir.VectorType(element, lanes)
 
 
+MXCSR_FLUSHES, FPCR_FLUSHES = 0x8040, 1 << 24
+"""Bits of the control registers that make zeros of subnormal results and operands (x86: FTZ, DAZ; ARM: FZ)."""
+
+
+def keeps_subnormals(triple: str) -> bool:
+    """Return whether `Emit.keep_subnormals` can do what it says on a target."""
+    return triple.startswith(("x86_64", "aarch64"))
+
+
 class Emit:
     """Emits into one function. Offsets are in bytes; integers are i64 unless said."""
 
@@ -179,9 +188,35 @@ class Emit:
         """Bring a cache line towards the core (second-level cache)."""
         self.call_external("llvm.prefetch.p0", VOID, [address, i32(0), i32(2), i32(1)])
 
+    def hidden(self, address: Value) -> Value:
+        """Return an address that the compiler does not know: what lies there stays in memory."""
+        return self.builder.asm(ir.FunctionType(PTR, [PTR]), "", "=r,0", [address], False)
+
     def fence(self) -> None:
         """Keep the compiler from carrying loaded values across: loading again is cheaper than a spilled register."""
         self.builder.asm(ir.FunctionType(VOID, []), "", "~{memory}", [], True)
+
+    def keep_subnormals(self) -> Value:
+        """Have subnormal numbers count from here on, whatever the thread was told; return what was told before."""
+        triple = self.module.triple
+        if triple.startswith("x86_64"):
+            slots = [self.slot(I32), self.slot(I32)]
+            self.call_external("llvm.x86.sse.stmxcsr", VOID, slots[:1])
+            self.set(slots[1], self.builder.and_(self.get(slots[0], I32), i32(~MXCSR_FLUSHES)))
+            self.call_external("llvm.x86.sse.ldmxcsr", VOID, slots[1:])
+            return slots[0]
+        if triple.startswith("aarch64"):
+            told = self.call_external("llvm.aarch64.get.fpcr", I64, [])
+            self.call_external("llvm.aarch64.set.fpcr", VOID, [self.builder.and_(told, i64(~FPCR_FLUSHES))])
+            return told
+        return None
+
+    def restore_subnormals(self, told: Value) -> None:
+        """Undo `keep_subnormals`."""
+        if self.module.triple.startswith("x86_64"):
+            self.call_external("llvm.x86.sse.ldmxcsr", VOID, [told])
+        elif told is not None:
+            self.call_external("llvm.aarch64.set.fpcr", VOID, [told])
 
     def shuffle(self, a: Value, b: Value, indices: Sequence[int]) -> Value:
         return self.builder.shuffle_vector(a, b, ir.Constant(vector(I32, len(indices)), list(indices)))

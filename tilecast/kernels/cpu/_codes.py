@@ -1,8 +1,9 @@
 """Quantised weights in the generator: codes of K in words of 32 bits, made into floats in registers.
 
-A word holds 8 codes of 4 bits or 4 of 8, ascending in K from its lowest bits, of one column. Codes become floats by
-the cheapest exact steps, which leave powers of two over: those are taken out of the rows beforehand (`row_factors`) and
-out of the group's sum afterwards (`sum_factor`). Scaling by powers of two changes no rounding within float32's range.
+A word holds 8 codes of 4 bits or 4 of 8, ascending in K from its lowest bits, of one column. Codes of 8 bits become
+floats by the cheapest exact steps, which leave powers of two over: those are taken out of the rows beforehand
+(`row_factor`) and out of the group's sum afterwards (`sum_factor`). Scaling by powers of two changes no rounding within
+float32's range. Codes of 4 bits stay integers (`_nibbles`).
 """
 
 from __future__ import annotations
@@ -11,24 +12,27 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from tilecast.kernels.cpu._build import F32, I8, I64, PTR, VOID, Emit, Value, i32, load_one, vector
+from tilecast.kernels.cpu._build import F32, I64, PTR, VOID, Emit, Value, load_one
 from tilecast.problem import DTYPES, WeightFormat
 
 CODES_PER_WORD = {"int4": 8, "int8": 4, "fp8": 4}
+LIMBS = {"fp32": 4, "bf16": 3, "fp16": 3}
+"""Bytes that stand for an element of a row where it is multiplied with codes of 4 bits."""
 SUM_LANES = 8
-"""A group's row sum adds this many interleaved chains in ascending order, whatever the vector's width."""
+"""Elements of a row that are made ready at once."""
 FP8_ROW_EXPONENT, FP8_SUM_EXPONENT = 64, 56
 """e4m3 bits in a float32's place stand for 2^-120 of their value, subnormals included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codes:
-    """How quantised weights lie and how a group of K enters the totals: total += scale · (sum - zero · row sum).
+    """How quantised weights lie and how a group of K enters the totals: total += scale · sum.
 
     kind: `int4`, `int8` or `fp8`; group: elements of K that are summed before they are scaled; span: elements that
     share a scale; moves: whether each span has scales of its own, or one serves all of K; scale: dtype of the scales;
-    shared: one scale a vector of columns, not one a column; zero: `stored` (a byte a column and span), `eight`, or
-    empty; panel: columns of one panel of scales.
+    shared: one scale a vector of columns, not one a column; panel: columns of one panel of scales. Of codes of 4 bits:
+    zero: `stored` (a byte a column and span) or `eight`; limbs: bytes for an element of a row; byte_pairs: whether the
+    target multiplies bytes and adds pairs of products in one instruction.
     """
 
     kind: str
@@ -39,6 +43,8 @@ class Codes:
     shared: bool
     zero: str
     panel: int
+    limbs: int = 0
+    byte_pairs: bool = False
 
     @property
     def per_word(self) -> int:
@@ -49,46 +55,31 @@ class Codes:
         """Return the bytes from a span's scales to the next one's, in a panel."""
         return (4 * self.panel // lanes if self.shared else self.panel * DTYPES[self.scale]) if self.moves else 0
 
-    def row_factors(self) -> tuple[float, ...]:
-        """Return what the rows' elements are multiplied by, by k modulo 8."""
-        if self.kind == "int4":
-            return (*(16.0**-i for i in range(7)), 1.0)
-        return (2.0 ** (FP8_ROW_EXPONENT if self.kind == "fp8" else -24),) * 8
+    def row_factor(self) -> float:
+        """Return what the rows' elements are multiplied by."""
+        return 2.0 ** (FP8_ROW_EXPONENT if self.kind == "fp8" else -24)
 
     def sum_factor(self) -> float:
         """Return what a group's sum is multiplied by, beside its scale."""
         return 2.0**FP8_SUM_EXPONENT if self.kind == "fp8" else 1.0
 
 
-def codes_of(form: WeightFormat, *, chain: int, scale: str, panel: int) -> Codes:
+def codes_of(form: WeightFormat, *, chain: int, scale: str, panel: int, dtype: str, byte_pairs: bool) -> Codes:
     """Return how a format's weights lie; without groups, chains of `chain` elements are scaled alike."""
-    span = form.group or chain
+    span, nibbles = form.group or chain, form.bits == 4
     return Codes(
-        kind="int4" if form.bits == 4 else form.kind, group=zero_chain(form) or span, span=span,
-        moves=form.group > 0, scale=scale, shared=form.rows != 1,
-        zero={"awq": "stored", "int4": "eight"}.get(form.kind, ""), panel=panel,
+        kind="int4" if nibbles else form.kind, group=span, span=span, moves=form.group > 0, scale=scale,
+        shared=form.rows != 1, zero={"awq": "stored", "int4": "eight"}.get(form.kind, ""), panel=panel,
+        limbs=LIMBS[dtype] if nibbles else 0, byte_pairs=byte_pairs and nibbles,
     )  # fmt: skip
 
 
-def zero_chain(form: WeightFormat) -> int:
-    """Return the length of chains with a zero point, 0 for formats without.
-
-    Unsigned codes make sums larger than what is left of them when the zero point is taken off: shorter chains make up
-    for the rounding. Every group is a multiple.
-    """
-    return 32 if form.kind in ("awq", "int4") else 0
-
-
 def decode(emit: Emit, kind: str, word: Value, k: int) -> Value:
-    """Return the floats behind code k of a vector of words, times what `row_factors` and `sum_factor` undo."""
+    """Return the floats behind 8-bit code k of a vector of words, times what `row_factor` and `sum_factor` undo."""
 
     def constant(value: int) -> Value:
         return emit.splat(value - (1 << 32) if value >> 31 else value, emit.words)
 
-    if kind == "int4":
-        # Left where they are, nibbles are multiples of powers of 16; the highest one would be the sign.
-        bits = emit.and_(word, constant(15 << 4 * k)) if k < 7 else emit.lshr(word, constant(28))
-        return emit.sitofp(bits, emit.floats)
     # What lies below a code in its word does not matter.
     high = emit.shl(word, constant(24 - 8 * k)) if k < 3 else word
     if kind == "int8":
@@ -103,41 +94,28 @@ def load_code(emit: Emit, kind: str, base: Value, offset: Value, k: int) -> Valu
     Codes of 8 bits are loaded so that they end up highest, which spares the shift: up to three bytes before the words
     are read too.
     """
-    if kind == "int4":
-        return decode(emit, kind, emit.load(base, offset, emit.words, align=4), k)
     return decode(emit, kind, emit.load(base, emit.isub(offset, 3 - k), emit.words, align=1), 3)
 
 
 def emit_group_end(
-    emit: Emit, codes: Codes, sums: list[list[Value]], row_sums: list[Value], totals: list[Value], fresh: Value,
-    scales: tuple[Value, Value], zeros: tuple[Value, Value],
-) -> None:  # fmt: skip
+    emit: Emit, codes: Codes, sums: list[list[Value]], totals: list[Value], fresh: Value, scales: tuple[Value, Value]
+) -> None:
     """Add a group's sums, [rows][vectors], to the rows' totals in memory, or set those where `fresh`.
 
-    row_sums: each row's sum over the group, where there are zero points; scales, zeros: the address of this group's
-    in the tile's first panel, and the bytes from panel to panel.
+    scales: the address of this group's in the tile's first panel, and the bytes from panel to panel.
     """
     lanes = emit.lanes
     for v in range(len(sums[0])):
         panel, column = v * lanes // codes.panel, v * lanes % codes.panel
-        scale, zero = _scale(emit, codes, emit.at(scales[0], emit.imul(scales[1], panel)), column), None
-        if codes.zero == "stored":
-            at = emit.iadd(emit.imul(zeros[1], panel), column)
-            zero = emit.fneg(
-                emit.uitofp(emit.zext(emit.load(zeros[0], at, vector(I8, lanes), 1), emit.words), emit.floats)
-            )
-        elif codes.zero:
-            zero = emit.splat(-8.0)
+        scale = load_scale(emit, codes, emit.at(scales[0], emit.imul(scales[1], panel)), column)
         for m, total in enumerate(totals):
-            value = sums[m][v]
-            if zero is not None:
-                value = emit.fma(zero, row_sums[m], value)
             known = emit.load(total, 4 * v * lanes, emit.floats, align=4)
             known = emit.select(fresh, emit.splat(0.0), known)
-            emit.store(emit.fma(value, scale, known), total, 4 * v * lanes, align=4)
+            emit.store(emit.fma(sums[m][v], scale, known), total, 4 * v * lanes, align=4)
 
 
-def _scale(emit: Emit, codes: Codes, base: Value, column: int) -> Value:
+def load_scale(emit: Emit, codes: Codes, base: Value, column: int) -> Value:
+    """Return the scales of a vector of columns, from `column` of a panel's scales at `base` on."""
     if codes.shared:
         scale = emit.splat(emit.load(base, 4 * column // emit.lanes, F32, align=4))
     else:
@@ -147,43 +125,20 @@ def _scale(emit: Emit, codes: Codes, base: Value, column: int) -> Value:
 
 
 def emit_widen_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool) -> Value:
-    """Emit `name`(source, target, k, k_padded): a row as float32 times its factors, zeros up to k_padded, then sums.
-
-    Where there are zero points, the sum of each group of the row as it was follows.
-    """
+    """Emit `name`(source, target, k, k_padded): a row as float32 times its factor, zeros up to k_padded."""
     function = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I64, I64]), name)
     function.linkage = "internal"
     function.attributes.add("nounwind")
     emit = Emit(function, SUM_LANES, fma)
     source, target, k, k_padded = function.args
-    size, factors = DTYPES[dtype], codes.row_factors()
-    factor = ir.Constant(emit.floats, list(factors))
-
-    def widen(i: Value) -> Value:
-        value = emit.load_floats(source, emit.imul(i, size), dtype)
-        emit.store(emit.fmul(value, factor), target, emit.imul(i, 4), align=4)
-        return value
-
-    if codes.zero:
-        sums = emit.at(target, emit.imul(k_padded, 4))
-        with emit.loop(0, k, codes.group) as begin:
-            chains = emit.slot(emit.floats)
-            emit.set(chains, emit.splat(0.0))
-            with emit.loop(begin, emit.iadd(begin, codes.group), SUM_LANES) as i:
-                emit.set(chains, emit.fadd(emit.get(chains, emit.floats), widen(i)))
-            lanes = emit.get(chains, emit.floats)
-            total = emit.extract_element(lanes, i32(0))
-            for lane in range(1, SUM_LANES):
-                total = emit.fadd(total, emit.extract_element(lanes, i32(lane)))
-            emit.store(total, sums, emit.imul(emit.idiv(begin, codes.group), 4), align=4)
-        emit.finish()
-        return function
+    size, factor = DTYPES[dtype], codes.row_factor()
     whole = emit.imul(emit.idiv(k, SUM_LANES), SUM_LANES)
     with emit.loop(0, whole, SUM_LANES) as i:
-        widen(i)
+        value = emit.load_floats(source, emit.imul(i, size), dtype)
+        emit.store(emit.fmul(value, emit.splat(factor)), target, emit.imul(i, 4), align=4)
     with emit.loop(whole, k) as i:
         value = load_one(emit, source, emit.imul(i, size), dtype)
-        emit.store(emit.fmul(value, ir.Constant(F32, factors[0])), target, emit.imul(i, 4), align=4)
+        emit.store(emit.fmul(value, ir.Constant(F32, factor)), target, emit.imul(i, 4), align=4)
     with emit.loop(k, k_padded) as i:
         emit.store(ir.Constant(F32, 0.0), target, emit.imul(i, 4), align=4)
     emit.finish()

@@ -14,6 +14,7 @@ from llvmlite import ir
 
 from tilecast.kernels.cpu._build import BF16, F16, F32, I32, I64, PTR, VOID, Emit, Value, i64, vector
 from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes, emit_group_end, load_code
+from tilecast.kernels.cpu._nibbles import GROUP_BYTES, TURN, emit_nibble_group_end, emit_turn, row_bytes
 
 Source = Literal["f32", "f16", "pairs", "int4", "int8", "fp8"]
 
@@ -70,7 +71,7 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
     the panels that lie later_stride bytes apart.
 
     Quantised weights have five more: (…, scales, scale_stride, zeros, zero_stride, sums): the chunk's first scales and
-    zero points in the first panel, bytes from panel to panel, and where in a row its groups' sums lie.
+    zero points in the first panel, bytes from panel to panel, and where in a row lies what is kept of its groups.
     """
     words = [PTR, I64, PTR, I64, I64, PTR, I64, I64, PTR, I64]
     kind = ir.FunctionType(VOID, words if micro.codes is None else [*words, PTR, I64, PTR, I64, I64])
@@ -90,10 +91,7 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
     pitch = micro.panel * micro.column_bytes
 
     def turn(index: Value, unroll: int) -> None:
-        at = emit.imul(emit.idiv(index, micro.unroll), CACHE_LINE * micro.lines_per_panel)
-        for line in range(micro.prefetch):
-            panel, offset = line % micro.panels, CACHE_LINE * (line // micro.panels)
-            emit.prefetch(emit.at(emit.at(later, emit.imul(later_stride, panel)), emit.iadd(at, offset)))
+        _prefetch(emit, micro, later, later_stride, emit.idiv(index, micro.unroll))
         for u in range(unroll):
             step = emit.iadd(index, u)
             _step(emit, micro, rows, bases, acc, emit.imul(step, a_size), emit.imul(step, pitch))
@@ -109,8 +107,12 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
 
     is_first = emit.icmp_unsigned("!=", first, i64(0))
     totals = [emit.at(c, emit.imul(c_stride, m)) for m in range(mr)]
+    if micro.source == "int4" and micro.codes is not None:
+        _nibble_groups(emit, micro, micro.codes, starts, bases, totals, is_first)
+        emit.finish()
+        return function
     if micro.codes is not None:
-        _groups(emit, micro, micro.codes, starts, acc, totals, is_first, turns)
+        _groups(emit, micro, micro.codes, acc, totals, is_first, turns)
         emit.finish()
         return function
     turns(i64(0), steps)
@@ -125,29 +127,86 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
 
 
 def _groups(
-    emit: Emit, micro: Micro, codes: Codes, starts: list[Value], acc: list[list[Value]], totals: list[Value],
-    is_first: Value, turns: Callable[[Value, Value], None],
+    emit: Emit, micro: Micro, codes: Codes, acc: list[list[Value]], totals: list[Value], is_first: Value,
+    turns: Callable[[Value, Value], None],
 ) -> None:  # fmt: skip
     """Run the chunk's groups one after the other, each from zero, and add what they come to to the totals."""
     steps = emit.function.args[4]
-    scales, scale_stride, zeros, zero_stride, sums = emit.function.args[10:]
+    scales, scale_stride = emit.function.args[10:12]
     length = codes.group // micro.step
     with emit.loop(0, emit.ceil_div(steps, length)) as group:
         for slot in (slot for row in acc for slot in row):
             emit.set(slot, emit.splat(0.0))
         start = emit.imul(group, length)
-        turns(start, emit.imin(steps, emit.iadd(start, length)))
         span = emit.idiv(emit.imul(group, codes.group), codes.span)
+        at = emit.at(scales, emit.imul(span, codes.scale_pitch(emit.lanes)))
+        if codes.moves and not codes.shared:
+            _prefetch_scales(emit, micro, codes, at, scale_stride)
+        turns(start, emit.imin(steps, emit.iadd(start, length)))
         fresh = emit.and_(is_first, emit.icmp_unsigned("==", group, i64(0)))
-        row_sums = []
-        if codes.zero:
-            at = emit.iadd(sums, emit.imul(group, 4))
-            row_sums = [emit.splat(emit.load(start, at, F32, align=4)) for start in starts]
         emit_group_end(
-            emit, codes, [[emit.get(slot, emit.floats) for slot in row] for row in acc], row_sums, totals, fresh,
-            (emit.at(scales, emit.imul(span, codes.scale_pitch(emit.lanes))), scale_stride),
-            (emit.at(zeros, emit.imul(span, codes.panel)), zero_stride),
+            emit, codes, [[emit.get(slot, emit.floats) for slot in row] for row in acc], totals, fresh,
+            (at, scale_stride),
         )  # fmt: skip
+
+
+def _nibble_groups(
+    emit: Emit,
+    micro: Micro,
+    codes: Codes,
+    starts: list[Value],
+    bases: list[Value],
+    totals: list[Value],
+    is_first: Value,
+) -> None:
+    """Run the chunk's groups of 4-bit codes, in turns of as many words as sums of 16 bits have room for."""
+    a_offset, steps = emit.function.args[1], emit.function.args[4]
+    later, later_stride, scales, scale_stride, zeros, zero_stride, sums_at = emit.function.args[8:]
+    rows = [emit.at(start, a_offset) for start in starts]
+    places = [_place(micro, bases, v) for v in range(micro.nv)]
+    pitch, turns = micro.panel * micro.column_bytes, codes.group // (micro.step * TURN)
+    # In memory, where they are touched once a turn: registers are for the sums of 16 bits.
+    memory = emit.hidden(emit.slot(emit.words, size=len(rows) * len(places) * codes.limbs))
+    sums = [
+        [
+            [emit.at(memory, 4 * emit.lanes * ((m * len(places) + v) * codes.limbs + i)) for i in range(codes.limbs)]
+            for v in range(len(places))
+        ]
+        for m in range(len(rows))
+    ]
+    with emit.loop(0, emit.idiv(steps, turns * TURN)) as group:
+        for slot in (slot for row in sums for limbs in row for slot in limbs):
+            emit.set(slot, emit.splat(0, emit.words))
+        at, zeros_at = emit.at(scales, emit.imul(group, codes.scale_pitch(emit.lanes))), emit.imul(group, codes.panel)
+        _prefetch_scales(emit, micro, codes, at, scale_stride)
+        if codes.zero == "stored":
+            _prefetch_scales(emit, micro, codes, emit.at(zeros, zeros_at), zero_stride)
+        first = emit.imul(group, turns)
+        with emit.loop(first, emit.iadd(first, turns)) as turn:
+            _prefetch(emit, micro, later, later_stride, turn)
+            word = emit.imul(turn, TURN)
+            a_at = row_bytes(codes, emit.imul(word, micro.step), emit)
+            emit_turn(emit, codes, TURN, rows, places, a_at, emit.imul(word, pitch), pitch, sums)
+        kept = emit.iadd(sums_at, emit.imul(group, GROUP_BYTES))
+        emit_nibble_group_end(
+            emit, codes, sums, [emit.at(start, kept) for start in starts], totals,
+            emit.and_(is_first, emit.icmp_unsigned("==", group, i64(0))),
+            (at, scale_stride), (emit.at(zeros, zeros_at), zero_stride),
+        )  # fmt: skip
+
+
+def _prefetch_scales(emit: Emit, micro: Micro, codes: Codes, at: Value, stride: Value) -> None:
+    """Ask for the same group's scales or zero points in the panels of the next tile: they are short streams."""
+    count = max(1, micro.nv * micro.lanes // codes.panel)
+    for panel in range(count):
+        emit.prefetch(emit.at(at, emit.imul(stride, count + panel)))
+
+
+def _prefetch(emit: Emit, micro: Micro, later: Value, later_stride: Value, turn: Value) -> None:
+    at = emit.imul(turn, CACHE_LINE * micro.lines_per_panel)
+    for line in range(micro.prefetch):
+        panel, offset = line % micro.panels, CACHE_LINE * (line // micro.panels)
+        emit.prefetch(emit.at(emit.at(later, emit.imul(later_stride, panel)), emit.iadd(at, offset)))
 
 
 def _step(

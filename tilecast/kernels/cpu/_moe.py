@@ -6,136 +6,18 @@ taken from a shared counter; who computes a job does not change its bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from llvmlite import ir
 
 from tilecast.kernels.cpu._build import F32, I32, I64, PTR, VOID, Emit, Value, i64, load_one
-from tilecast.kernels.cpu._codes import Codes, emit_widen_row
+from tilecast.kernels.cpu._codes import emit_widen_row
 from tilecast.kernels.cpu._math import activate
-from tilecast.kernels.cpu._micro import CACHE_LINE, Micro, Source, emit_micro
+from tilecast.kernels.cpu._micro import CACHE_LINE, Micro, emit_micro
+from tilecast.kernels.cpu._nibbles import emit_split_row, group_offset, row_bytes
 from tilecast.kernels.cpu._stage import emit_stage_codes, emit_stage_packed, emit_stage_plain
+from tilecast.kernels.cpu._variant import ARGS, BARRIER, ENTRY, Tile, Variant
 from tilecast.problem import DTYPES
 
-FLUSH_K = 256
-"""Length of one accumulation chain along K; the chains' sums are added in ascending order."""
-
 COMBINE_COLUMNS = 512
-ENTRY = "tilecast_moe_gemm"
-BARRIER = "tilecast_barrier"
-"""Symbol that the loader binds to the OpenMP runtime's barrier."""
-
-ARGS = (
-    # counters that the threads share, and how many threads there are
-    "job", "thread", "threads",
-    # routing
-    "tokens", "top_k", "experts", "ids", "slots", "offsets",
-    # operands; `widened` is float32 scratch for the rows, `partial` float32 scratch for the slots' results
-    "source", "widened", "weights", "bias", "scale", "partial", "out",
-    # sizes in elements, strides in bytes
-    "rows", "k", "k_padded", "row_stride", "columns", "width", "expert_stride", "panel_stride",
-    # of quantised weights: scales and zero points in panels, and their strides in bytes
-    "scales", "zeros", "scale_expert_stride", "scale_panel_stride", "zero_expert_stride", "zero_panel_stride",
-    # blocking
-    "block_m", "block_n", "block_k",
-    # scratch of one thread
-    "scratch", "scratch_stride",
-)  # fmt: skip
-"""The 64-bit words of the argument block, in order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """A register tile of nr columns for blocks of `least` to `most` rows."""
-
-    nr: int
-    least: int
-    most: int
-    micro: Micro
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """Everything that the generated code depends on; sizes and blocking are run-time arguments.
-
-    mr, nv: the register tile; jobs of few rows use tiles of up to max_nv vectors instead, with as many sums in
-    flight. panel is 0 for plain weights; out is the dtype that `down` rounds its sums to; codes says how quantised
-    weights lie.
-    """
-
-    gemm: str
-    dtype: str
-    out: str
-    activation: str
-    gated: bool
-    bias: bool
-    mr: int
-    nv: int
-    max_nv: int
-    unroll: int
-    panel: int
-    stage: bool
-    prefetch: int
-    dot: str
-    lanes: int
-    fma: bool
-    codes: Codes | None = None
-
-    @property
-    def widest(self) -> int:
-        """Columns of the widest register tile."""
-        return self.tiles[0].nr
-
-    @property
-    def tiles(self) -> tuple[Tile, ...]:
-        """The register tiles, widest first: each serves jobs of up to `most` rows that the ones before do not."""
-        found: list[Tile] = []
-        nv, least = self.max_nv, 1
-        while nv > self.nv:
-            most = self.mr * self.nv // nv
-            if most >= least:
-                found.append(Tile(nr=nv * self.lanes, least=least, most=most, micro=self.micro(nv)))
-                least = most + 1
-            nv //= 2
-        # More rows than mr are cut into equal blocks, of which the smallest has half of mr.
-        least = min(least, (self.mr + 1) // 2)
-        return (*found, Tile(nr=self.nv * self.lanes, least=least, most=self.mr, micro=self.micro(self.nv)))
-
-    @property
-    def widens(self) -> bool:
-        """Whether rows are first widened to float32."""
-        return self.codes is not None or (self.dtype != "fp32" and not self.dot)
-
-    @property
-    def packed_source(self) -> Source:
-        """How packed weights lie."""
-        if self.codes is not None:
-            return self.codes.kind  # type: ignore[return-value]
-        return {"fp32": "f32", "fp16": "f16", "bf16": "pairs"}[self.dtype]  # type: ignore[return-value]
-
-    def micro(self, nv: int) -> Micro:
-        """Return the micro-kernel of a tile of nv vectors."""
-        if not self.stage:
-            source, panel = self.packed_source, self.panel
-        else:
-            source, panel = ("pairs" if self.dot else "f32"), nv * self.lanes
-        return Micro(
-            nv=nv, unroll=self.unroll, source=source, panel=panel, lanes=self.lanes, dot=self.dot,
-            prefetch=self.prefetch, codes=self.codes,
-        )  # fmt: skip
-
-    def k_bytes(self, k: Value | int, emit: Emit) -> Value:
-        """Return the bytes of `k` elements of one column."""
-        if self.codes is not None:
-            return emit.idiv(emit.imul(k, 4), self.codes.per_word)
-        return emit.imul(k, DTYPES[self.dtype])
-
-    def scratch_layout(self, block_m: int, block_n: int) -> tuple[int, int, int, int]:
-        """Return byte offsets of the stage, row pointers and totals in a thread's scratch, and its size."""
-        stage = 8 * self.widest
-        pointers = stage + 4 * FLUSH_K * self.widest
-        totals = pointers + 8 * block_m
-        return stage, pointers, totals, -(-(totals + 4 * block_m * block_n) // 4096) * 4096
 
 
 class Gemm:
@@ -149,12 +31,13 @@ class Gemm:
             for tile in v.tiles
             for m in range(tile.least, tile.most + 1)
         }
-        codes = v.codes
-        self.widen_row = emit_widen_row(module, "widen_row", codes, v.dtype, v.fma) if codes is not None else None
+        emit_row = emit_split_row if v.nibbles else emit_widen_row
+        self.widen_row = None if v.codes is None else emit_row(module, "widen_row", v.codes, v.dtype, v.fma)
         self.stages = {tile.nr: self._stage(tile.micro) for tile in v.tiles} if v.stage else {}
         function = ir.Function(module, ir.FunctionType(VOID, [PTR]), ENTRY)
         function.attributes.add("nounwind")
         self.emit = Emit(function, v.lanes, v.fma)
+        self.told = self.emit.keep_subnormals()
         self.block = function.args[0]
         pointers = {"ids", "slots", "offsets", "source", "widened", "weights", "bias", "scale", "partial", "out"}
         pointers |= {"scratch", "scales", "zeros"}
@@ -186,6 +69,10 @@ class Gemm:
         if self.variant.gemm == "down":
             self._barrier()
             self._combine()
+        self._finish()
+
+    def _finish(self) -> None:
+        self.emit.restore_subnormals(self.told)
         self.emit.finish()
 
     def _take(self, name: str) -> Value:
@@ -289,8 +176,8 @@ class Gemm:
             with emit.loop(0, columns, tile.nr) as column:
                 if not self.variant.panel:
                     self._point_at_weight_rows(tile, weights, emit.iadd(column0, column))
-                with emit.loop(k0, k1, FLUSH_K) as k:
-                    length = emit.imin(i64(FLUSH_K), emit.isub(k1, k))
+                with emit.loop(k0, k1, self.variant.chunk_k(tile.most)) as k:
+                    length = emit.imin(i64(self.variant.chunk_k(tile.most)), emit.isub(k1, k))
                     b, raw = self._chunk(tile, weights, emit.iadd(column0, column), k, length)
                     groups = self._groups(expert, emit.iadd(column0, column), k)
                     self._row_blocks(tile, b, raw, column, k, length, rows, groups)
@@ -309,8 +196,8 @@ class Gemm:
         at = emit.iadd(emit.imul(expert, args["zero_expert_stride"]), emit.imul(panel, args["zero_panel_stride"]))
         at = emit.iadd(at, emit.iadd(emit.imul(span, codes.panel), within))
         zeros = emit.at(args["zeros"], at)
-        sums = emit.imul(emit.iadd(args["k_padded"], emit.idiv(k, codes.group)), 4)
-        return [scales, args["scale_panel_stride"], zeros, args["zero_panel_stride"], sums]
+        kept = group_offset(codes, args["k_padded"], k, emit) if self.variant.nibbles else i64(0)
+        return [scales, args["scale_panel_stride"], zeros, args["zero_panel_stride"], kept]
 
     def _chunk(self, tile: Tile, weights: Value, column: Value, k: Value, length: Value) -> tuple[Value, Value]:
         """Return the address of a chunk of weights, staged if the variant stages, and the unstaged one."""
@@ -354,6 +241,8 @@ class Gemm:
         """Run the micro-kernel over the rows, cut into blocks whose sizes differ by at most one."""
         emit, v, args = self.emit, self.variant, self.args
         a_offset = emit.imul(k, 2 if v.dot else 4)
+        if v.codes is not None and v.nibbles:
+            a_offset = row_bytes(v.codes, k, emit)
         steps = emit.idiv(length, tile.micro.step)
         first = emit.zext(emit.icmp_unsigned("==", k, i64(0)), I64)
         # Each block of rows prefetches its part of the chunk that follows in each panel, until all is asked for.

@@ -15,7 +15,8 @@ from llvmlite import ir
 from tilecast.kernels.cpu._build import F32, I32, I64, PTR, VOID, Emit, Value, i64, load_one, transpose
 from tilecast.kernels.cpu._math import activate
 from tilecast.kernels.cpu._micro import CACHE_LINE, _halves
-from tilecast.kernels.cpu._moe import ARGS, FLUSH_K, Gemm, Variant
+from tilecast.kernels.cpu._moe import Gemm
+from tilecast.kernels.cpu._variant import ARGS, FLUSH_K, Variant
 from tilecast.problem import DTYPES
 
 MORE_ARGS = (
@@ -140,6 +141,12 @@ class SparseUp(_Sparse):
             last = emit.load(pointers, emit.imul(emit.isub(total, i64(1)), 8), PTR)
             with emit.loop(total, emit.iadd(total, self.sparse.listed)) as i:
                 emit.store(last, pointers, emit.imul(i, 8))
+        # What products will not have asked for ahead.
+        first = self.sparse.neurons * self.variant.lanes
+        with emit.loop(0, emit.imin(total, i64(first))) as i:
+            row = emit.load(pointers, emit.imul(i, 8), PTR)
+            for line in range(self.sparse.ahead):
+                emit.prefetch(emit.at(row, CACHE_LINE * line))
         return total
 
     def _multiply(self, count: Value, pointers: Value, a: Value, sums: Value, staged: Value) -> None:
@@ -276,7 +283,7 @@ class SparseDown(_Sparse):
         self._jobs()
         self._barrier()
         self._combine()
-        self.emit.finish()
+        self._finish()
 
     def _list_of(self, slot: Value) -> tuple[Value, Value, Value]:
         """Return where a slot's list holds its ends (one for each chain), values and row addresses."""

@@ -81,6 +81,7 @@ def emit_stage_plain(module: Value, name: str, micro: Micro, dtype: str, fma: bo
 def emit_stage_codes(module: Value, name: str, micro: Micro, kind: str, fma: bool) -> Value:
     """Emit `name`(row_pointers, byte offset of the chunk, words, bytes left, scratch): plain rows of codes to floats.
 
+    Codes of 4 bits stay words, of one column each.
     A row has so many bytes left from the chunk on; a word that reaches beyond them is filled up with zeros.
     """
     function = ir.Function(module, ir.FunctionType(VOID, [PTR, I64, I64, I64, PTR]), name)
@@ -92,6 +93,9 @@ def emit_stage_codes(module: Value, name: str, micro: Micro, kind: str, fma: boo
     whole = emit.imul(emit.idiv(complete, lanes), lanes)
 
     def write(word: Value, index: Value, column: Value) -> None:
+        if kind == "int4":
+            emit.store(word, scratch, emit.iadd(emit.imul(index, row_bytes), column), align=4)
+            return
         target = emit.iadd(emit.imul(index, row_bytes * CODES_PER_WORD[kind]), column)
         for k in range(CODES_PER_WORD[kind]):
             emit.store(decode(emit, kind, word, k), scratch, emit.iadd(target, k * row_bytes), align=4)

@@ -17,8 +17,9 @@ class Isa:
 
     lanes: float32 lanes of a vector register; registers: vector registers; fma: fused multiply-add exists
     (without it products are rounded before they are added, another numerics class); half: fp16 converts in
-    one instruction; dot_bf16: pairwise bf16 dot product (`vdpbf16ps`) exists. `cpu` and `features` are
-    LLVM's names, `triple` its target triple.
+    one instruction; dot_bf16: pairwise bf16 dot product (`vdpbf16ps`) exists; byte_pairs: bytes are multiplied
+    and pairs of products added in one instruction (`pmaddubsw`). `cpu` and `features` are LLVM's names, `triple`
+    its target triple.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Isa:
     triple: str
     cpu: str
     features: str = ""
+    byte_pairs: bool = False
 
 
 def _from_features(triple: str, cpu: str, features: frozenset[str], text: str) -> Isa:
@@ -41,13 +43,13 @@ def _from_features(triple: str, cpu: str, features: frozenset[str], text: str) -
             # Without this LLVM splits vectors in two on CPUs whose clock used to drop with 512-bit code.
             return Isa(
                 name=name, lanes=16, registers=32, fma=True, half=True, dot_bf16=dot,
-                triple=triple, cpu=cpu, features=text + ",-prefer-256-bit",
+                triple=triple, cpu=cpu, features=text + ",-prefer-256-bit", byte_pairs=True,
             )  # fmt: skip
         if {"avx2", "fma"} <= features:
             half = "f16c" in features
             return Isa(
                 name="avx2", lanes=8, registers=16, fma=True, half=half, dot_bf16=False,
-                triple=triple, cpu=cpu, features=text,
+                triple=triple, cpu=cpu, features=text, byte_pairs=True,
             )  # fmt: skip
         return Isa(
             name="sse2", lanes=4, registers=16, fma=False, half=False, dot_bf16=False,
@@ -75,15 +77,15 @@ def host_isa() -> Isa:
 CROSS = {
     "avx512_bf16": Isa(
         name="avx512_bf16", lanes=16, registers=32, fma=True, half=True, dot_bf16=True,
-        triple="x86_64-unknown-linux-gnu", cpu="znver5", features="-prefer-256-bit",
+        triple="x86_64-unknown-linux-gnu", cpu="znver5", features="-prefer-256-bit", byte_pairs=True,
     ),
     "avx512": Isa(
         name="avx512", lanes=16, registers=32, fma=True, half=True, dot_bf16=False,
-        triple="x86_64-unknown-linux-gnu", cpu="skylake-avx512", features="-prefer-256-bit",
+        triple="x86_64-unknown-linux-gnu", cpu="skylake-avx512", features="-prefer-256-bit", byte_pairs=True,
     ),
     "avx2": Isa(
         name="avx2", lanes=8, registers=16, fma=True, half=True, dot_bf16=False,
-        triple="x86_64-unknown-linux-gnu", cpu="haswell",
+        triple="x86_64-unknown-linux-gnu", cpu="haswell", byte_pairs=True,
     ),
     "sse2": Isa(
         name="sse2", lanes=4, registers=16, fma=False, half=False, dot_bf16=False,

@@ -18,9 +18,9 @@ import torch
 from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, InputError
-from tilecast.kernels.cpu._codes import zero_chain
-from tilecast.kernels.cpu._micro import CACHE_LINE
-from tilecast.kernels.cpu._moe import ARGS, FLUSH_K, Variant
+from tilecast.kernels.cpu._codes import LIMBS
+from tilecast.kernels.cpu._nibbles import TURN
+from tilecast.kernels.cpu._variant import ARGS, FLUSH_K, Variant
 from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.kernels.cpu.jit import available_threads, load_variant, run
 from tilecast.kernels.cpu.layouts import column_bytes, pack_bias, pack_panels, padded_columns, padded_k, unpack_panels
@@ -29,10 +29,13 @@ from tilecast.kernels.cpu.quantized import (
     Scales,
     generator_codes,
     pack_codes,
+    row_stride,
     scale_words,
     scales_of,
     unpack_codes,
 )
+from tilecast.kernels.cpu.slots import Rows, SlotKernel
+from tilecast.kernels.cpu.tiles import most_vectors, prefetch_lines, rows_per_expert, shapes_of, turn_steps
 from tilecast.kernels.cpu.work import moe_gemm_work
 from tilecast.kernels.formats import QuantizedStack, check_sizes
 from tilecast.kernels.routing import ExpertLayout
@@ -43,12 +46,12 @@ from tilecast.problem import DTYPES, ExpertGemm, ParamValue, TileConfig, weight_
 NAME = "llvm.moe_gemm"
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PANELS = (16, 32, 64)
-GROUP_RULE = "total + scale * (sum - zero * sum of the row)"
+GROUP_RULE = "total + scale * sum"
 BLOCK_M = 256
 """Rows that share one pass over a block of weights; also bounds a thread's scratch."""
 
 
-class MoeGemm:
+class MoeGemm(SlotKernel):
     """The generator's kernel. Parameters:
 
     mr, nv: rows and vectors of columns held in registers (a job of few rows takes wider tiles of as many sums);
@@ -105,12 +108,15 @@ class MoeGemm:
                 return f"{isa.name} has no bf16 dot product"
             if gemm.k % 2:
                 return f"dot=bf16 takes K in pairs, K is {gemm.k}"
-        live = mr * nv + nv + 1
-        if live > isa.registers + nv:
-            return f"{mr}×{nv} accumulators and {nv + 1} operands do not fit {isa.registers} registers"
+        nibbles = weight_format(gemm.layer.weight_format).bits == 4
+        live, operands = (mr * nv * LIMBS[gemm.layer.dtype], 0) if nibbles else (mr * nv + 1, nv)
+        if live > isa.registers:
+            return f"{mr}×{nv} accumulators and {operands + 1} operands do not fit {isa.registers} registers"
+        if nibbles and config["unroll"] != TURN:
+            return f"unroll={config['unroll']}, codes of 4 bits are taken {TURN} words a turn"
         if layout == PLAIN and (not stage or config["prefetch"]):
             return "plain weights have to be staged" if not stage else "plain weights are not prefetched"
-        if layout != PLAIN and stage and not quantized and (gemm.layer.dtype == "fp32" or dot == "bf16"):
+        if layout != PLAIN and stage and (nibbles or (not quantized and (gemm.layer.dtype == "fp32" or dot == "bf16"))):
             return "packed weights of this form need no staging"
         if layout != PLAIN and (panel := panel_columns(str(layout))) and max(panel, nr) % min(panel, nr):
             return f"panels of {panel} columns do not divide into tiles of {nr}"
@@ -155,7 +161,9 @@ class MoeGemm:
             dot = str(like["dot"])
         mr, nv = shapes_of(gemm, isa, tokens, rows)[0]
         unroll = turn_steps(gemm, nv, int(layout == PLAIN))
-        prefetch = 1 if rows > 6 else prefetch_lines(isa, nv, unroll, dtype) if rows > 1 else 0
+        # The products of 4-bit codes leave the hardware's prefetchers behind, even with one row.
+        few = rows > 1 or weight_format(gemm.layer.weight_format).bits == 4
+        prefetch = 1 if rows > 6 else prefetch_lines(isa, nv, unroll, dtype) if few else 0
         active = min(gemm.layer.experts, tokens * gemm.layer.top_k)
         jobs = active * padded_columns(gemm, isa.lanes) // 256
         enough = jobs >= 8 * max(1, environment.threads)
@@ -177,23 +185,12 @@ class MoeGemm:
             "accumulator": "fp32",
             "k_order": "ascending pairs" if dot else "ascending",
             "multiply_add": "vdpbf16ps" if dot else "fma" if self.isa.fma else "separate",
-            "flush_k": zero_chain(form) or form.group or FLUSH_K,
+            "flush_k": form.group or FLUSH_K,
             **({"weights": gemm.layer.weight_format, "scaled": GROUP_RULE} if form.bits else {}),
+            **({"group_sums": f"exact, rows as {8 * LIMBS[gemm.layer.dtype] - 2} bits"} if form.bits == 4 else {}),
             "rounding": "intermediate once, output once",
             "combine": "slot order",
         }
-
-    def batch_invariant(self, gemm: ExpertGemm, config: TileConfig) -> bool:
-        """Return True: a row's sums never involve another row, and their order does not depend on the batch."""
-        return True
-
-    def layout(self, gemm: ExpertGemm, config: TileConfig) -> str:
-        """Return the name of the weight layout that `config` reads."""
-        return str(config["layout"])
-
-    def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
-        """Return `slot`: row s of the intermediate belongs to slot s."""
-        return "slot"
 
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         """Return `plain` weights stored in another layout. The plain tensor is left as it was."""
@@ -227,31 +224,9 @@ class MoeGemm:
         """Load what launches into `out_dtype` need, compiled if need be. Raises as a launch does."""
         _plan(self.isa, config, weights, out_dtype)
 
-    def up(
-        self,
-        config: TileConfig,
-        hidden: torch.Tensor,
-        weights: GemmWeights,
-        route: ExpertLayout,
-        out: torch.Tensor,
-    ) -> None:
-        """Run the up GEMM: hidden [T, H] to out [T·k, I] in slot order, activation applied, one rounding."""
-        if route.tokens:
-            _launch(self.isa, config, weights, route, source=hidden, rows=route.tokens, out=out, scale=None)
-
-    def down(
-        self,
-        config: TileConfig,
-        intermediate: torch.Tensor,
-        weights: GemmWeights,
-        route: ExpertLayout,
-        topk_weights: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Run the down GEMM and the ordered combine: intermediate [T·k, I] to out [T, H]."""
-        if route.tokens:
-            rows = route.tokens * route.top_k
-            _launch(self.isa, config, weights, route, source=intermediate, rows=rows, out=out, scale=topk_weights)
+    def launch(self, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
+        """Run one of the two GEMMs on a routing with at least one token."""
+        _launch(self.isa, config, weights, route, operands)
 
 
 def panel_columns(layout: str) -> int:
@@ -259,53 +234,6 @@ def panel_columns(layout: str) -> int:
     if not layout.startswith("panel"):
         raise ConfigError(f"{NAME}: layout {layout!r} is not packed in panels")
     return int(layout.removeprefix("panel"))
-
-
-def rows_per_expert(gemm: ExpertGemm, tokens: int) -> int:
-    """Return the expected rows of an expert that has any, rounded up, under uniform routing."""
-    layer = gemm.layer
-    return max(1, -(-tokens * layer.top_k // layer.global_experts))
-
-
-def prefetch_lines(isa: Isa, nv: int, unroll: int, dtype: str) -> int:
-    """Return the cache lines that a tile's loop consumes a turn, as far as the domain of `prefetch` goes."""
-    consumed = unroll * nv * isa.lanes * (2 if dtype == "fp16" else 4) // CACHE_LINE
-    return max(lines for lines in (1, 2, 4, 8) if lines <= max(1, consumed))
-
-
-def tile_shapes(isa: Isa, tokens: int, rows: int, dtype: str) -> tuple[tuple[int, int], ...]:
-    """Return the register tiles (rows, vectors) worth trying for this many rows of one expert, likeliest first."""
-    wide = isa.registers > 16
-    if tokens == 1:
-        return ((1, 8), (1, 4), (2, 4), (3, 4))
-    if wide:
-        few, many = ((8, 2), (6, 4), (4, 4), (2, 8), (1, 8)), ((12, 2), (14, 2), (8, 2), (6, 4), (4, 4))
-        return ((4, 4), (8, 2), (6, 4), (2, 8), (1, 8)) if rows == 1 else few if rows <= 6 else many
-    # Widening two words of bf16 takes the registers of a sixth row.
-    first = ((5, 2), (6, 2)) if dtype == "bf16" else ((6, 2), (5, 2))
-    if rows == 1:
-        return ((3, 4), first[0], (4, 2), (2, 4), (1, 8))
-    return (*first, (4, 2), (3, 4), (2, 4))
-
-
-def shapes_of(gemm: ExpertGemm, isa: Isa, tokens: int, rows: int) -> tuple[tuple[int, int], ...]:
-    """Return the register tiles worth trying for a GEMM: `tile_shapes`, or those for codes made into floats."""
-    if gemm.layer.weight_format == "dense":
-        return tile_shapes(isa, tokens, rows, gemm.layer.dtype)
-    if tokens == 1:
-        return ((1, 8), (1, 4), (2, 4))
-    wide = isa.registers > 16
-    # Eight sums leave room for what becomes of the codes in tiles of 1, 2 and 4 rows; more rows make up for less room.
-    if rows <= 6:
-        return ((4, 4), (8, 2), (6, 4), (2, 8)) if wide else ((4, 2), (2, 4), (6, 2), (1, 8))
-    return ((12, 2), (8, 2), (6, 4)) if wide else ((6, 2), (5, 2), (4, 2))
-
-
-def turn_steps(gemm: ExpertGemm, nv: int, stage: int) -> int:
-    """Return the default `unroll`: a step of codes is a whole word of them, long enough as it is."""
-    if gemm.layer.weight_format != "dense":
-        return 4 if stage else 1
-    return 2 if nv > 2 else 4
 
 
 def _pairs_dot(gemm: ExpertGemm, isa: Isa) -> bool:
@@ -332,10 +260,10 @@ class Plan:
         self.variant = Variant(
             gemm=gemm.name, dtype=layer.dtype, out=out_dtype, activation=layer.activation if gemm.name == "up" else "",
             gated=layer.gated, bias=weights.bias is not None, mr=config.integer("mr"), nv=nv,
-            max_nv=max(nv, min(8, block_n // isa.lanes)),
+            max_nv=most_vectors(gemm, isa, nv, block_n),
             unroll=config.integer("unroll"), panel=panel, stage=bool(config["stage"]), dot=dot,
             prefetch=config.integer("prefetch"),
-            lanes=isa.lanes, fma=isa.fma, codes=None if scales is None else generator_codes(gemm, scales),
+            lanes=isa.lanes, fma=isa.fma, codes=None if scales is None else generator_codes(gemm, scales, isa),
         )  # fmt: skip
         self.experts = layer.experts
         self.address = load_variant(self.variant)
@@ -343,9 +271,8 @@ class Plan:
         pairs = panel > 0 and layer.dtype == "bf16"
         depth = padded_k(gemm, pairs=pairs)
         self.row_bytes = 4 * depth if self.variant.widens else DTYPES[layer.dtype] * gemm.k
-        if self.variant.codes is not None and self.variant.codes.zero:
-            # The sums of each row's groups lie behind it.
-            self.row_bytes += 4 * (gemm.k // self.variant.codes.group)
+        if self.variant.codes is not None:
+            self.row_bytes = row_stride(gemm, self.variant.codes, depth)
         _, _, _, self.scratch_bytes = self.variant.scratch_layout(BLOCK_M, block_n)
         self.depth, self.k, self.dtype = depth, gemm.k, TORCH_DTYPES[layer.dtype]
         self.width = layer.intermediate if gemm.name == "up" else layer.hidden
@@ -403,17 +330,8 @@ def _plan(isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: torch.d
     return plan
 
 
-def _launch(
-    isa: Isa,
-    config: TileConfig,
-    weights: GemmWeights,
-    route: ExpertLayout,
-    *,
-    source: torch.Tensor,
-    rows: int,
-    out: torch.Tensor,
-    scale: torch.Tensor | None,
-) -> None:
+def _launch(isa: Isa, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
+    source, rows, out, scale = operands.source, operands.rows, operands.out, operands.scale
     plan = _plan(isa, config, weights, out.dtype)
     if route.experts != plan.experts:
         raise InputError(f"{NAME}: slots are sorted over {route.experts} experts, the weights have {plan.experts}")

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from tilecast.errors import InputError
+from tilecast.kernels.cpu._build import keeps_subnormals
 from tilecast.kernels.cpu._codes import Codes, codes_of
-from tilecast.kernels.cpu._moe import FLUSH_K
-from tilecast.kernels.cpu.isa import Isa
+from tilecast.kernels.cpu._nibbles import GROUP_BYTES
+from tilecast.kernels.cpu._variant import FLUSH_K
+from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.kernels.cpu.layouts import column_order, empty_on_large_pages, padded_columns, padded_k
 from tilecast.kernels.formats import QuantizedStack, scale_rows, scale_shape
 from tilecast.kernels.spec import PLAIN, GemmWeights
@@ -71,21 +73,31 @@ class PanelStack:
         return self.codes.data_ptr()
 
 
-def generator_codes(gemm: ExpertGemm, scales: Scales) -> Codes:
+def generator_codes(gemm: ExpertGemm, scales: Scales, isa: Isa) -> Codes:
     """Return what the generator has to know of a GEMM's quantised weights."""
-    form = weight_format(gemm.layer.weight_format)
-    return codes_of(form, chain=FLUSH_K, scale=SCALE_NAMES[scales.values.dtype], panel=scales.panel)
+    layer, scale = gemm.layer, SCALE_NAMES[scales.values.dtype]
+    return codes_of(
+        weight_format(layer.weight_format), chain=FLUSH_K, scale=scale, panel=scales.panel, dtype=layer.dtype,
+        byte_pairs=isa.byte_pairs,
+    )  # fmt: skip
+
+
+def row_stride(gemm: ExpertGemm, codes: Codes, depth: int) -> int:
+    """Return the bytes from row to row of what rows become before they meet codes."""
+    if not codes.limbs:
+        return 4 * depth
+    return depth * codes.limbs * (1 if codes.byte_pairs else 2) + GROUP_BYTES * (gemm.k // codes.group)
 
 
 def check_codes(stack: QuantizedStack) -> None:
     """Raise InputError where fp8 codes are not numbers, or would not be read as theirs.
 
-    What stands for NaN would be read as a number, and the smallest codes are subnormal numbers on their way: a
-    processor that is told to flush those would make zeros of them.
+    What stands for NaN would be read as a number, and the smallest codes are subnormal numbers on their way: where
+    kernels cannot keep a processor from flushing those, zeros would be made of them.
     """
     if stack.codes.dtype is not torch.float8_e4m3fn:
         return
-    if not bool(torch.tensor([2.0**-127]) * 2.0**20 > 0):
+    if not keeps_subnormals(host_isa().triple) and not bool(torch.tensor([2.0**-127]) * 2.0**20 > 0):
         raise InputError("fp8 weights need subnormal numbers, which are flushed; call torch.set_flush_denormal(False)")
     for expert, codes in enumerate(stack.codes):
         if bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any()):

@@ -9,7 +9,7 @@ weight there (it becomes NaN), or has underflowed to −0 (it may become +0), is
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from itertools import product
@@ -19,12 +19,13 @@ import torch
 from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, InputError
-from tilecast.kernels.cpu._moe import ARGS, ENTRY, FLUSH_K, Variant
 from tilecast.kernels.cpu._sparse import MORE_ARGS, SparseVariant, build
+from tilecast.kernels.cpu._variant import ARGS, ENTRY, FLUSH_K, Variant
 from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.kernels.cpu.jit import available_threads, load, run
 from tilecast.kernels.cpu.layouts import pack_bias, padded_columns, padded_k
-from tilecast.kernels.cpu.moe_gemm import BLOCK_M, DTYPE_NAMES, MoeGemm, rows_per_expert, take_scratch
+from tilecast.kernels.cpu.moe_gemm import BLOCK_M, DTYPE_NAMES, MoeGemm, take_scratch
+from tilecast.kernels.cpu.slots import Rows, SlotKernel
 from tilecast.kernels.cpu.sparse_layouts import (
     SparseStack,
     gate_gemm,
@@ -34,8 +35,11 @@ from tilecast.kernels.cpu.sparse_layouts import (
     unpack_gated,
     unpack_neurons,
 )
+from tilecast.kernels.cpu.tiles import rows_per_expert
+from tilecast.kernels.cpu.work import sparse_work
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
+from tilecast.kernels.work import UNKNOWN_SPARSITY, Work
 from tilecast.problem import DTYPES, EXACT_ZEROS, ExpertGemm, ParamValue, TileConfig
 
 NAME = "llvm.sparse_experts"
@@ -47,7 +51,7 @@ _NO_TILE = {"mr": 1, "nv": 1, "unroll": 1, "prefetch": 0}
 """What these parameters are for down, which has no register tile."""
 
 
-class SparseExperts:
+class SparseExperts(SlotKernel):
     """Exact zeros left out. Parameters:
 
     layout: `gateN` (up: gate rows in panels of N columns, up rows as they were) or `neurons` (down); neurons: vectors
@@ -58,6 +62,7 @@ class SparseExperts:
 
     name = NAME
     device_kind = "cpu"
+    skips_zeros = True
     domain: dict[str, tuple[ParamValue, ...] | range] = {  # noqa: RUF012  # the protocol wants an instance's view
         "mr": range(1, 15),
         "nv": (1, 2, 4, 8),
@@ -110,7 +115,7 @@ class SparseExperts:
     def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
         """Yield every config worth considering for this many tokens, in a fixed order; some may be invalid."""
         if gemm.name == "down":
-            for block_n, neurons in product((512, 1024, 256, 2048), (4, 8)):
+            for block_n, neurons in product((2048, 1024, 512, 256), (4, 8)):
                 yield self._config(**_NO_TILE, layout=NEURONS, neurons=neurons, ahead=1, block_n=block_n)
             return
         base = self.default(gemm, tokens, environment)
@@ -126,8 +131,9 @@ class SparseExperts:
         if gemm.name == "down":
             columns = padded_columns(gemm, self.isa.lanes)
             active = min(gemm.layer.experts, tokens * gemm.layer.top_k)
-            wide = active * columns >= 8 * 1024 * max(1, environment.threads)
-            return self._config(**_NO_TILE, layout=NEURONS, neurons=4, ahead=1, block_n=1024 if wide else 512)
+            # Stretches of 4 KiB are read nearly as fast as dense weights; every thread has two jobs or more.
+            blocks = [n for n in (2048, 1024) if active * columns >= 2 * n * max(1, environment.threads)]
+            return self._config(**_NO_TILE, layout=NEURONS, neurons=4, ahead=1, block_n=blocks[0] if blocks else 512)
         gates = self.dense.default(gate_gemm(gemm), tokens, environment)
         layout = f"gate{str(gates['layout']).removeprefix('panel')}"
         if like is not None and like.kernel == NAME and like["layout"] in GATES:
@@ -151,17 +157,19 @@ class SparseExperts:
         """Return the fields of the numerics class: the dense kernel's, whose bits these are."""
         return self.dense.numerics(gemm, TileConfig(self.dense.name, {"dot": "fma"}), environment)
 
-    def batch_invariant(self, gemm: ExpertGemm, config: TileConfig) -> bool:
-        """Return True: a row's sums never involve another row, nor do its zeros."""
-        return True
-
-    def layout(self, gemm: ExpertGemm, config: TileConfig) -> str:
-        """Return the name of the weight layout that `config` reads."""
-        return str(config["layout"])
-
-    def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
-        """Return `slot`: row s of the intermediate belongs to slot s."""
-        return "slot"
+    def work(
+        self,
+        gemm: ExpertGemm,
+        config: TileConfig,
+        environment: Environment,
+        counts: Sequence[int],
+        dead: float = UNKNOWN_SPARSITY,
+    ) -> Work:
+        """Return what a launch of a valid config does; counts are the rows of each local expert."""
+        gates = None
+        if gemm.name == "up":
+            gates = self.dense.work(gate_gemm(gemm), self._gate_config(config), environment, counts)
+        return sparse_work(gemm, config, gates, counts, dead)
 
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         """Return `plain` weights stored in another layout. The plain tensor is left as it was."""
@@ -190,33 +198,9 @@ class SparseExperts:
             data = unpack_gated(weights.data, weights.gemm, self.isa.lanes)
         return GemmWeights(gemm=weights.gemm, layout=PLAIN, data=data, bias=weights.bias)
 
-    # Launching ------------------------------------------------------------------------
-
-    def up(
-        self,
-        config: TileConfig,
-        hidden: torch.Tensor,
-        weights: GemmWeights,
-        route: ExpertLayout,
-        out: torch.Tensor,
-    ) -> None:
-        """Run the up GEMM: hidden [T, H] to out [T·k, I] in slot order, activation applied, one rounding."""
-        if route.tokens:
-            _launch(self.isa, config, weights, route, source=hidden, rows=route.tokens, out=out, scale=None)
-
-    def down(
-        self,
-        config: TileConfig,
-        intermediate: torch.Tensor,
-        weights: GemmWeights,
-        route: ExpertLayout,
-        topk_weights: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Run the down GEMM and the ordered combine: intermediate [T·k, I] to out [T, H]."""
-        if route.tokens:
-            rows = route.tokens * route.top_k
-            _launch(self.isa, config, weights, route, source=intermediate, rows=rows, out=out, scale=topk_weights)
+    def launch(self, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
+        """Run one of the two GEMMs on a routing with at least one token."""
+        _launch(self.isa, config, weights, route, operands)
 
 
 # The hot path -------------------------------------------------------------------------
@@ -289,17 +273,8 @@ def _biases(weights: GemmWeights, isa: Isa) -> list[torch.Tensor]:
     return [pack_bias(part, gate_gemm(gemm), isa.lanes) for part in (bias[:, :width], bias[:, width:])]
 
 
-def _launch(
-    isa: Isa,
-    config: TileConfig,
-    weights: GemmWeights,
-    route: ExpertLayout,
-    *,
-    source: torch.Tensor,
-    rows: int,
-    out: torch.Tensor,
-    scale: torch.Tensor | None,
-) -> None:
+def _launch(isa: Isa, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
+    source, rows, out, scale = operands.source, operands.rows, operands.out, operands.scale
     plan: Plan | None = weights.plans.get((config, out.dtype))
     if plan is None:
         if config["layout"] != weights.layout:

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 from tilecast.environment import Environment
 from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes, codes_of
-from tilecast.kernels.cpu._moe import FLUSH_K, Tile, Variant
+from tilecast.kernels.cpu._variant import FLUSH_K, Tile, Variant
 from tilecast.kernels.cpu.isa import Isa
 from tilecast.kernels.cpu.layouts import column_bytes, padded_columns, padded_k
 from tilecast.kernels.cpu.quantized import PLAIN_SCALE_PANEL
+from tilecast.kernels.cpu.tiles import most_vectors
 from tilecast.kernels.spec import PLAIN
 from tilecast.kernels.work import Work, nothing, present
 from tilecast.problem import DTYPES, ExpertGemm, TileConfig, weight_format
 
-FMA_UNITS, LOAD_PORTS, VECTOR_PIPES = 2, 2, 4
+FMA_UNITS, PRODUCT_UNITS, LOAD_PORTS, VECTOR_PIPES = 2, 2, 2, 4
 FMA_LATENCY = 4
 """Cycles from one multiply-add into a register to the next one."""
 SPILL_CYCLES = 4.0
@@ -30,6 +31,8 @@ CALL_CYCLES = 24.0
 """Entering the micro-kernel for one block of rows and one chunk of K."""
 SUM_CYCLES = 1.5
 """Adding one vector of sums to the totals: a load, an add, a store."""
+JOIN_CYCLES = 8.0
+"""Making one vector of integer sums into floats: joined, zero points taken off, converted."""
 L1_BYTES, L2_BYTES = 32 << 10, 512 << 10
 L2_BYTES_PER_CYCLE = 16.0
 PREFETCH_CYCLES = 1.3
@@ -47,6 +50,10 @@ DOUBLE_REQUESTS = 0.96
 """What prefetches leave of the bandwidth where the hardware follows the streams anyway."""
 PLAIN_EFFICIENCY = 0.8
 """Plain weights are read in stretches of 512 bytes to 1 KiB of many rows at once."""
+PIECE_BYTES = 1024
+"""What a stretch of a live neuron's row takes longer than its bytes: the hardware has to find the stream anew."""
+LIVE_UP_EFFICIENCY, LIVE_DOWN_EFFICIENCY = 0.3, 0.5
+"""Part of the multiply-add peak that live rows reach: words transposed in registers (up), sums in memory (down)."""
 OVERLAP, PREFETCHED_OVERLAP = 0.5, 0.8
 """How much of the shorter of reading and computing hides behind the other, without and with prefetching."""
 
@@ -61,6 +68,19 @@ class Shape:
     registers: int
     prefetched: float
     l2_chunk: bool
+
+
+def word_cycles(rows: int, nv: int, codes: Codes, prefetched: float) -> float:
+    """Return the cycles of one word of eight 4-bit codes of a register tile (`_nibbles.emit_turn`).
+
+    Bytes: two masks and a shift a word; a product and an addition for each half of it and limb. 16 bits: four quarters.
+    """
+    parts = 2 if codes.byte_pairs else 4
+    sums = parts * rows * nv * codes.limbs
+    operations = nv * (2 * parts - 1) + 2 * sums
+    loads = parts * (nv + rows * codes.limbs)
+    cycles = max(sums / PRODUCT_UNITS, operations / VECTOR_PIPES, loads / LOAD_PORTS)
+    return cycles + PREFETCH_CYCLES * prefetched
 
 
 def step_cycles(rows: int, nv: int, shape: Shape) -> float:
@@ -93,16 +113,20 @@ def variant_of(isa: Isa, gemm: ExpertGemm, config: TileConfig, block_n: int) -> 
     return Variant(
         gemm=gemm.name, dtype=layer.dtype, out=layer.dtype, activation=layer.activation if gemm.name == "up" else "",
         gated=layer.gated, bias=layer.bias, mr=config.integer("mr"), nv=nv,
-        max_nv=max(nv, min(8, block_n // isa.lanes)), unroll=config.integer("unroll"),
+        max_nv=most_vectors(gemm, isa, nv, block_n), unroll=config.integer("unroll"),
         panel=0 if layout == PLAIN else int(layout.removeprefix("panel")), stage=bool(config["stage"]),
         dot="native" if config["dot"] == "bf16" else "", prefetch=config.integer("prefetch"), lanes=isa.lanes,
-        fma=isa.fma, codes=_codes(gemm),
+        fma=isa.fma, codes=_codes(isa, gemm),
     )  # fmt: skip
 
 
-def _codes(gemm: ExpertGemm) -> Codes | None:
+def _codes(isa: Isa, gemm: ExpertGemm) -> Codes | None:
     form = weight_format(gemm.layer.weight_format)
-    return codes_of(form, chain=FLUSH_K, scale="fp16", panel=PLAIN_SCALE_PANEL) if form.bits else None
+    if not form.bits:
+        return None
+    return codes_of(
+        form, chain=FLUSH_K, scale="fp16", panel=PLAIN_SCALE_PANEL, dtype=gemm.layer.dtype, byte_pairs=isa.byte_pairs
+    )
 
 
 def moe_gemm_work(
@@ -154,12 +178,43 @@ def moe_gemm_work(
     )  # fmt: skip
 
 
+def sparse_work(gemm: ExpertGemm, config: TileConfig, gates: Work | None, counts: Sequence[int], dead: float) -> Work:
+    """Return what a launch of `llvm.sparse_experts` does where a share `dead` of the neurons is: gates, and live rows.
+
+    gates: the work of up's gate rows. A neuron's weights are read once if it is alive in any row of its expert; further
+    rows find some of them in a cache.
+    """
+    rows_present, layer, size = present(counts), gemm.layer, DTYPES[gemm.layer.dtype]
+    if not rows_present:
+        return nothing("fma")
+    rows, width = sum(rows_present), layer.intermediate
+    neuron_bytes = layer.hidden * size
+    read = sum(1 - dead**count for count in rows_present) * width * neuron_bytes
+    used = rows * (1 - dead) * width * neuron_bytes
+    flops = 2.0 * rows * (1 - dead) * width * layer.hidden
+    block_n = min(config.integer("block_n"), width if gates else layer.hidden)
+    piece = neuron_bytes if gates else block_n * size
+    efficiency = piece / (piece + PIECE_BYTES)
+    cycles, cost = flops / (LIVE_UP_EFFICIENCY if gates else LIVE_DOWN_EFFICIENCY), read / efficiency
+    if gates is not None:
+        cycles, cost = cycles + gates.flops / gates.efficiency, cost + gates.weight_bytes / gates.memory_efficiency
+        read, flops = read + gates.weight_bytes, flops + gates.flops
+    jobs = rows * -(-layer.hidden // block_n) if gates is None else gates.programs
+    outputs = rows * width if gates else rows * layer.hidden / layer.top_k
+    return Work(
+        weight_bytes=read, row_bytes=float(rows * gemm.k * size), out_bytes=float(outputs * size),
+        cache_bytes=used - (read - (gates.weight_bytes if gates else 0)) + (0 if gates else 8 * rows * gemm.n),
+        flops=flops, useful_flops=flops, programs=jobs, path="fma", efficiency=flops / cycles if cycles else 1.0,
+        largest=1 / jobs, memory_efficiency=read / cost if cost else 1.0, overlap=gates.overlap if gates else OVERLAP,
+    )  # fmt: skip
+
+
 def _product_cycles(variant: Variant, tile: Tile, rows: int, depth: int, isa: Isa, dot: bool) -> tuple[float, float]:
     """Return the cycles of one column tile of a job over all of K, and the part of its weights prefetched."""
     micro, nv = tile.micro, tile.micro.nv
     source = micro.source
     step = 2 if dot else 1
-    steps, chunks = depth / step, -(-depth // FLUSH_K)
+    steps, chunks = depth / step, -(-depth // variant.chunk_k(tile.most))
     element_bytes = 4 / variant.codes.per_word if variant.codes else DTYPES[variant.dtype]
     groups = -(-depth // variant.codes.group) if variant.codes else chunks
     blocks = row_blocks(rows, tile.most)
@@ -176,8 +231,15 @@ def _product_cycles(variant: Variant, tile: Tile, rows: int, depth: int, isa: Is
     cycles = 0.0
     for size, times in blocks.items():
         ends = chunks * CALL_CYCLES + groups * SUM_CYCLES * size * nv
+        if variant.codes is not None and variant.nibbles:
+            ends += groups * JOIN_CYCLES * size * nv
+            words = depth / variant.codes.per_word
+            cycles += times * (words * word_cycles(size, nv, variant.codes, micro.prefetch / micro.unroll) + ends)
+            continue
         cycles += times * (steps * step_cycles(size, nv, shape) + ends)
-    if variant.stage:
+    if variant.stage and variant.nibbles:
+        cycles += depth / CODES_PER_WORD["int4"] * nv * STAGE_PLAIN_CYCLES
+    elif variant.stage:
         cycles += depth * nv * (STAGE_PACKED_CYCLES if variant.panel else STAGE_PLAIN_CYCLES)
     return cycles, covered
 
