@@ -30,7 +30,8 @@ from llvmlite import ir
 from tilecast.canonical import digest
 from tilecast.environment import kernel_source_digest
 from tilecast.errors import DeviceError
-from tilecast.kernels.cpu._moe import BARRIER, Gemm, Variant
+from tilecast.kernels.cpu._moe import Gemm
+from tilecast.kernels.cpu._variant import BARRIER, Variant
 from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.settings import Settings
 
@@ -218,7 +219,7 @@ def _wait_for(children: Sequence[int], deadline: float) -> None:
 @cache
 def load_variant(variant: Variant) -> int:
     """Return the address of a variant's entry function, compiled at first use."""
-    from tilecast.kernels.cpu._moe import ENTRY
+    from tilecast.kernels.cpu._variant import ENTRY
 
     return load(lambda module: Gemm(module, variant).build(), asdict(variant), ENTRY)
 
