@@ -3,7 +3,8 @@
 python benchmarks/store_writes.py                              16 processes: 50 cold starts, 10,000 measurements each
 python benchmarks/store_writes.py --url postgresql+psycopg://… the same on a server, in the store that is there
 
-Prints JSON: what failed, how many measurements are in the store, and how many a second came in.
+Prints JSON: what failed, how many measurements are in the store, and how many a second came in; --save keeps it among
+the results.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tilecast.cache_store.store import open_store
+from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.evidence import Measurement
 from tilecast.problem import ExpertLayer, TileConfig
@@ -99,7 +101,7 @@ def cold_starts(folder: Path, processes: int, starts: int) -> list[str]:
     return failures
 
 
-def writes(where: str, processes: int, each: int, batch: int) -> dict[str, object]:
+def writes(where: str, processes: int, each: int, batch: int) -> dict[str, Json]:
     """Let all processes write into one store; return what failed, what it holds and the rate."""
 
     def work(number: int) -> None:
@@ -134,7 +136,7 @@ def writes(where: str, processes: int, each: int, batch: int) -> dict[str, objec
 
 def measure(
     processes: int = 16, starts: int = 50, each: int = 10_000, batch: int = 100, url: str = ""
-) -> dict[str, object]:
+) -> dict[str, Json]:
     """Return the figures of cold starts (SQLite only) and of writing."""
     with tempfile.TemporaryDirectory(prefix="tilecast-writes-") as folder:
         failures = [] if url else cold_starts(Path(folder), processes, starts)
@@ -151,8 +153,16 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=10_000, help="measurements of each process")
     parser.add_argument("--batch", type=int, default=100, help="measurements of one transaction")
     parser.add_argument("--url", default="", help="a server's store instead of a new SQLite file")
-    options = parser.parse_args()
-    print(json.dumps(measure(**vars(options)), indent=1))
+    parser.add_argument("--save", action="store_true", help="write the result to the folder of this device's results")
+    options = vars(parser.parse_args())
+    save = options.pop("save")
+    result = measure(**options)
+    print(json.dumps(result, indent=1))
+    if save:
+        # Imports torch, which the processes forked above do without.
+        from report import write_result
+
+        write_result("store_writes", result)
     return 0
 
 
