@@ -15,9 +15,9 @@ from tilecast.evidence import TuningTable
 
 
 def test_the_tables_have_the_columns_that_sql_has() -> None:
-    assert layout.COLUMNS == {
+    assert {
         table.name: frozenset(column.name for column in table.columns) for table in models.metadata.sorted_tables
-    }
+    } == layout.COLUMNS
     assert layout.export_columns(layout.EXPORT_FORMAT) == {column.name for column in models.export.columns}
     assert layout.export_columns(1) == layout.export_columns(2) - {"measurements_digest"}
 

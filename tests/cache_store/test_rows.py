@@ -14,13 +14,14 @@ from hypothesis import given, settings
 
 from tests.store_contract import HERE, decision, measurement
 from tests.strategies import measurements
-from tilecast.cache_store import measurement_rows
+from tilecast.cache_store import decision_rows, measurement_rows
 from tilecast.cache_store.decision_rows import (
     CHOICE_KINDS,
     DECISION_KINDS,
     decision_configs,
     decision_from_row,
     decision_row,
+    decisions_from_rows,
 )
 from tilecast.cache_store.keyed import Lookup, keyed_row
 from tilecast.cache_store.measurement_rows import (
@@ -145,13 +146,36 @@ WRONG_DECISIONS: list[dict[str, Any]] = [
 ]
 
 
+def raced(above: int = 0, tokens: int = 4) -> Decision:
+    """Return a decision whose choices have runners-up: nothing in its row is missing."""
+    made = decision(above, tokens)
+    second = dataclasses.replace(made.up, runner_up=made.up.default, runner_up_us=2.75)
+    return dataclasses.replace(made, up=second, down=second)
+
+
 @pytest.mark.parametrize("change", WRONG_DECISIONS, ids=str)
 def test_a_decision_that_does_not_fit_is_refused(change: dict[str, Any]) -> None:
-    wanted = decision()
+    wanted = raced()
     row = {**decision_row(wanted), **change}
-    values = tuple(row[name] for name in DECISION_KINDS)
+    values, right = (tuple(one[name] for name in DECISION_KINDS) for one in (row, decision_row(wanted)))
+    found = lookups([wanted.layer], decision_configs(wanted))
     with pytest.raises(InputError):
-        decision_from_row(values, *lookups([wanted.layer], decision_configs(wanted)))
+        decision_from_row(values, *found)
+    with pytest.raises(InputError):
+        decisions_from_rows([right, values, right], *found)
+
+
+def test_whole_columns_give_what_single_rows_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [raced(1, 2), raced(2, 4), decision(4, 8), raced(8, 16)]
+    first = wanted[0]
+    rows = [tuple(decision_row(one)[name] for name in DECISION_KINDS) for one in wanted]
+    found = lookups([first.layer], [c for one in wanted for c in decision_configs(one)])
+    assert sorted(decisions_from_rows(rows, *found), key=lambda one: one.bucket) == wanted
+    assert decisions_from_rows([], *found) == []
+    monkeypatch.setattr(decision_rows, "decision_from_row", lambda *_: pytest.fail("these rows are plain"))
+    del rows[2], wanted[2]
+    assert decisions_from_rows(rows, *found) == wanted
+    assert vars(decisions_from_rows(rows, *found)[0]).keys() == {f.name for f in dataclasses.fields(Decision)}
 
 
 @pytest.mark.parametrize("collecting", [True, False])

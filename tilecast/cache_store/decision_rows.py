@@ -16,6 +16,7 @@ from tilecast.cache_store.keyed import Lookup, check_names
 from tilecast.canonical import fields_of
 from tilecast.errors import CacheError
 from tilecast.evidence import CERTIFICATES, POLICIES, Choice, Decision
+from tilecast.measurement import made_of
 from tilecast.problem import Bucket, ExpertLayer, TileConfig
 
 DIGEST_LENGTH = 64
@@ -87,6 +88,82 @@ def decision_configs(decision: Decision) -> list[TileConfig]:
     """Return every config that a decision refers to, with repetitions."""
     choices = (decision.up, decision.down)
     return [c for choice in choices for c in (choice.config, choice.default, choice.runner_up) if c is not None]
+
+
+def decisions_from_rows(
+    rows: Sequence[Sequence[Any]], layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]
+) -> list[Decision]:
+    """Build decisions from their rows as `decision_from_row` does, in any order. Raises InputError.
+
+    Rows with all values are checked by whole columns, which is faster; the others, and all where one is not seen to
+    pass, take the long way.
+    """
+    whole = [row for row in rows if None not in row]
+    if not whole:
+        return [decision_from_row(row, layers, configs) for row in rows]
+    environment, layer, policy, routing, tokens, above, certificate, *choices = zip(*whole, strict=True)
+    half = len(CHOICE_KINDS)
+    plain = (
+        _all_of(str, environment, layer, policy, routing, certificate)
+        and _all_of(int, tokens, above)
+        and set(policy) <= set(POLICIES)
+        and set(certificate) <= set(CERTIFICATES)
+        and set(map(len, environment)) == {DIGEST_LENGTH}
+        and _are_plain(*choices[:half])
+        and _are_plain(*choices[half:])
+    )
+    if not plain:
+        return [decision_from_row(row, layers, configs) for row in rows]
+    rest = [decision_from_row(row, layers, configs) for row in rows if None in row] if len(whole) < len(rows) else []
+    ups, downs = _choices(configs, *choices[:half]), _choices(configs, *choices[half:])
+    buckets, found = map(_bucket, above, tokens), map(layers.__getitem__, layer)
+    fields = zip(environment, found, buckets, policy, routing, certificate, ups, downs, strict=True)
+    return rest + [
+        made_of(
+            Decision,
+            {"environment": a, "layer": b, "bucket": c, "policy": d, "routing": e, "certificate": f, "up": g,
+             "down": h},
+        )
+        for a, b, c, d, e, f, g, h in fields
+    ]  # fmt: skip
+
+
+Column = Sequence[Any]
+
+
+def _all_of(kind: type, *columns: Column) -> bool:
+    return all(set(map(type, column)) == {kind} for column in columns)
+
+
+def _are_plain(
+    config: Column, p50_us: Column, default: Column, default_us: Column, runner_up: Column, runner_up_us: Column,
+    noise: Column, numerics: Column,
+) -> bool:  # fmt: skip
+    """Whether every choice of these columns surely passes the checks of `Choice`."""
+    return (
+        _all_of(str, config, default, runner_up, numerics)
+        and _all_of(float, p50_us, default_us, runner_up_us, noise)
+        and all(all(map(math.isfinite, column)) for column in (p50_us, default_us, runner_up_us, noise))
+        and min(map(min, (p50_us, default_us, runner_up_us))) > 0
+        and min(noise) >= 0
+    )
+
+
+def _choices(
+    configs: Lookup[TileConfig], config: Column, p50_us: Column, default: Column, default_us: Column,
+    runner_up: Column, runner_up_us: Column, noise: Column, numerics: Column,
+) -> list[Choice]:  # fmt: skip
+    chosen, defaults, seconds = (map(configs.__getitem__, column) for column in (config, default, runner_up))
+    return [
+        made_of(
+            Choice,
+            {"config": a, "p50_us": b, "default": c, "default_us": d, "runner_up": e, "runner_up_us": f, "noise": g,
+             "numerics": h},
+        )
+        for a, b, c, d, e, f, g, h in zip(
+            chosen, p50_us, defaults, default_us, seconds, runner_up_us, noise, numerics, strict=True
+        )
+    ]  # fmt: skip
 
 
 def decision_from_row(values: Sequence[Any], layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]) -> Decision:

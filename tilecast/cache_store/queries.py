@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from tilecast.cache_store.decision_rows import DECISION_KINDS, decision_from_row
+from tilecast.cache_store.decision_rows import DECISION_KINDS, decisions_from_rows
 from tilecast.cache_store.keyed import Lookup
 from tilecast.cache_store.measurement_rows import MEASUREMENT_KINDS, measurement_from_row
 from tilecast.cache_store.plain import Connection, PlainRow, plain_rows
@@ -43,7 +43,7 @@ def read_table(
     rows = plain_rows(connection, f"SELECT {', '.join(DECISION_KINDS)} FROM decision{where}", values)
     layers, configs = layers_in(connection), configs_in(connection)
     with _keeping_all():
-        found = tuple([decision_from_row(row, layers, configs) for row in rows])
+        found = tuple(decisions_from_rows(list(rows), layers, configs))
         places = environments_in(connection)
         kept = places.all() if all_environments else [places[key] for key in {d.environment for d in found}]
         return TuningTable(tuple(kept), found)
