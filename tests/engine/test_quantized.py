@@ -22,12 +22,14 @@ from tilecast.engine.checkpoint import inspect_checkpoint
 from tilecast.engine.load import load_model
 from tilecast.engine.quantized import contents_of, dense_weight, recipe_of
 from tilecast.engine.quantized_module import stacks_of
+from tilecast.engine.quantized_rows import form_for, read_rows
 from tilecast.engine.tensor_files import TensorFiles
 from tilecast.engine.transformers import experts_modules
 from tilecast.errors import ModelError
 from tilecast.kernels.formats import QuantizedStack
 from tilecast.models import resolve
 from tilecast.models.quantization import read_quantization
+from tilecast.problem import weight_format
 
 transformers = pytest.importorskip("transformers")
 
@@ -279,6 +281,38 @@ def test_scales_that_cannot_be_are_named(form: str, bad: float, tmp_path: Path) 
     weight = dense_weight(files, "layer", contents_of(files).linears["layer"], recipe)
     with pytest.raises(ModelError, match=rf"^layer\.{name} holds {bad:g}, expected scales that are finite and not neg"):
         weight[...]
+
+
+LONG_GROUPS = {
+    "int4 in groups of 256": (checkpoints.packed(4, 256), compressed_config("pack-quantized", group_size=256)),
+    "awq in groups of 256": (
+        checkpoints.packed(4, 256, symmetric=False),
+        compressed_config("pack-quantized", group_size=256, symmetric=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS, *LONG_GROUPS])
+def test_a_part_of_a_weight_is_read_as_the_whole_would_be(form: str, tmp_path: Path) -> None:
+    quantize, config = (FORMS | LONG_GROUPS)[form]
+    parts, _ = quantize(torch.randn((256, 512), generator=torch.Generator().manual_seed(0)))
+    save_file({f"layer.{part}": tensor for part, tensor in parts.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    files = TensorFiles(inspect_checkpoint(tmp_path))
+    recipe, known = recipe_of({"quantization_config": config}), contents_of(files).linears["layer"]
+    assert recipe is not None
+    name = form_for(files, "layer", known, recipe, 512)
+    whole = read_rows(files, "layer", known, recipe, (256, 512), name)
+    group, tall, wide = weight_format(name).group, weight_format(name).rows, weight_format(name).codes_per_byte
+    for rows, columns in ((range(128, 256), range(512)), (range(256), range(128, 384)), (range(128), range(384, 512))):
+        found = read_rows(files, "layer", known, recipe, (256, 512), name, rows, columns)
+        here, there = slice(rows.start, rows.stop), slice(columns.start // wide, columns.stop // wide)
+        assert torch.equal(found.codes.view(torch.uint8), whole.codes.view(torch.uint8)[here, there])
+        blocks = slice(rows.start // tall, rows.stop // tall) if tall else slice(None)
+        groups = slice(columns.start // group, columns.stop // group) if group else slice(None)
+        for mine, all_ in ((found.scales, whole.scales), (found.zeros, whole.zeros)):
+            assert (mine is None) == (all_ is None)
+            assert mine is None or all_ is None or torch.equal(mine, all_[blocks, groups])
 
 
 def test_scales_of_different_dtypes_are_all_kept(folder: Path) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tilecast.errors import ModelError
 from tilecast.models import layer_for_rank, shard, split, uneven_note
+from tilecast.models.sharding import check_cut
 from tilecast.problem import ExpertLayer
 
 LAYER = ExpertLayer(hidden=64, intermediate=10, experts=5, top_k=2)
@@ -119,3 +120,7 @@ def test_cuts_inside_what_shares_a_scale_are_refused_when_a_model_is_split() -> 
     assert len(shard(replace(layer, weight_format="fp8_tensor"), tp=3)) == 2
     with pytest.raises(ModelError, match="intermediate size I is 100, which cuts a group of 128"):
         shard(replace(layer, intermediate=100))
+    by_row = replace(layer, weight_format="int8_channel", intermediate=100)
+    check_cut(by_row, 2)
+    with pytest.raises(ModelError, match=r"inside a word of 4 packed codes \(int8_channel\); tp that work: 1, 5, 25$"):
+        check_cut(by_row, 2, word=4)
