@@ -28,6 +28,8 @@ from tilecast.store import Store
 
 NOISE = 0.06
 """Relative noise of the rehearsal's samples, that of recorded sweeps: with less, less would be in doubt."""
+AGAIN = 1.25
+"""Samples taken over samples kept: stretches in which others used the cores are taken again, a few even when quiet."""
 UNKNOWN_US = 1000.0
 """What a config is taken to need where the model has no opinion of any."""
 WORKER_S = 5.5
@@ -106,7 +108,8 @@ class Rehearsal:
         if (gemm, tokens, config) not in self._sampled:
             self._sampled.add((gemm, tokens, config))
             warm = expected_warming_s(us, device_kind=self._device_kind)
-        costs.seconds += warm + count * expected_sample_s(us, self._calibration, device_kind=self._device_kind)
+        each = expected_sample_s(us, self._calibration, device_kind=self._device_kind)
+        costs.seconds += AGAIN * (warm + count * each)
         costs.samples += count
         generator = random.Random(f"{self.seed} {gemm.name} {tokens} {config.digest} {round}")
         return tuple(us * max(0.5, 1 + NOISE * generator.gauss(0, 1)) for _ in range(count))
