@@ -67,8 +67,15 @@ def near_of(loaded: Loaded) -> list[tuple[int, ...]]:
     return [state.place.near_experts for state in placed_modules(loaded.model)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("mixtral", "float32"),
+        ("gpt_oss", "bfloat16"),
+        pytest.param("mixtral", "bfloat16", marks=pytest.mark.long),
+        pytest.param("gpt_oss", "float32", marks=pytest.mark.long),
+    ],
+)
 def test_placed_experts_give_the_tokens_of_one_device(folders: dict[str, Path], family: str, dtype: str) -> None:
     wanted = load_model(folders[family], dtype=dtype, device="cpu")
     tokens, bits = greedy(wanted), logits(wanted)
@@ -79,8 +86,15 @@ def test_placed_experts_give_the_tokens_of_one_device(folders: dict[str, Path], 
         assert torch.equal(logits(found), bits)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("number", [0, 5])
+@pytest.mark.parametrize(
+    ("number", "dtype"),
+    [
+        (5, "bfloat16"),
+        pytest.param(0, "bfloat16", marks=pytest.mark.long),
+        pytest.param(0, "float32", marks=pytest.mark.long),
+        pytest.param(5, "float32", marks=pytest.mark.long),
+    ],
+)
 def test_quantised_experts_give_the_tokens_of_one_device(awq: tuple[Path, Path], number: int, dtype: str) -> None:
     wanted = load_model(awq[0], dtype=dtype, device="cpu")
     found = load_model(awq[0], dtype=dtype, device="cpu", gpu_experts=number)
