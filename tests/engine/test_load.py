@@ -129,6 +129,44 @@ def test_damaged_files_are_told_in_one_line(copied: Path, name: str, content: by
     one_line(copied, ModelError, pattern)
 
 
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (b"{", r"generation_config\.json cannot be read as JSON"),
+        (b"[1]", r"generation_config\.json is not a JSON object"),
+        (b'{"eos_token_id": "2"}', r"generation_config\.json: field eos_token_id is '2', expected token ids"),
+        (b'{"eos_token_id": -1}', r"generation_config\.json: field eos_token_id is -1, expected"),
+        (b'{"eos_token_id": [2, "3"]}', r"field eos_token_id is \[2, '3'\], expected"),
+        (b'{"eos_token_id": true}', "field eos_token_id is True, expected"),
+        (b'{"bos_token_id": [1]}', r"field bos_token_id is \[1\], expected a token id"),
+        (b'{"pad_token_id": 0.5}', "field pad_token_id is 0.5, expected"),
+    ],
+)
+def test_a_broken_generation_config_is_told_in_one_line(copied: Path, content: bytes, pattern: str) -> None:
+    (copied / "generation_config.json").write_bytes(content)
+    one_line(copied, ModelError, pattern)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"num_experts_per_tok": 0}, r"config\.json: field num_experts_per_tok is 0, expected at least 1"),
+        ({"num_experts_per_tok": 9}, "field num_experts_per_tok is 9, more than the 8 experts"),
+        ({"num_experts_per_tok": "2"}, "field num_experts_per_tok is '2', expected at least 1"),
+        ({"num_local_experts": -8}, "field num_local_experts is -8, expected a number of experts"),
+        ({"eos_token_id": "end"}, r"[^_]config\.json: field eos_token_id is 'end', expected token ids"),
+    ],
+)
+def test_fields_that_load_silently_and_run_wrong_are_told(copied: Path, fields: dict, pattern: str) -> None:  # type: ignore[type-arg]
+    changed_config(copied, **fields)
+    one_line(copied, ModelError, pattern)
+
+
+def test_tokens_that_are_fine(copied: Path) -> None:
+    (copied / "generation_config.json").write_text('{"eos_token_id": [2, 5], "bos_token_id": null, "pad_token_id": -1}')
+    assert load_model(copied).model.generation_config.eos_token_id == [2, 5]
+
+
 def test_nothing_is_unpickled(copied: Path) -> None:
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
     one_line(copied, ModelError, r"neither model\.safetensors nor .*; pytorch_model\.bin is of another format")

@@ -23,6 +23,7 @@ WIDE = {"intermediate_size": 80, "moe_intermediate_size": 24}
 """Dense layers 80 wide, experts 24, so that the wrong field shows."""
 
 SMALL: dict[str, dict[str, Any]] = {
+    "afmoe": {**WIDE, "num_experts": 6, "num_dense_layers": 1, "num_shared_experts": 2},
     "dbrx": {"d_model": 64, "n_layers": 4, "n_heads": 4, "vocab_size": 32,
              "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
              "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2}},
@@ -30,8 +31,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**WIDE, **DEEPSEEK, "n_routed_experts": 6, "first_k_dense_replace": 2},
     "dots1": {**WIDE, "n_routed_experts": 6, "n_shared_experts": 2, "first_k_dense_replace": 1},
     "ernie4_5_moe": {**WIDE, "moe_num_experts": 6, "moe_k": 2, "moe_layer_end_index": 2, "moe_num_shared_experts": 2},
+    "exaone_moe": {**WIDE, "num_experts": 6, "first_k_dense_replace": 2, "num_shared_experts": 2},
     "flex_olmo": {"intermediate_size": 24, "num_experts": 6, "pad_token_id": 1},
     "glm4_moe": {**WIDE, "n_routed_experts": 6, "first_k_dense_replace": 1},
+    "glm4_moe_lite": {**WIDE, **DEEPSEEK, "n_routed_experts": 6, "n_shared_experts": 2},
     "glm4v_moe_text": {**WIDE, "n_routed_experts": 6, "first_k_dense_replace": 1},
     "gpt_oss": {"intermediate_size": 24, "num_local_experts": 6},
     "granitemoe": {"intermediate_size": 24, "num_local_experts": 6},
@@ -39,6 +42,7 @@ SMALL: dict[str, dict[str, Any]] = {
                          "mamba_n_heads": 8},
     "granitemoeshared": {"intermediate_size": 24, "num_local_experts": 6, "shared_intermediate_size": 40},
     "hunyuan_v1_moe": {"intermediate_size": 24, "num_experts": 6, "moe_topk": 2},
+    "hy_v3": {**WIDE, "num_experts": 6, "num_shared_experts": 2},
     "jamba": {"intermediate_size": 24, "num_experts": 6},
     "lfm2_moe": {**WIDE, "num_experts": 6, "num_dense_layers": 1, "layer_types": ["full_attention"] * 4},
     "llama4_text": {"intermediate_size": 24, "intermediate_size_mlp": 80, "num_local_experts": 6,
@@ -46,6 +50,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "minimax": {"intermediate_size": 24, "num_local_experts": 6},
     "minimax_m2": {"intermediate_size": 24, "num_local_experts": 6},
     "mixtral": {"intermediate_size": 24, "num_local_experts": 6},
+    "nemotron_h": {**WIDE, "n_routed_experts": 6, "moe_shared_expert_intermediate_size": 40, "mamba_num_heads": 8,
+                   "mamba_head_dim": 16, "layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "olmoe": {"intermediate_size": 24, "num_experts": 6},
     "phimoe": {"intermediate_size": 24, "num_local_experts": 6},
     "qwen2_moe": {**WIDE, "num_experts": 6, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2},
@@ -53,6 +59,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**WIDE, "num_experts": 6, "mlp_only_layers": [1]},
     "qwen3_next": {**WIDE, "num_experts": 6, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
     "qwen3_vl_moe_text": {**WIDE, "num_experts": 6, "mlp_only_layers": [1]},
+    "solar_open": {"moe_intermediate_size": 24, "n_routed_experts": 6, "n_shared_experts": 2},
 }  # fmt: skip
 
 
@@ -97,7 +104,7 @@ def test_family_agrees_with_transformers(model_type: str) -> None:
     assert _indices(group.indices) == sparse
     # Families differ in the order of dimensions; dbrx flattens experts and keeps gate and up apart.
     weights = {tuple(sorted(shape)) for name, shape in experts.items() if "bias" not in name}
-    assert weights == ({(64, 6 * 24)} if model_type == "dbrx" else {(6, 2 * 24, 64), (6, 24, 64)})
+    assert weights == ({(64, 6 * 24)} if model_type == "dbrx" else {(6, layer.up.n, 64), (6, 24, 64)})
     assert layer.bias == any("bias" in name for name in experts)
 
 
@@ -186,7 +193,9 @@ def test_dbrx_tells_null_from_absent() -> None:
     assert not read_config(config, name="x", source="x").router.renormalize
 
 
-def test_gpt_oss_with_other_constants_is_refused() -> None:
+def test_gpt_oss_with_other_constants_is_two_layers() -> None:
     config = {**COMMON, **SMALL["gpt_oss"], "model_type": "gpt_oss", "swiglu_limit": 5.0}
-    with pytest.raises(ModelError, match=r"swiglu_limit is 5\.0, only 7\.0"):
-        read_config(config, name="x", source="x")
+    (group,) = read_config(config, name="x", source="x").layers
+    assert [part.label for part in group.parts(group.layer)] == [
+        "E6 H64 I48 top2 bf16 identity-ungated bias", "E6 H64 I24 top2 bf16 identity-ungated bias",
+    ]  # fmt: skip

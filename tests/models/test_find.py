@@ -162,9 +162,21 @@ def test_names_of_one_activation(tmp_path: Path, name: str) -> None:
     assert resolve(str(write(tmp_path, {**MIXTRAL, "hidden_act": name}))).layers[0].layer.activation == "silu"
 
 
+def test_an_activation_that_no_kernel_has_makes_two_layers(tmp_path: Path) -> None:
+    config = {**MIXTRAL, "hidden_act": "mish"}
+    found = resolve(str(write(tmp_path, config)))
+    (group,) = found.layers
+    assert group.own_code and any("own code runs it" in note for note in found.notes)
+    up, down = group.parts(group.layer)
+    assert (up.intermediate, down.intermediate) == (2 * group.layer.intermediate, group.layer.intermediate)
+    assert {(one.activation, one.gated) for one in (up, down)} == {("identity", False)}
+    quantised = {**config, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32}}
+    assert "quantised experts run by kernels alone" in refusal(str(write(tmp_path, quantised)))
+
+
 def test_an_unknown_activation_is_refused(tmp_path: Path) -> None:
-    message = refusal(str(write(tmp_path, {**MIXTRAL, "hidden_act": "xielu"})))
-    assert "hidden_act is 'xielu'" in message
+    message = refusal(str(write(tmp_path, {**MIXTRAL, "hidden_act": "sillu"})))
+    assert "hidden_act is 'sillu'" in message
     assert "silu" in message
 
 

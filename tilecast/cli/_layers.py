@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tilecast.canonical import Json
 from tilecast.cli._output import Output, plural
-from tilecast.models import Model, Shard, resolve, shard, uneven_note
+from tilecast.models import LayerGroup, Model, Shard, resolve, shard, uneven_note
 from tilecast.problem import ExpertLayer
 
 
@@ -17,6 +17,7 @@ class ShardedGroup:
     indices: str
     count: int
     shards: tuple[Shard, ...]
+    uneven: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,8 @@ class ShardedModel:
         for group in self.groups:
             for part in group.shards:
                 output.note(f"  layers {group.indices}, {_ranks(part.ranks)}: {part.layer.label}")
-            note = uneven_note(group.shards)
-            if note is not None:
-                output.note(f"  {note}")
+            if group.uneven is not None:
+                output.note(f"  {group.uneven}")
         for note in self.model.notes:
             output.note(f"  {note}")
 
@@ -71,11 +71,14 @@ class ShardedModel:
 def sharded(model: str, *, tp: int = 1, ep: int = 1, dtype: str | None = None) -> ShardedModel:
     """Resolve a model and split it. Raises ModelError."""
     resolved = resolve(model, dtype=dtype)
-    groups = tuple(
-        ShardedGroup(indices=group.indices, count=group.count, shards=shard(group.layer, tp=tp, ep=ep))
-        for group in resolved.layers
-    )
+    groups = tuple(_sharded(group, tp, ep) for group in resolved.layers)
     return ShardedModel(model=resolved, tp=tp, ep=ep, groups=groups)
+
+
+def _sharded(group: LayerGroup, tp: int, ep: int) -> ShardedGroup:
+    shares = shard(group.layer, tp=tp, ep=ep)
+    parts = tuple(Shard(ranks=share.ranks, layer=part) for share in shares for part in group.parts(share.layer))
+    return ShardedGroup(indices=group.indices, count=group.count, shards=parts, uneven=uneven_note(shares))
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

@@ -100,14 +100,14 @@ def check(
     use_threads(threads)
     group = process_group()
     parallel = tp > 1 and group.world_size == tp
-    mine = [part.shards[0].layer for part in split.groups]
-    if parallel:
-        mine = [next(s.layer for s in part.shards if group.rank in s.ranks) for part in split.groups]
+    rank = group.rank if parallel else 0
+    mine = [part.layer for found in split.groups for part in found.shards if rank in part.ranks]
+    unsharded = [part for found in split.model.layers for part in found.parts(found.layer)]
     runtime = startup(mine, settings, group=group)
     bits: list[Bits] = []
     with group.guard(), output.progress("checking") as reporter:
         for place, local in enumerate(mine):
-            whole = split.model.layers[place].layer if parallel else local
+            whole = unsharded[place] if parallel else local
             run = _runner(whole, runtime, group, parallel=parallel)
             for count in counts:
                 reporter.update(

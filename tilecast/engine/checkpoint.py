@@ -8,12 +8,21 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tilecast.canonical import Json, canonical_json
 from tilecast.engine.group import Group
 from tilecast.errors import AgreementError, ModelError
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
+TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
+"""Fields of both configs that hold a token's id, the first also several."""
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""Names that families give to how many experts there are, and to how many a token is sent to."""
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -52,6 +61,7 @@ def inspect_checkpoint(folder: Path | str) -> Checkpoint:
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder, expected one with {CONFIG} and *.safetensors")
     config = _json(folder / CONFIG)
+    _check_config(folder, config)
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
     files, numbers, other_bytes = [], 0, 0
     for name in _weight_files(folder):
@@ -72,6 +82,53 @@ def inspect_checkpoint(folder: Path | str) -> Checkpoint:
         folder=folder, config=config, files=tuple(files), numbers=numbers, other_bytes=other_bytes,
         digest=digest.hexdigest(),
     )  # fmt: skip
+
+
+def _check_config(folder: Path, config: Mapping[str, object]) -> None:
+    """Raise ModelError, naming file and field, for what transformers loads without a word and runs wrong, or not."""
+    nested = config.get("text_config")
+    for fields in (config, nested if isinstance(nested, Mapping) else {}):
+        _check_tokens(folder / CONFIG, fields)
+        _check_routing(folder / CONFIG, fields)
+    if (folder / GENERATION).is_file():
+        _check_tokens(folder / GENERATION, _json(folder / GENERATION))
+
+
+def _check_tokens(path: Path, fields: Mapping[str, object]) -> None:
+    for name in TOKENS:
+        value = fields.get(name)
+        several = isinstance(value, list) and name == TOKENS[0]
+        for token in value if isinstance(value, list) and several else [value]:
+            if token is not None and not _is_count(token, 0):
+                kinds = "token ids of 0 or above, or null" if name == TOKENS[0] else "a token id of 0 or above, or null"
+                # Some files say -1 for no padding; transformers' own code reads it as that.
+                if name == "pad_token_id" and token == -1:
+                    continue
+                raise ModelError(f"{path}: field {name} is {value!r:.80}, expected {kinds}")
+
+
+def _check_routing(path: Path, fields: Mapping[str, object]) -> None:
+    experts = [count for name in EXPERTS for count in _several(fields.get(name))]
+    for name in TOP_K:
+        value = fields.get(name)
+        for top_k in _several(value):
+            if not _is_count(top_k, 1):
+                raise ModelError(f"{path}: field {name} is {value!r:.80}, expected at least 1")
+            fewest = min((count for count in experts if _is_count(count, 1)), default=top_k)
+            if top_k > fewest:
+                raise ModelError(f"{path}: field {name} is {value!r:.80}, more than the {fewest} experts")
+    for name in EXPERTS:
+        if not all(_is_count(count, 0) for count in _several(fields.get(name))):
+            raise ModelError(f"{path}: field {name} is {fields[name]!r:.80}, expected a number of experts")
+
+
+def _several(value: object) -> list[Any]:
+    """Return a field's values, which some families give for each layer."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def agree_on_checkpoint(group: Group, checkpoint: Checkpoint, orders: Mapping[str, Json]) -> None:

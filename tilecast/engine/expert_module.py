@@ -184,7 +184,8 @@ def _activation(module: torch.nn.Module, gated: bool, *, interleaved: bool) -> t
         if seen is None or seen.shape != values.shape:
             continue
         for name in ACTIVATIONS:
-            if _same(seen, values, other if gated else None, name):
+            # Between a gate and an up projection no kernel has it.
+            if not (gated and name == "identity") and _same(seen, values, other if gated else None, name):
                 return name, alternating
     return None
 

@@ -2,7 +2,7 @@
 
 from tilecast.models.families import FAMILIES
 from tilecast.models.find import preset_names, resolve
-from tilecast.models.model import LayerGroup, Model, Router
+from tilecast.models.model import LayerGroup, Model, Router, own_code_layers
 from tilecast.models.sharding import Shard, layer_for_rank, shard, split, uneven_note
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Router",
     "Shard",
     "layer_for_rank",
+    "own_code_layers",
     "preset_names",
     "resolve",
     "shard",

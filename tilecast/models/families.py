@@ -20,8 +20,11 @@ from tilecast.models.rules import (
     fixed_router,
     jamba_layers,
     lfm2_router,
+    listed_layers,
     llama4_layers,
+    nemotron_kinds,
     qwen_layers,
+    scaled_sigmoid_router,
     shared_count,
     shared_width,
     sigmoid_router,
@@ -29,6 +32,14 @@ from tilecast.models.rules import (
 )
 
 FAMILIES: dict[str, Family] = {
+    "afmoe": Family(
+        architectures=("AfmoeForCausalLM",),
+        intermediate=("moe_intermediate_size",),
+        experts=("num_experts",),
+        sparse=every_layer_from("num_dense_layers", default=1),
+        shared=shared_count("num_shared_experts", "moe_intermediate_size"),
+        router=scaled_sigmoid_router("route_scale", default=1.0),
+    ),
     "dbrx": Family(
         architectures=("DbrxForCausalLM",),
         hidden=("d_model",),
@@ -72,6 +83,14 @@ FAMILIES: dict[str, Family] = {
         shared=shared_count("moe_num_shared_experts", "moe_intermediate_size"),
         router=fixed_router(Router(extras=(SELECTION_BIAS,))),
     ),
+    "exaone_moe": Family(
+        architectures=("ExaoneMoeForCausalLM",),
+        intermediate=("moe_intermediate_size",),
+        experts=("num_experts", "num_local_experts"),
+        sparse=listed_layers("mlp_layer_types", every_layer_from("first_k_dense_replace", default=1)),
+        shared=shared_count("num_shared_experts", "moe_intermediate_size"),
+        router=sigmoid_router(renormalize=True, scale=2.5, groups=1, top_groups=1),
+    ),
     "flex_olmo": Family(
         architectures=("FlexOlmoForCausalLM",),
         intermediate=("intermediate_size",),
@@ -85,6 +104,14 @@ FAMILIES: dict[str, Family] = {
         sparse=every_layer_from("first_k_dense_replace", default=1),
         shared=shared_count("n_shared_experts", "moe_intermediate_size"),
         router=sigmoid_router(renormalize=True, scale=1.0, groups=1, top_groups=1),
+    ),
+    "glm4_moe_lite": Family(
+        architectures=("Glm4MoeLiteForCausalLM",),
+        intermediate=("moe_intermediate_size",),
+        experts=("n_routed_experts", "num_local_experts"),
+        sparse=listed_layers("mlp_layer_types", every_layer_from("first_k_dense_replace", default=1)),
+        shared=shared_count("n_shared_experts", "moe_intermediate_size"),
+        router=sigmoid_router(renormalize=True, scale=1.8, groups=1, top_groups=1),
     ),
     "glm4v_moe_text": Family(
         architectures=("Glm4vMoeForConditionalGeneration",),
@@ -135,6 +162,14 @@ FAMILIES: dict[str, Family] = {
         shared=shared_width("intermediate_size"),
         router=softmax_router(renormalize=True),
     ),
+    "hy_v3": Family(
+        architectures=("HYV3ForCausalLM",),
+        intermediate=("moe_intermediate_size",),
+        experts=("num_experts", "num_local_experts"),
+        sparse=listed_layers("mlp_layer_types", every_layer_from("first_k_dense_replace", default=1)),
+        shared=shared_count("num_shared_experts", "moe_intermediate_size"),
+        router=scaled_sigmoid_router("router_scaling_factor", default=2.826),
+    ),
     "jamba": Family(
         architectures=("JambaForCausalLM",),
         intermediate=("intermediate_size",),
@@ -158,6 +193,7 @@ FAMILIES: dict[str, Family] = {
         shared=shared_width("intermediate_size"),
         router=fixed_router(Router(scoring="sigmoid", renormalize=False, extras=(SCALES_INPUT,))),
         wrapper="llama4",
+        note="transformers lets nobody else run these experts, so a table is for other servers alone",
     ),
     "minimax": Family(
         architectures=("MiniMaxForCausalLM",),
@@ -176,6 +212,18 @@ FAMILIES: dict[str, Family] = {
         intermediate=("intermediate_size",),
         experts=("num_local_experts",),
         router=softmax_router(renormalize=True),
+    ),
+    "nemotron_h": Family(
+        architectures=("NemotronHForCausalLM",),
+        intermediate=("moe_intermediate_size",),
+        experts=("n_routed_experts", "num_local_experts"),
+        layers=("layers_block_type", "hybrid_override_pattern"),
+        narrow=("moe_latent_size",),
+        sparse=nemotron_kinds,
+        activation=("mlp_hidden_act",),
+        gated=False,
+        shared=shared_count("n_shared_experts", "moe_shared_expert_intermediate_size"),
+        router=sigmoid_router(renormalize=True, scale=1.0, groups=1, top_groups=1),
     ),
     "olmoe": Family(
         architectures=("OlmoeForCausalLM",),
@@ -220,6 +268,13 @@ FAMILIES: dict[str, Family] = {
         sparse=qwen_layers,
         router=softmax_router(renormalize=True),
         wrapper="qwen3_vl_moe",
+    ),
+    "solar_open": Family(
+        architectures=("SolarOpenForCausalLM",),
+        intermediate=("moe_intermediate_size",),
+        experts=("n_routed_experts", "num_local_experts"),
+        shared=shared_count("n_shared_experts", "moe_intermediate_size"),
+        router=sigmoid_router(renormalize=True, scale=1.0, groups=1, top_groups=1),
     ),
     "qwen3_5_moe_text": Family(
         architectures=("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),

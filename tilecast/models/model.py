@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from tilecast.problem import ExpertLayer
@@ -32,11 +32,25 @@ class Router:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerGroup:
-    """Equal MoE layers of one model: the unsharded layer, how many there are, and their indices as text."""
+    """Equal MoE layers of one model: the unsharded layer, how many there are, and their indices as text.
+
+    With `own_code` no kernel has what runs between the GEMMs, so that the model's own code does, and `parts` are two.
+    """
 
     layer: ExpertLayer
     count: int
     indices: str
+    own_code: bool = False
+
+    def parts(self, layer: ExpertLayer) -> tuple[ExpertLayer, ...]:
+        """Return what is run, and tuned, for `layer`, which is this group's or a rank's share of it."""
+        return own_code_layers(layer) if self.own_code else (layer,)
+
+
+def own_code_layers(layer: ExpertLayer) -> tuple[ExpertLayer, ExpertLayer]:
+    """Return the layers whose up GEMM, and whose down GEMM, run experts with the model's own code between the two."""
+    up = replace(layer, intermediate=layer.up.n, activation="identity", gated=False)
+    return up, replace(up, intermediate=layer.intermediate)
 
 
 @dataclass(frozen=True, kw_only=True)

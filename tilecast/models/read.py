@@ -13,7 +13,6 @@ from tilecast.models.quantization import Stored, read_quantization
 from tilecast.models.rules import Family
 from tilecast.problem import DTYPES, ExpertLayer
 
-MAX_LAYERS = 10_000
 DTYPE_NAMES = {
     "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32",
     **{name: name for name in DTYPES},
@@ -27,6 +26,12 @@ ACTIVATION_NAMES = {
     "drelu": "drelu",
 }  # fmt: skip
 """transformers' names of activations; the four tanh forms are the same function."""
+
+OTHER_ACTIVATIONS = (
+    "gelu_10", "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu6", "sigmoid",
+    "sqrtsoftplus", "tanh", "xielu",
+)  # fmt: skip
+"""transformers' names of activations that no kernel has: the model's own code runs them, between the GEMMs."""
 
 
 def dtype_name(dtype: str, what: str) -> str:
@@ -52,6 +57,8 @@ def read_config(
     outer = Fields(config, what)
     stored = _stored(outer, fields, dtype, weights, notes)
     groups, dense = _layers(fields, family, _dtype(outer, fields, dtype), stored)
+    if any(group.own_code for group in groups):
+        notes.append("no kernel has the experts' activation, so the model's own code runs it between two layers' GEMMs")
     if not groups:
         raise fields.error(f"family {model_type}: none of its {dense} layers has routed experts")
     shared = family.shared(fields)
@@ -130,12 +137,13 @@ def _dtype(outer: Fields, inner: Fields, given: str | None) -> str:
 
 def _layers(fields: Fields, family: Family, dtype: str, stored: Stored | None) -> tuple[tuple[LayerGroup, ...], int]:
     """Return the MoE layers, equal ones grouped, and the number of dense layers."""
-    count = fields.integer(*family.layers, high=MAX_LAYERS)
-    for constant, expected in family.constants:
-        if (value := fields.number(constant, default=expected)) != expected:
-            raise fields.error(f"field {constant} is {value}, only {expected} is supported")
+    count = family.count(fields)
+    own_code = any(fields.number(constant, default=known) != known for constant, known in family.constants)
     sizes = [_per_layer(fields, family, names, count) for names in (family.intermediate, family.experts, family.top_k)]
-    hidden, activation = fields.integer(*family.hidden), _activation(fields, family)
+    hidden, activation = family.width(fields), _activation(fields, family)
+    own_code = own_code or activation is None
+    if own_code and stored is not None:
+        raise fields.error("no kernel has the experts' activation, and quantised experts run by kernels alone")
     indices: dict[ExpertLayer, list[int]] = {}
     sparse = family.sparse(fields, count)
     for index in range(count):
@@ -145,14 +153,17 @@ def _layers(fields: Fields, family: Family, dtype: str, stored: Stored | None) -
         try:
             layer = ExpertLayer(
                 hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, dtype=dtype,
-                activation=activation, gated=family.gated, bias=family.bias,
+                activation=activation or "silu", gated=family.gated, bias=family.bias,
                 weight_format="dense" if stored is None else stored.format_for(index, hidden, intermediate),
             )  # fmt: skip
             check_fit(layer)
         except InputError as error:
             raise fields.error(str(error)) from error
         indices.setdefault(layer, []).append(index)
-    groups = [LayerGroup(layer=layer, count=len(at), indices=indices_text(at)) for layer, at in indices.items()]
+    groups = [
+        LayerGroup(layer=layer, count=len(at), indices=indices_text(at), own_code=own_code)
+        for layer, at in indices.items()
+    ]
     return tuple(groups), count - sum(sparse)
 
 
@@ -169,12 +180,14 @@ def _per_layer(fields: Fields, family: Family, names: tuple[str, ...], count: in
     return [fields.integer(*names)] * count
 
 
-def _activation(fields: Fields, family: Family) -> str:
+def _activation(fields: Fields, family: Family) -> str | None:
+    """Return Tilecast's name of the activation, None for one that no kernel has."""
     if family.fixed_activation:
         return family.fixed_activation
     seen = fields.text(*family.activation, default="silu")
+    if seen in OTHER_ACTIVATIONS:
+        return "identity" if seen == "linear" and not family.gated else None
+    known = sorted((*ACTIVATION_NAMES, *OTHER_ACTIVATIONS))
     if seen not in ACTIVATION_NAMES:
-        raise fields.error(
-            f"field {family.activation[0]} is {seen!r}, expected one of {', '.join(sorted(ACTIVATION_NAMES))}"
-        )
+        raise fields.error(f"field {family.activation[0]} is {seen!r}, expected one of {', '.join(known)}")
     return ACTIVATION_NAMES[seen]

@@ -23,6 +23,10 @@ HIDDEN: Names = ("hidden_size",)
 LAYERS: Names = ("num_hidden_layers",)
 TOP_K: Names = ("num_experts_per_tok",)
 
+MAX_LAYERS = 10_000
+KINDS = "ME*-"
+"""A letter for each kind of layer in older files of Nemotron-H; E has routed experts."""
+
 SPARSEMIXER = "sparsemixer picks experts one after another"
 SELECTION_BIAS = "a bias per expert shifts the selection, not the weights"
 LOGIT_BIAS = "the router has a bias"
@@ -45,6 +49,26 @@ def every_layer_from(name: str, default: int) -> Sparse:
         return [layer >= first for layer in range(layers)]
 
     return sparse
+
+
+def listed_layers(name: str, sparse: Sparse) -> Sparse:
+    """Layers that the list in field `name` calls sparse; without a list as `sparse` says."""
+
+    def listed(fields: Fields, layers: int) -> list[bool]:
+        kinds = fields.get(name)
+        if kinds is None:
+            return sparse(fields, layers)
+        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"sparse", "dense"}:
+            raise fields.error(f"field {name} is {kinds!r:.60}, expected sparse or dense for each of {layers} layers")
+        return [kind == "sparse" for kind in kinds]
+
+    return listed
+
+
+def nemotron_kinds(fields: Fields, layers: int) -> list[bool]:
+    """The layers whose kind is `moe`, or the letter E."""
+    kinds = fields.get("layers_block_type", "hybrid_override_pattern")
+    return [kind in ("moe", "E") for kind in kinds]
 
 
 def qwen_layers(fields: Fields, layers: int) -> list[bool]:
@@ -119,6 +143,15 @@ def sigmoid_router(
     return router
 
 
+def scaled_sigmoid_router(name: str, default: float) -> RouterOf:
+    """Sigmoid with a selection bias, renormalised, times field `name`."""
+
+    def router(fields: Fields) -> Router:
+        return Router(scoring="sigmoid", scale=fields.number(name, default=default), extras=(SELECTION_BIAS,))
+
+    return router
+
+
 def lfm2_router(fields: Fields) -> Router:
     """Sigmoid; the selection bias can be switched off."""
     biased = fields.flag("use_expert_bias", default=True)
@@ -166,8 +199,9 @@ class Family:
 
     `hidden`, `intermediate`, `experts`, `top_k` and `layers` name integer fields; `per_layer` the ones of them
     that may be lists with an entry per layer. `activation` names a field, or `fixed_activation` the activation
-    itself. `constants` are fields whose value the kernels hard-code. `wrapper` is the model_type of a file that
-    holds this family's fields under `text_config`.
+    itself. `constants` are fields whose value the kernels hard-code. `layers` may name a list, or a text of letters,
+    with an entry per layer. `narrow` names the experts' own hidden size, where a file has one. `wrapper` is the
+    model_type of a file that holds this family's fields under `text_config`.
     """
 
     architectures: tuple[str, ...]
@@ -185,6 +219,7 @@ class Family:
     gated: bool = True
     bias: bool = False
     constants: tuple[tuple[str, float], ...] = ()
+    narrow: Names = ()
     wrapper: str = ""
     note: str = ""
 
@@ -192,3 +227,18 @@ class Family:
     def sizes(self) -> tuple[Names, ...]:
         """The integer fields that must be there."""
         return self.hidden, self.intermediate, self.experts, self.top_k, self.layers
+
+    def count(self, fields: Fields) -> int:
+        """Return the number of decoder layers. Raises ModelError."""
+        value = fields.get(*self.layers)
+        kinds = isinstance(value, list) or (isinstance(value, str) and value and set(value) <= set(KINDS))
+        if not kinds:
+            return fields.integer(*self.layers, high=MAX_LAYERS)
+        if not 1 <= len(value) <= MAX_LAYERS:
+            raise fields.error(f"field {self.layers[0]} has {len(value)} entries, expected 1 to {MAX_LAYERS}")
+        return len(value)
+
+    def width(self, fields: Fields) -> int:
+        """Return the hidden size that the experts see. Raises ModelError."""
+        own = fields.integer(*self.hidden)
+        return fields.integer(*self.narrow, default=own) if self.narrow else own
