@@ -14,6 +14,7 @@ from llvmlite import ir
 from tilecast.kernels.cpu._build import BF16, I64, PTR, VOID, Emit, i64, vector
 from tilecast.kernels.cpu.isa import host_isa
 from tilecast.kernels.cpu.jit import available_threads, load, run
+from tilecast.kernels.cpu.layouts import empty_on_large_pages
 
 READ_BYTES = 512 << 20
 CHAINS = 12
@@ -108,7 +109,8 @@ def measure_peaks(threads: int = 0) -> Peaks:
     """
     threads = min(threads or available_threads(), available_threads())
     isa = host_isa()
-    buffer = torch.ones(READ_BYTES // 4)
+    # On large pages, as packed weights are.
+    buffer = empty_on_large_pages((READ_BYTES // 4,), torch.float32).fill_(1.0)
     share = READ_BYTES // threads // 4096 * 4096
     read = load(_build_read, {"peak": "read"}, "read")
     read_s = _seconds(read, buffer.data_ptr(), share, threads)

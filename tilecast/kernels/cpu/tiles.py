@@ -41,10 +41,10 @@ def shapes_of(gemm: ExpertGemm, isa: Isa, tokens: int, rows: int) -> tuple[tuple
         return tile_shapes(isa, tokens, rows, gemm.layer.dtype)
     wide = isa.registers > 16
     if weight_format(gemm.layer.weight_format).bits == 4:
-        # Three or four sums for each row and vector.
-        if rows == 1:
-            return ((1, 4), (4, 2), (1, 2)) if wide else ((1, 2), (4, 1), (1, 4))
-        return ((4, 2), (8, 1), (2, 4)) if wide else ((4, 1), (2, 2), (3, 1))
+        # Three or four sums for each row and vector; rows need registers for their bytes, codes are read again cheaply.
+        if wide:
+            return ((1, 4), (2, 4), (4, 2)) if rows == 1 else ((2, 4), (4, 2), (1, 4))
+        return ((1, 2), (2, 2), (4, 1))
     if tokens == 1:
         return ((1, 8), (1, 4), (2, 4))
     # Eight sums leave room for what becomes of the codes in tiles of 1, 2 and 4 rows; more rows make up for less room.
