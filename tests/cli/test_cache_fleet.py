@@ -84,7 +84,7 @@ def test_gc_says_what_goes(cli: Command, tmp_path: Path) -> None:
         adopt(read_bundle(tmp_path / "table.db", measurements=True), opened)
     done = cli("cache", "gc", store, "--older-than", "90d", "--dry-run")
     assert done.code == 0, done.err
-    assert "would go: E4 H64 I96 top2 bf16, 1 tokens" in done.out
+    assert "would go: E4 H64 I96 top2 bf16, 1 token, " in done.out
     assert "1 decision of unknown age kept" in done.err
     document = json.loads(cli("cache", "gc", store, "--older-than", "90d", "--json").out)
     assert (len(document["decisions"]), document["measurements"]) == (1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -16,10 +17,12 @@ from tilecast.autotune.plan import make_plan
 from tilecast.autotune.prescreen import anchors, prescreen
 from tilecast.cache_store.bundle import export_table, read_bundle
 from tilecast.cache_store.memory import MemoryStore
+from tilecast.cli import cache_explain
 from tilecast.cli._explained import cost_lines
 from tilecast.environment import cpu_environment
-from tilecast.evidence import Measurement
+from tilecast.evidence import Measurement, TuningTable
 from tilecast.kernels import registry
+from tilecast.problem import ExpertLayer
 
 TOKENS = (1, 4)
 HERE = cpu_environment()
@@ -78,7 +81,7 @@ def test_the_race_is_printed_and_recomputable_from_the_file(cli: Command, raced:
 
 def test_people_read_it_as_tables(cli: Command, raced: Path) -> None:
     done = cli("cache", "explain", raced, "1", "1")
-    assert done.code == 0 and done.err == ""
+    assert done.code == 0 and done.err == "" and f"{LAYER.label}, 1 token, " in done.out
     for text in ("up: ", "down: ", "chosen: ", "runner-up", "cost of reproducibility", "overall", "p20 µs"):
         assert text in done.out, text
     assert "choosing again from these measurements gives this decision" in done.out
@@ -151,3 +154,29 @@ def test_what_tune_exports_explains_itself(cli: Command, tmp_path: Path) -> None
     document = json.loads(cli("cache", "explain", file, SPEC, "2", "--json").out)
     assert document["repeated"] is True and all(race["as_stored"] for race in document["races"])
     assert document["reproducibility"]["overall"] == cost["overall"]
+
+
+def test_of_many_configs_the_fastest_are_printed_and_those_the_choice_names(
+    cli: Command, raced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_explain, "SHOWN", 2)
+    every = json.loads(cli("cache", "explain", raced, "1", "4", "--json").out)["races"]
+    few, whole = cli("cache", "explain", raced, "1", "4").out, cli("cache", "explain", raced, "1", "4", "--all").out
+    assert "more: --all or --json shows them" in few and "--all" not in whole
+    assert all(len(race["entrants"]) > 5 for race in every)
+    # Rows begin with a number; the lines that long configs are folded into do not.
+    rows = [len(re.findall(r"^│ +\d+ │", text, re.MULTILINE)) for text in (few, whole)]
+    assert rows[1] - rows[0] == sum(map(int, re.findall(r"and (\d+) configs? more", few))) > 0
+    assert "default; " in few or "the default is kept" in few
+
+
+def test_an_error_names_some_of_many_layers_in_one_line(cli: Command, tmp_path: Path) -> None:
+    layers = [ExpertLayer(hidden=64, intermediate=96, experts=4 + n, top_k=2) for n in range(40)]
+    tables = [table_of(layer) for layer in layers]
+    file = tmp_path / "many.db"
+    export_table(TuningTable((HERE,), tuple(d for table in tables for d in table.decisions)), file)
+    done = cli("cache", "explain", file, "no such layer", "1")
+    assert done.code == 3 and "and 32 more, which `tilecast cache show` lists" in done.err
+    assert len(done.err.splitlines()) == 1 and len(done.err) < 1000
+    several = cli("cache", "explain", file, "E4", "1").err
+    assert "matches 5 layers" in several and "more" not in several and several.count("E4") == 6

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tilecast.cli._options import parse_budget, parse_dtypes
-from tilecast.cli._output import Output, add_row, duration, microseconds, percent, plural, ratio, table
+from tilecast.cli._output import Output, add_row, duration, json_text, microseconds, percent, plural, ratio, table
 from tilecast.errors import UsageError
 
 
@@ -112,3 +112,16 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
             reporter.update(done=1, total=2, text="x", remaining_s=None)
         output.emit({})
     assert capsys.readouterr() == ("", "")
+
+
+def test_json_says_what_the_document_does_and_keeps_what_is_deep_in_one_line() -> None:
+    document = {
+        "empty": [], "none": None, "text": 'é "quoted"\n', "number": 1.5, "nothing": {}, "pair": (1, 2),
+        "races": [{"gemm": "up", "entrants": [{"config": {"params": {"mr": 6}}, "us": [1, 2]}, {"us": None}]}],
+    }  # fmt: skip
+    text = json_text(document)
+    assert json.loads(text) == json.loads(json.dumps(document))
+    assert '        {"config": {"params": {"mr": 6}}, "us": [1, 2]},\n' in text and text.endswith("\n}\n")
+    assert '\n  "number": 1.5,\n' in text
+    with pytest.raises(ValueError):
+        json_text({"us": float("nan")})

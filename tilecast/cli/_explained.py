@@ -13,7 +13,7 @@ from tilecast.autotune.reproducibility import Cost, ReproducibilityCost
 from tilecast.canonical import Json
 from tilecast.cli._output import Output, add_row, microseconds, percent, plural, table
 from tilecast.cli._peers import PeerTime, peer_lines
-from tilecast.cli._tables import config_text, decision_json, span
+from tilecast.cli._tables import config_text, decision_json, span_text
 from tilecast.evidence import Choice, Decision, TuningTable
 from tilecast.problem import tokens_text
 
@@ -25,10 +25,18 @@ Costs = Mapping[tuple[str, ...], ReproducibilityCost]
 """Costs by the series that a decision belongs to, `Decision.sort_key[:4]`."""
 
 
-def show_explanation(output: Output, explanation: Explanation, peers: Sequence[PeerTime] = ()) -> None:
-    """Print an explanation for people; `peers` are what other engines would run."""
+def show_explanation(
+    output: Output, explanation: Explanation, peers: Sequence[PeerTime] = (), *, entrants: int | None = None
+) -> None:
+    """Print an explanation for people; `peers` are what other engines would run.
+
+    Of each race the `entrants` fastest are shown, those that the choice names, and how many there are besides; None
+    is for all of them.
+    """
+    if output.json_wanted or output.quiet:
+        return
     decision = explanation.decision
-    output.show(f"{decision.layer.label}, {span(decision)} tokens, {decision.policy}, routing {decision.routing}, "
+    output.show(f"{decision.layer.label}, {span_text(decision)}, {decision.policy}, routing {decision.routing}, "
                 f"certificate: {decision.certificate}")  # fmt: skip
     if not explanation.races:
         for name in GEMMS:
@@ -36,7 +44,10 @@ def show_explanation(output: Output, explanation: Explanation, peers: Sequence[P
     for race in explanation.races:
         output.heading(_race_title(race, decision))
         output.show(*_choice_lines(race.gemm.name, race.choice), *peer_lines(peers, race.gemm.name))
-        output.show(_entrant_table(race))
+        shown = _shown(race, entrants)
+        output.show(_entrant_table(race, shown))
+        if len(shown) < len(race.entrants):
+            output.show(f"and {plural(len(race.entrants) - len(shown), 'config')} more: --all or --json shows them")
         if len(race.groups) > 1:
             output.show(_group_table(race))
     if explanation.cost is not None:
@@ -68,10 +79,17 @@ def _choice_lines(name: str, choice: Choice) -> list[str]:
     return lines
 
 
-def _entrant_table(race: GemmRace) -> Table:
+def _shown(race: GemmRace, most: int | None) -> dict[int, Entrant]:
+    """Return entrants by place, from 1."""
+    named = (race.choice.config, race.choice.default, race.choice.runner_up)
+    every = enumerate(race.entrants, start=1)
+    return {place: e for place, e in every if most is None or place <= most or e.config in named}
+
+
+def _entrant_table(race: GemmRace, shown: Mapping[int, Entrant]) -> Table:
     kernels = {e.config.kernel for e in race.entrants}
     result = table("", ENTRANTS, left=("what became of it", "config"))
-    for place, e in enumerate(race.entrants, start=1):
+    for place, e in shown.items():
         default = e.config == race.choice.default and e.fate != "chosen"
         add_row(
             result, str(place), str(e.last_round + 1), str(e.samples), microseconds(e.p20_us), microseconds(e.p50_us),
@@ -169,7 +187,8 @@ def _race_json(race: GemmRace) -> dict[str, Json]:
 
 
 def _entrant_json(entrant: Entrant) -> dict[str, Json]:
-    return {**asdict(entrant), "config": entrant.config.to_json()}
+    # Not `asdict`, which copies each value: there are hundreds of entrants.
+    return {**vars(entrant), "config": entrant.config.to_json()}
 
 
 def _factor(value: float) -> str:

@@ -25,6 +25,11 @@ def span(decision: Decision) -> str:
     return str(low) if low == bucket.tokens else f"{low}–{bucket.tokens}"
 
 
+def span_text(decision: Decision) -> str:
+    """Write the token counts a decision covers, with their noun: `5–16 tokens`, `1 token`."""
+    return f"{span(decision)} {'token' if decision.bucket.tokens == 1 else 'tokens'}"
+
+
 def config_text(config: TileConfig, *, kernel: bool = True) -> str:
     """Write a config for reading: without the parameters that are 0, which is off or no bound in every kernel."""
     parts = [config.kernel] if kernel else []

@@ -18,6 +18,10 @@ from tilecast.problem import ExpertLayer, tokens_text
 from tilecast.settings import Settings
 
 DEFAULT_STORE = "store"
+SHOWN = 30
+"""Configs of a race that are printed unless all are asked for."""
+LISTED = 8
+"""Layers that an error names; a table may have hundreds."""
 
 
 def explain(
@@ -74,6 +78,9 @@ def explain(
             show_default=False,
         ),
     ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help=f"Show every config that ran, not the {SHOWN} fastest only.")
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """Show why a config was chosen: who ran, who was cut when and why, who won by how much.
@@ -116,13 +123,14 @@ def explain(
     alone = TuningTable((made,), (decision,))
     peers = peer_times_or_warning(output, alone, measurements, Settings.from_environment())
     origin = next(o for o in origins(found.for_environment(made.digest), here))
-    output.line(f"{where}, table {found.digest[:12]}, made on {origin}")
+    if not json_:
+        output.line(f"{where}, table {found.digest[:12]}, made on {origin}")
     used: dict[str, Json] = {"usable_here": origin.usable, "hard": list(origin.hard), "soft": list(origin.soft)}
     output.emit(
         {"command": "cache explain", "source": where, "tokens": tokens, **used, **explanation_json(explanation),
          "peers": peers_json(peers)}
     )  # fmt: skip
-    show_explanation(output, explanation, peers)
+    show_explanation(output, explanation, peers, entrants=None if all_ else SHOWN)
 
 
 def _of_layer(table: TuningTable, text: str, source: str, *, tp: int, ep: int) -> list[Decision]:
@@ -130,7 +138,10 @@ def _of_layer(table: TuningTable, text: str, source: str, *, tp: int, ep: int) -
     present = list(dict.fromkeys(d.layer for d in table.decisions))
     named = _named(present, text, tp=tp, ep=ep)
     if len(named) != 1:
-        shown = "; ".join(f"{i}: {layer.label} ({layer.digest[:8]})" for i, layer in enumerate(present, start=1))
+        places = [(i, layer) for i, layer in enumerate(present, start=1) if not named or layer in named]
+        shown = "; ".join(f"{i}: {layer.label} ({layer.digest[:8]})" for i, layer in places[:LISTED])
+        if len(places) > LISTED:
+            shown += f"; and {len(places) - LISTED} more, which `tilecast cache show` lists"
         count = f"matches {len(named)} layers" if named else "is no layer"
         raise InputError(f"{text!r:.60} {count} of {source}; it has: {shown or 'none'}")
     return [d for d in table.decisions if d.layer == named[0]]

@@ -12,7 +12,7 @@ from tilecast.cli._cache_options import parse_age
 from tilecast.cli._options import JsonOption
 from tilecast.cli._output import Output, plural
 from tilecast.cli._stores import store_location
-from tilecast.cli._tables import span
+from tilecast.cli._tables import span_text
 from tilecast.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def gc(
     gone = "would go" if dry_run else "gone"
     for decision in found.decisions:
         output.line(
-            f"{gone}: {decision.layer.label}, {span(decision)} tokens, {decision.policy}, routing {decision.routing}, "
+            f"{gone}: {decision.layer.label}, {span_text(decision)}, {decision.policy}, routing {decision.routing}, "
             f"environment {decision.environment[:12]}"
         )
     output.line(
