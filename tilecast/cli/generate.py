@@ -79,6 +79,9 @@ def generate(
     ] = "tilecast",
     gpu_experts: GpuExpertsOption = None,
     expert_counts: ExpertCountsOption = None,
+    experts_only: Annotated[
+        bool, typer.Option("--experts-only", help="Leave linears and attention around the experts to torch.")
+    ] = False,
     threads: ThreadsOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -126,7 +129,8 @@ def generate(
     with _logged(output):
         loaded = load_model(
             folder, dtype=chosen_dtype, tp=tp, ep=ep, policy="reproducible" if reproducible else chosen_policy,
-            table=table, group=group, experts=experts, gpu_experts=placement, on_stuck=end_process,
+            table=table, group=group, experts=experts, gpu_experts=placement,
+            experts_only=experts_only, on_stuck=end_process,
         )  # fmt: skip
         encoded = _shared(loaded, lines, as_ids=ids is not None)
         _run(loaded, lines, encoded, output, max_new_tokens=max_new_tokens, sampling=sampling, batch=batch,
@@ -264,5 +268,3 @@ def _json(loaded: Loaded, lines: list[str], done: Generation) -> Json:
         "decode_tokens_per_s": done.decode_per_s,
         "uncovered": None if done.uncovered is None else list(done.uncovered),
     }  # fmt: skip
-
-

@@ -253,7 +253,7 @@ def _load(
     return load_model(
         request.folder, dtype=dtype or request.dtype, device=request.device, tp=request.tp, ep=request.ep,
         policy=asked if ours else None, table=request.table if ours else None,
-        group=group, experts=experts, gpu_experts=request.gpu_experts if ours else None,
+        group=group, experts=experts, experts_only=True, gpu_experts=request.gpu_experts if ours else None,
     )  # fmt: skip
 
 

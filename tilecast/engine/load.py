@@ -72,6 +72,7 @@ def load_model(
     group: Group | None = None,
     experts: str = "tilecast",
     gpu_experts: Asked | Choice | None = None,
+    experts_only: bool | None = None,
     on_stuck: Callable[[TilecastError], None] | None = None,
 ) -> Loaded:
     """Load a checkpoint folder (config.json, safetensors, tokenizer if any) and make its experts ready.
@@ -80,7 +81,8 @@ def load_model(
     layers and every expert's I; `ep` ranks split attention and dense layers alike, but keep whole experts each. One of
     them is 1, the other the world size. `policy` and `table` replace TM_GEMM_POLICY and TM_GEMM_IMPORT. `experts` is
     any name that transformers knows as `experts_implementation`. `gpu_experts` keeps these experts of each layer on
-    `device` and the others on the CPU, as `read_choice` says. `on_stuck` is as `together` says.
+    `device` and the others on the CPU, as `read_choice` says. `experts_only` leaves linears and attention to torch
+    (None: as `register_transformers` was told). `on_stuck` is as `together` says.
 
     Raises, on all ranks with one message: UsageError for options that do not fit, ModelError for a checkpoint that
     is not complete or has weights that the model does not, DeviceError for too little memory, AgreementError for
@@ -117,7 +119,9 @@ def load_model(
                 model = model.to(place)
             model.eval()
             tokenizer = _tokenizer(transformers, checkpoint.folder)
-        used = _use_experts(model, experts, settings, None if choice is None else replace(choice, near=place))
+        used = _use_experts(
+            model, experts, settings, None if choice is None else replace(choice, near=place), experts_only
+        )
         # Nobody generates before all have loaded.
         group.gather("loaded", b"")
     return Loaded(
@@ -355,7 +359,9 @@ def _tokenizer(transformers: Any, folder: Path) -> Any | None:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {type(error).__name__}: {_line(error)}") from error
 
 
-def _use_experts(model: Any, experts: str, settings: Settings | None, placement: Choice | None) -> str:
+def _use_experts(
+    model: Any, experts: str, settings: Settings | None, placement: Choice | None, experts_only: bool | None
+) -> str:
     """Switch the model's experts over, which for Tilecast's starts up on all ranks; return what runs them."""
     # Imported here: transformers' own experts need none of it.
     from tilecast.engine import transformers as adapter
@@ -367,7 +373,7 @@ def _use_experts(model: Any, experts: str, settings: Settings | None, placement:
         logger.warning("the model has no experts that transformers lets others run, so its own code runs it")
         return "its own"
     try:
-        with adapter.started_by(settings, placement) if experts == adapter.NAME else nullcontext():
+        with adapter.started_by(settings, placement, experts_only) if experts == adapter.NAME else nullcontext():
             model.set_experts_implementation(experts)
     except ValueError as error:
         raise UsageError(f"experts are to run on {experts!r:.40}: {_line(error)}") from error

@@ -22,6 +22,7 @@ from tilecast.engine import runtime as runtime_module
 from tilecast.engine.adapted import STATE, Adapted, adapt, adapted_of
 from tilecast.engine.adapted_model import AdaptedModel, AdaptedModule, log_adapted
 from tilecast.engine.agreement import check_coverage, process_group, startup
+from tilecast.engine.around import give_back, take_over
 from tilecast.engine.expert_module import Form, Unsupported, form_of, local, plain_weights
 from tilecast.engine.float32_routers import keep_router_in_float32
 from tilecast.engine.group import Group
@@ -59,6 +60,7 @@ class _Options:
     registered: bool = False
     release: bool = True
     float32_router: bool = False
+    experts_only: bool = False
     settings: Settings | None = None
     placement: Choice | None = None
 
@@ -67,7 +69,11 @@ _options = _Options()
 
 
 def register_transformers(
-    *, release: bool = True, float32_router: bool = False, settings: Settings | None = None
+    *,
+    release: bool = True,
+    float32_router: bool = False,
+    experts_only: bool = False,
+    settings: Settings | None = None,
 ) -> None:
     """Make `experts_implementation="tilecast"` known to transformers; calling it again changes the options.
 
@@ -75,27 +81,33 @@ def register_transformers(
     `TM_GEMM_*` variables say, by all ranks together, and its experts are packed as the table wants. `release` gives
     the memory of the weights as they were loaded back, where the packed ones replace them. `float32_router` keeps
     router logits in float32 where the model's own code rounds them to its dtype, which changes who is routed where.
+    On a CPU linears and attention in 16 bits run on Tilecast's kernels, too (`engine/around.py`), with their bits;
+    `experts_only` leaves them to torch.
     `settings` replace the environment's, and then a table that is in use already, too.
     Raises UsageError where transformers is missing or too old.
     """
     _options.release, _options.float32_router, _options.settings = release, float32_router, settings
+    _options.experts_only = experts_only
     _register()
 
 
 @contextmanager
-def started_by(settings: Settings | None, placement: Choice | None = None) -> Iterator[None]:
+def started_by(
+    settings: Settings | None, placement: Choice | None = None, experts_only: bool | None = None
+) -> Iterator[None]:
     """Have models of the block started up as `settings` say, where given; a program's own options stay as they are.
 
-    With a `placement` some of their experts are near, and the others on the CPU.
+    With a `placement` some of their experts are near, and the others on the CPU. `experts_only` None is the program's.
     """
     _register()
-    before = _options.settings, _options.placement
+    before = _options.settings, _options.placement, _options.experts_only
     _options.settings, _options.placement = settings or before[0], placement
+    _options.experts_only = before[2] if experts_only is None else experts_only
     try:
         with runtime_module.lent() if settings is not None else nullcontext():
             yield
     finally:
-        _options.settings, _options.placement = before
+        _options.settings, _options.placement, _options.experts_only = before
 
 
 def _register() -> None:
@@ -119,6 +131,7 @@ def prepare_model(
     *,
     release: bool | None = None,
     float32_router: bool | None = None,
+    experts_only: bool | None = None,
     gpu_experts: Asked | Choice | None = None,
 ) -> AdaptedModel:
     """Start up for a model that is loaded and pack its experts; `from_pretrained` does it where it is registered.
@@ -168,6 +181,9 @@ def prepare_model(
     if float32_router:
         for name, module in found:
             keep_router_in_float32(model, name, module)
+    ours = [name for (name, _), reason in zip(found, reasons, strict=True) if not reason]
+    if ours and not (_options.experts_only if experts_only is None else experts_only):
+        take_over(model, ours)
     modules = tuple(
         AdaptedModule(name=name, layers=() if reason else own, reason=reason)
         for (name, _), own, reason in zip(found, runs, reasons, strict=True)
@@ -181,12 +197,13 @@ def prepare_model(
 
 
 def restore_model(model: torch.nn.Module) -> None:
-    """Give a model's experts their own weights back, for another implementation or for training."""
+    """Give a model's experts their own weights back, for another implementation or for training, and torch the rest."""
     for _, module in experts_modules(model):
         state = adapted_of(module)
         if state is not None:
             state.restore(module)
             _forget(module)
+    give_back(model)
 
 
 def experts_forward(self: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -355,6 +372,8 @@ def _after_loading(model_class: Any) -> None:
                 make_dense(module)
         if any(_asks_for_us(module) and adapted_of(module) is None for module in modules):
             prepare_model(self)
+        elif not any(_asks_for_us(module) for module in modules):
+            give_back(self)
         return done
 
     model_class.from_pretrained = classmethod(from_pretrained)

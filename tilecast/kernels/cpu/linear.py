@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError
-from tilecast.kernels.cpu._moe import ARGS
+from tilecast.kernels.cpu._variant import ARGS
 from tilecast.kernels.cpu.jit import available_threads, run
 from tilecast.kernels.cpu.layouts import padded_columns
 from tilecast.kernels.cpu.moe_gemm import DTYPE_NAMES, MoeGemm, Plan, take_scratch
@@ -25,8 +25,9 @@ from tilecast.problem import ExpertLayer
 WORK_OF_A_THREAD = 1 << 19
 """Multiply-adds below which waking another thread costs more than it gives; bits do not depend on it."""
 
-_Block = ctypes.c_int64 * len(ARGS)
-_INDEX = {name: index for index, name in enumerate(ARGS)}
+Block = ctypes.c_int64 * len(ARGS)
+"""The argument block of a launch."""
+INDEX = {name: index for index, name in enumerate(ARGS)}
 
 
 class _Launch(NamedTuple):
@@ -83,7 +84,7 @@ def multiply(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | Non
     rows, weights = rows.contiguous(), weights.contiguous()
     launch = _launch(batch, count, n, k, DTYPE_NAMES[rows.dtype], bias is not None)
     plan = launch.plan
-    block = _Block.from_buffer_copy(plan.template)
+    block = Block.from_buffer_copy(plan.template)
     threads = min(available_threads(), max(1, batch * count * n * k // WORK_OF_A_THREAD))
     scratch = take_scratch("threads", threads * plan.scratch_bytes)
     padded = None if bias is None else F.pad(bias.float(), (0, launch.columns - n)).contiguous()
@@ -96,6 +97,6 @@ def multiply(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | Non
     if plan.variant.widens:
         words["widened"] = take_scratch("widened", 4 * batch * count * plan.depth).data_ptr()
     for name, word in words.items():
-        block[_INDEX[name]] = word
+        block[INDEX[name]] = word
     run(plan.address, ctypes.addressof(block), threads)
     return out

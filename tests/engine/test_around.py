@@ -1,0 +1,190 @@
+"""Linears and attention around the experts: exact, free of the batch, and torch's own again when asked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tilecast
+from tests.tiny_models import FAMILIES, NAMED_FAMILIES, save_tiny
+from tilecast.engine import around, runtime
+from tilecast.engine.around import ATTENDS, STATE, TilecastLinear, as_before, give_back, take_over
+from tilecast.engine.invariant import invariant
+from tilecast.engine.transformers import prepare_model, restore_model
+
+transformers = pytest.importorskip("transformers")
+
+IDS = (torch.arange(1, 41).view(2, 20) * 7) % 97
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have linears of tiny models taken over, too."""
+    monkeypatch.setattr(around, "LEAST_WEIGHTS", 1)
+    monkeypatch.delenv("TM_GEMM_IMPORT", raising=False)
+    tilecast.register_transformers()
+    runtime.use_table(None)
+    yield
+    tilecast.register_transformers()
+    runtime.forget_table()
+
+
+def load(folder: Path, experts: str, dtype: torch.dtype = torch.float32) -> Any:
+    source = transformers.AutoModelForCausalLM
+    return source.from_pretrained(folder, experts_implementation=experts, dtype=dtype).eval()
+
+
+def taken(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if type(module) is TilecastLinear and STATE in vars(module)]
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(ids).logits
+    return found
+
+
+@pytest.mark.parametrize(
+    "family", [*NAMED_FAMILIES, *(pytest.param(f, marks=pytest.mark.long) for f in FAMILIES if f not in NAMED_FAMILIES)]
+)
+def test_greedy_tokens_are_eagers(family: str, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path)
+    eager, ours = load(tmp_path, "eager"), load(tmp_path, "tilecast")
+    assert taken(ours), "no linear runs on a packed weight"
+    assert (logits(ours) - logits(eager)).abs().max() < 2e-5
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(IDS, **options), eager.generate(IDS, **options))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errors_are_within_twice_those_of_eager(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path, dtype)
+    eager, ours, exact = load(tmp_path, "eager", dtype), load(tmp_path, "tilecast", dtype), load(tmp_path, "eager")
+    wanted = logits(exact.double())
+    # By token, and their median: where a close call of the router falls the other way, a token differs by far more.
+    errors = [float((logits(m).double() - wanted).square().mean(-1).sqrt().median()) for m in (ours, eager)]
+    assert errors[0] <= 2 * errors[1], errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_are_those_inside_of_invariant(dtype: torch.dtype) -> None:
+    linear = torch.nn.Linear(33, 70, dtype=dtype).requires_grad_(False)
+    model, rows = torch.nn.Sequential(linear), torch.randn(2, 9, 33).to(dtype)
+    with invariant():
+        wanted = model(rows)
+    take_over(model, [])
+    assert torch.equal(model(rows), wanted)
+    assert torch.equal(model(rows[:1, 3:4]), wanted[:1, 3:4])
+    with invariant() as context:
+        assert torch.equal(model(rows), wanted)
+    assert context.covered
+
+
+def test_attention_in_16_bits_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("mixtral", tmp_path, torch.bfloat16)
+    model = load(tmp_path, "tilecast", torch.bfloat16)
+    with invariant():
+        ours = logits(model)
+    with as_before(model), invariant():
+        assert torch.equal(logits(model), ours)
+    calls = []
+    theirs = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or theirs(*a, **k))
+    padded = torch.ones_like(IDS)
+    padded[0, :5] = 0
+    options = {"attention_mask": padded, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    model.generate(IDS, **options)
+    assert not calls
+    model.generate(IDS, **options, cache_implementation="static")
+    assert not calls
+    with as_before(model):
+        logits(model)
+    assert calls
+
+
+def test_routers_are_left_to_torch(tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    model.gate, model.shared = torch.nn.Linear(64, 8, bias=False), torch.nn.Linear(64, 9, bias=False)
+    model.experts = torch.nn.Module()
+    model.experts.num_experts = 8
+    take_over(model, ["experts"])
+    assert taken(model) == ["shared"]
+
+
+def test_it_can_be_left_out_and_given_back(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path)
+    model = load(tmp_path, "tilecast")
+    full = logits(model)
+    names = taken(model)
+    assert "lm_head" in names and all(ATTENDS in vars(layer.self_attn) for layer in model.model.layers)
+    with as_before(model):
+        assert not taken(model)
+    assert taken(model) == names
+    give_back(model)
+    only = logits(model)
+    assert all(type(module) is not TilecastLinear for module in model.modules())
+    assert not torch.equal(only, full) and (only - full).abs().max() < 2e-5
+    prepare_model(model, experts_only=True)
+    assert not taken(model)
+    prepare_model(model)
+    assert taken(model) == names and torch.equal(logits(model), full)
+    model.set_experts_implementation("eager")
+    assert not taken(model)
+    model.set_experts_implementation("tilecast")
+    assert taken(model) == names
+    restore_model(model)
+    assert not taken(model)
+    tilecast.register_transformers(experts_only=True)
+    assert not taken(load(tmp_path, "tilecast"))
+
+
+def test_weights_that_change_are_packed_anew() -> None:
+    linear = torch.nn.Linear(40, 50)
+    model, rows = torch.nn.Sequential(linear), torch.randn(3, 40)
+    take_over(model, [])
+    with torch.no_grad():
+        before = model(rows)
+        linear.weight.mul_(2)
+        linear.bias.mul_(2)
+        assert torch.equal(model(rows), 2 * before)
+        linear.weight = torch.nn.Parameter(torch.zeros(50, 40))
+        assert torch.equal(model(rows), linear.bias.expand(3, 50))
+    copied = copy.deepcopy(model)
+    copied.load_state_dict({"0.weight": torch.ones(50, 40), "0.bias": torch.zeros(50)})
+    with torch.no_grad():
+        assert (copied(torch.ones(1, 40)) == 40).all()
+        assert torch.equal(model(rows), linear.bias.expand(3, 50))
+
+
+def test_gradients_autocast_and_other_classes_are_torchs() -> None:
+    class Other(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(torch.nn.Linear(40, 50), Other(50, 20))
+    rows = torch.randn(3, 40, requires_grad=True)
+    take_over(model, [])
+    assert taken(model) == ["0"]
+    model(rows).sum().backward()
+    assert rows.grad is not None and model[0].weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model[0](rows).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert model.double()(rows.double()).dtype == torch.float64
+
+
+def test_a_tied_head_is_taken(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path)
+    model = load(tmp_path, "eager")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    take_over(model, [])
+    assert "lm_head" in taken(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert logits(model).shape == (2, 20, 97)

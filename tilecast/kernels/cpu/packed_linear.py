@@ -1,0 +1,124 @@
+"""y = x · wᵀ + b on a packed copy of the weights: the bits of `linear.multiply`, few rows at memory's speed."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from tilecast.environment import cpu_environment
+from tilecast.errors import InputError
+from tilecast.kernels.cpu.jit import available_threads, run
+from tilecast.kernels.cpu.layouts import pack_bias
+from tilecast.kernels.cpu.linear import INDEX, Block
+from tilecast.kernels.cpu.moe_gemm import DTYPE_NAMES, MoeGemm, Plan, take_scratch
+from tilecast.kernels.spec import PLAIN, GemmWeights
+from tilecast.problem import ExpertLayer
+
+WORK_OF_A_THREAD = 1 << 17
+"""Multiply-adds of one row below which waking another thread costs more than it gives; bits do not depend on it."""
+
+_FIELDS = ("threads", "tokens", "top_k", "rows", "slots", "offsets", "source", "out", "bias", "scratch", "widened")
+_THREADS, _TOKENS, _TOP_K, _ROWS, _SLOTS, _OFFSETS, _SOURCE, _OUT, _BIAS, _SCRATCH, _WIDENED = (
+    INDEX[name] for name in _FIELDS
+)
+
+
+class PackedLinear:
+    """A copy of one weight [N, K] in the layout that streams best. Call it with rows [T, K], and a bias [N] or None.
+
+    It returns a fresh [T, N], accumulated in float32 and rounded once. It never changes, so copies may share it.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Copy a weight [N, K] of float32, bfloat16 or float16 on the CPU. Raises InputError for another."""
+        name = DTYPE_NAMES.get(weight.dtype)
+        if name is None or weight.dim() != 2 or 0 in weight.shape or weight.device.type != "cpu":
+            raise InputError(
+                f"weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; expected [N, K] on the CPU, "
+                f"{', '.join(DTYPE_NAMES.values())}"
+            )
+        self.columns, self.depth = weight.shape
+        self.dtype = weight.dtype
+        self._kernel, self._here = MoeGemm(), cpu_environment()
+        # A bias is packed at each call: whoever holds it may change it.
+        layers = [
+            ExpertLayer(
+                hidden=self.depth, intermediate=self.columns, experts=1, top_k=1, dtype=name, activation="identity",
+                gated=False, bias=bias,
+            )
+            for bias in (False, True)
+        ]  # fmt: skip
+        gemm = layers[0].up
+        reason = self._kernel.rejects(gemm, self._here)
+        if reason is not None:
+            raise InputError(f"{self._kernel.name}: {reason}; use float32 or bfloat16")
+        self._config = self._kernel.default(gemm, 1, self._here)
+        layout = self._kernel.layout(gemm, self._config)
+        plain = GemmWeights(gemm=gemm, layout=PLAIN, data=weight.detach().contiguous().unsqueeze(0))
+        data = self._kernel.pack(plain, layout).data
+        unknown = torch.zeros(1, self.columns)
+        self._stored = tuple(
+            GemmWeights(gemm=layer.up, layout=layout, data=data, bias=unknown if layer.bias else None)
+            for layer in layers
+        )
+        self._plans: dict[tuple[int, bool], Plan] = {}
+        self._offsets: dict[int, torch.Tensor] = {}
+        self._slots = torch.zeros(1, dtype=torch.int32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy."""
+        return int(self._stored[0].data.nbytes)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PackedLinear:
+        """Return the very same."""
+        return self
+
+    def __call__(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return rows · weightᵀ + bias, [T, N]. Raises InputError for operands that do not fit."""
+        count = rows.shape[0]
+        if rows.dtype is not self.dtype or rows.dim() != 2 or rows.shape[1] != self.depth:
+            raise InputError(f"rows are {rows.dtype} {tuple(rows.shape)}, expected {self.dtype} [T, {self.depth}]")
+        out = torch.empty(count, self.columns, dtype=self.dtype)
+        if count == 0:
+            return out
+        rows = rows if rows.is_contiguous() else rows.contiguous()
+        plan = self._plan(count, bias is not None)
+        offsets = self._offsets.get(count)
+        if offsets is None:
+            offsets = self._layout(count)
+        slots = self._slots
+        block = Block.from_buffer_copy(plan.template)
+        threads = min(available_threads(), max(1, count * self.columns * self.depth // WORK_OF_A_THREAD))
+        scratch = take_scratch("threads", threads * plan.scratch_bytes)
+        block[_THREADS], block[_TOKENS], block[_TOP_K], block[_ROWS] = threads, count, 1, count
+        block[_SLOTS], block[_OFFSETS] = slots.data_ptr(), offsets.data_ptr()
+        block[_SOURCE], block[_OUT] = rows.data_ptr(), out.data_ptr()
+        block[_SCRATCH] = -(-scratch.data_ptr() // 64) * 64
+        if plan.variant.widens:
+            block[_WIDENED] = take_scratch("widened", 4 * count * plan.depth).data_ptr()
+        if bias is not None:
+            padded = pack_bias(bias.detach().reshape(1, -1), self._stored[1].gemm, self._kernel.isa.lanes)
+            block[_BIAS] = padded.data_ptr()
+        run(plan.address, ctypes.addressof(block), threads)
+        return out
+
+    def _plan(self, count: int, bias: bool) -> Plan:
+        """Return what launches of about so many rows share; all of them give the same bits."""
+        key = (count if count <= 8 else 1 << (count - 1).bit_length(), bias)
+        plan = self._plans.get(key)
+        if plan is None:
+            stored = self._stored[bias]
+            config = self._kernel.default(stored.gemm, key[0], self._here, like=self._config)
+            plan = self._plans[key] = Plan(self._kernel.isa, config, stored, DTYPE_NAMES[self.dtype])
+        return plan
+
+    def _layout(self, count: int) -> torch.Tensor:
+        """Return where the only expert's rows begin and end, and see to enough slots."""
+        if len(self._slots) < count:
+            self._slots = torch.arange(count, dtype=torch.int32)
+        if len(self._offsets) > 256:
+            self._offsets.clear()
+        found = self._offsets[count] = torch.tensor([0, count], dtype=torch.int32)
+        return found
