@@ -28,7 +28,6 @@ from tilecast.engine.checkpoint import Checkpoint, agree_on_checkpoint, inspect_
 from tilecast.engine.group import Group
 from tilecast.engine.quantized import (
     Contents,
-    Recipe,
     Share,
     check_layer,
     check_share,
@@ -38,6 +37,7 @@ from tilecast.engine.quantized import (
     recipe_of,
 )
 from tilecast.engine.quantized_module import Stacks, attach
+from tilecast.engine.quantized_rows import Recipe
 from tilecast.engine.tensor_files import TensorFiles
 from tilecast.errors import ModelError
 from tilecast.problem import ExpertLayer
