@@ -152,6 +152,11 @@ def prepare_model(
     with group.guard():
         if choice is not None:
             made_whole(group, found)
+        for _, module in found:
+            known = adapted_of(module)
+            if known is not None:
+                # Prepared before: its own parameters may hold nothing.
+                known.restore(module, quantized=True)
         forms = [_inspected(module, _top_k_of(model, name, module)) for name, module in found]
         reasons = _shared_reasons(group, [reason for _, _, reason in forms])
         places = {} if choice is None else place_model(model, placeable(found, forms, reasons), choice)
@@ -184,6 +189,8 @@ def prepare_model(
     ours = [name for (name, _), reason in zip(found, reasons, strict=True) if not reason]
     if ours and not (_options.experts_only if experts_only is None else experts_only):
         take_over(model, ours)
+    else:
+        give_back(model)
     modules = tuple(
         AdaptedModule(name=name, layers=() if reason else own, reason=reason)
         for (name, _), own, reason in zip(found, runs, reasons, strict=True)
