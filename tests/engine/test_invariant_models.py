@@ -90,7 +90,7 @@ def test_sinks_and_sliding_windows_too() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.bfloat16])
 @pytest.mark.parametrize(
     "family", ["mixtral", *(pytest.param(f, marks=pytest.mark.long) for f in ("qwen3_moe", "deepseek_v3", "olmoe"))]
 )

@@ -30,7 +30,10 @@ RUNS = {
     # What is split in another way: dense, latent and linear attention, biases.
     ("tp", 4, "all"): ("mixtral", "uneven", "deepseek_v3", "gpt_oss", "jamba", "qwen3_next"),
 }
-PARAMS = [pytest.param(run, id="-".join(map(str, run)), marks=[pytest.mark.long] * (run[2] == "all")) for run in RUNS]
+PARAMS = [
+    pytest.param(run, id="-".join(map(str, run)), marks=[pytest.mark.long] * (run[2] == "all" or run[1] == 4))
+    for run in RUNS
+]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.torchrun
 RANKS = 4
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.long), 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:  # type: ignore[type-arg]
     return torchrun("flows", tmp_path_factory.mktemp("flows"), request.param)
 

@@ -90,8 +90,10 @@ def matrix() -> Iterator[object]:
     for i, case in enumerate(CASES):
         for j, variant in enumerate(VARIANTS):
             known = dtypes_of(variant)
-            for dtype in known if case.name in HARD else [known[(i + j) % len(known)]]:
-                yield pytest.param(case, variant, dtype, id=f"{case.name}-{variant}-{dtype}")
+            usual = known[(i + j) % len(known)]
+            for dtype in known if case.name in HARD else [usual]:
+                marks = [] if dtype == usual else [pytest.mark.long]
+                yield pytest.param(case, variant, dtype, id=f"{case.name}-{variant}-{dtype}", marks=marks)
 
 
 @pytest.mark.parametrize(("case", "variant", "dtype"), list(matrix()))
