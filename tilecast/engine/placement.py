@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-import numpy as np
 import torch
 
 from tilecast.engine import op
@@ -126,23 +125,20 @@ class PlacedExperts:
     ) -> None:
         """Run the far slots of near rows, as at `begin`, by host ids and weights [T, k], into their near `slots`."""
         transfer, entry = self._transfer, far.entry(ids.shape[0], ids)
-        own = ids.numpy().ravel()
-        where = np.flatnonzero(own >= 0)
-        if not where.size:
+        own = ids.flatten()
+        where = (own >= 0).nonzero().flatten()
+        if not where.shape[0]:
             return
-        # Tokens with a far slot, ascending, and which of them each far slot belongs to.
-        begins = np.diff(where // ids.shape[1], prepend=-1) > 0
-        tokens, places = where[begins] // ids.shape[1], begins.cumsum() - 1
-        whole = tokens.size == rows.shape[0]
-        fetched = transfer.fetch("rows", rows, begin, None if whole else torch.from_numpy(tokens))
-        results = transfer.buffer("results", (where.size, rows.shape[1]), slots)
-        chosen, weights = torch.from_numpy(own[where]), torch.from_numpy(scales.detach().numpy().ravel()[where])
-        at = transfer.send(transfer.stage("slots", torch.from_numpy(where)))
+        tokens, places = torch.unique_consecutive(where // ids.shape[1], return_inverse=True)
+        whole = tokens.shape[0] == rows.shape[0]
+        fetched = transfer.fetch("rows", rows, begin, None if whole else tokens)
+        results = transfer.buffer("results", (where.shape[0], rows.shape[1]), slots)
+        own, weights = own.index_select(0, where), scales.flatten().index_select(0, where)
         found = fetched.wait()
         # A row for each slot; where every token has one far slot, these are the rows that came.
-        found = found if tokens.size == where.size else found.index_select(0, torch.from_numpy(places))
-        far.run(entry, found, chosen.view(-1, 1), weights.view(-1, 1), results.tensor)
-        slots.index_copy_(0, at, transfer.send(results))
+        found = found if tokens.shape == where.shape else found.index_select(0, places)
+        far.run(entry, found, own.view(-1, 1), weights.view(-1, 1), results.tensor)
+        slots.index_copy_(0, transfer.send(transfer.stage("slots", where)), transfer.send(results))
 
 
 def place_experts(

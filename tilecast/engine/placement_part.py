@@ -85,8 +85,6 @@ class Part:
         down = stored_weights(self.layer.down, plain.w2, plain.bias2, anchor.down_kernel, anchor.down)
         self._apart = slots_apart(self._up, down)
         self._places = _places(layer.experts, experts).to(plain.w13.device)
-        # A tensor operation takes several times as long on the few ids of one token.
-        self._host_places = self._places.numpy() if self._places.device.type == "cpu" else None
 
     def plain(self) -> PlainExperts:
         """Return the weights as they were given, bit for bit."""
@@ -98,10 +96,7 @@ class Part:
     def local_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Return global expert ids, on this part's device, as int32 ids of its own experts; -1 for all others."""
         # Clamped first, so that no id beyond the table is looked up; both ends of it say absent.
-        last = self._places.shape[0] - 2
-        if self._host_places is not None:
-            return torch.from_numpy(self._host_places[topk_ids.numpy().clip(-1, last) + 1])
-        at = topk_ids.clamp(-1, last) + 1
+        at = topk_ids.clamp(-1, self._places.shape[0] - 2) + 1
         return self._places.index_select(0, at.flatten()).view(topk_ids.shape)
 
     def entry(self, tokens: int, ids: torch.Tensor) -> Entry:
