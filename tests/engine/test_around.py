@@ -163,6 +163,26 @@ def test_weights_that_change_are_packed_anew() -> None:
         assert torch.equal(model(rows), linear.bias.expand(3, 50))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changes_behind_torchs_back_are_seen(dtype: torch.dtype) -> None:
+    """Adapters are merged by `weight.data += delta`, which torch counts nowhere."""
+    linear = torch.nn.Linear(40, 50, bias=False, dtype=dtype)
+    model, rows = torch.nn.Sequential(linear), torch.randn(3, 40).to(dtype)
+    take_over(model, [])
+    version, before = linear.weight._version, logits_of(model, rows)
+    linear.weight.data += torch.randn(50, 2).to(dtype) @ torch.randn(2, 40).to(dtype)
+    assert linear.weight._version == version, "torch counts it by now"
+    after = logits_of(model, rows)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, F.linear(rows, linear.weight), rtol=2e-2, atol=2e-2)
+
+
+def logits_of(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(rows)
+    return found
+
+
 def test_gradients_autocast_and_other_classes_are_torchs() -> None:
     class Other(torch.nn.Linear):
         pass
