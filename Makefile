@@ -14,11 +14,11 @@ $(STAMP): requirements/dev.txt pyproject.toml
 
 # Two files at a time: most of a test's time is Python's, and several start processes with threads of their own.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
 # All families, targets, damaged files and mixes besides: twice the time.
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
