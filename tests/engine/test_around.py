@@ -56,8 +56,11 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 def test_greedy_tokens_are_eagers(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path)
     eager, ours = load(tmp_path, "eager"), load(tmp_path, "tilecast")
-    assert taken(ours), "no linear runs on a packed weight"
-    assert (logits(ours) - logits(eager)).abs().max() < 2e-5
+    # Llama 4's experts are its own code, and around them nothing changes.
+    assert bool(taken(ours)) == (family != "llama4_text")
+    wanted = logits(copy.deepcopy(eager).double()).float()
+    errors = [float((logits(model) - wanted).abs().max()) for model in (ours, eager)]
+    assert errors[0] <= max(2e-5, 2 * errors[1]), errors
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(IDS, **options), eager.generate(IDS, **options))
 

@@ -171,11 +171,18 @@ def _offer_attention() -> None:
 
     @functools.wraps(theirs)
     def forward(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *args: Any, **kwargs: Any
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,  # transformers' own name: some models give it as a keyword
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        if ATTENDS in getattr(module, "__dict__", ()) and not args and _attends(query, key, value, mask, kwargs):
-            return attention_forward(module, query, key, value, mask, **kwargs)
-        return theirs(module, query, key, value, mask, *args, **kwargs)
+        asked = ATTENDS in getattr(module, "__dict__", ()) and not args
+        if asked and _attends(query, key, value, attention_mask, kwargs):
+            return attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return theirs(module, query, key, value, attention_mask, *args, **kwargs)
 
     functions.register(SDPA, forward)
 
