@@ -34,7 +34,6 @@ def looked_up(model: Any, table: tuple[ExpertLayer, ...]) -> set[ExpertLayer]:
     """Run a model on a table of these layers alone, where a miss is an error, and return what it runs on."""
     register_transformers()
     runtime.use_table(decided(*table), miss="error")
-    model.set_attn_implementation("eager")  # Afmoe does not run with the one that it takes by itself.
     model.set_experts_implementation("tilecast")
     with torch.no_grad():
         model(IDS)
