@@ -28,6 +28,7 @@ from tilecast.engine.runtime import use_table
 from tilecast.errors import TilecastError
 from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.problem import ExpertLayer
+from tilecast.settings import parse_tokens
 
 ROUTINGS = 8
 """Sets of operands that calls take in turn."""
@@ -80,12 +81,18 @@ def measure(layer: ExpertLayer, tokens: int, near: torch.device, seconds: float)
 def main() -> int:
     """Run and write the result."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--near", default="cpu", help="device of the near half")
+    parser.add_argument("--near", default="cpu", choices=("cpu", "cuda"), help="device of the near half")
     parser.add_argument("--tokens", default="1,16", help="comma-separated")
     parser.add_argument("--seconds", type=float, default=6.0, help="a point")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, help="folder for the result; none: by device")
     options = parser.parse_args()
+    if options.near == "cuda" and not torch.cuda.is_available():
+        parser.error("--near is cuda, but torch sees no GPU here")
+    try:
+        counts = parse_tokens(options.tokens)
+    except TilecastError as error:
+        parser.error(str(error))
     torch.set_num_threads(options.threads)
     use_table(None)
     layers = (
@@ -95,9 +102,9 @@ def main() -> int:
     )
     try:
         points = [
-            measure(layer, int(tokens), torch.device(options.near), options.seconds)
+            measure(layer, tokens, torch.device(options.near), options.seconds)
             for layer in layers
-            for tokens in options.tokens.split(",")
+            for tokens in counts
         ]
     except TilecastError as error:
         print(f"benchmarks: {error}", file=sys.stderr)

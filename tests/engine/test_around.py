@@ -180,6 +180,23 @@ def test_changes_behind_torchs_back_are_seen(dtype: torch.dtype) -> None:
     torch.testing.assert_close(after, F.linear(rows, linear.weight), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_mask_may_be_given_by_name(asked: bool) -> None:
+    """As Afmoe's attention gives it; transformers' functions are called by others' models, too."""
+    model = torch.nn.Sequential(torch.nn.Module())
+    model[0].is_causal = True
+    if asked:
+        take_over(model, [])
+    else:
+        take_over(torch.nn.Sequential(), [])
+    query, key, value = torch.randn(3, 1, 2, 5, 8).to(torch.bfloat16)
+    function: Any = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with torch.inference_mode():
+        found = function(model[0], query, key, value, attention_mask=None, scaling=0.3)[0]
+        wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
 def logits_of(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         found: torch.Tensor = model(rows)
