@@ -102,9 +102,7 @@ def main() -> int:
     )
     try:
         points = [
-            measure(layer, tokens, torch.device(options.near), options.seconds)
-            for layer in layers
-            for tokens in counts
+            measure(layer, tokens, torch.device(options.near), options.seconds) for layer in layers for tokens in counts
         ]
     except TilecastError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
