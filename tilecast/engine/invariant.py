@@ -99,6 +99,17 @@ def _entered() -> list[Invariant]:
     return found
 
 
+def taking_over() -> bool:
+    """Whether this thread is inside of `invariant()`, and not in `outside()`."""
+    return any(not mode.paused for context in _entered() for mode in context._modes)
+
+
+def note(name: str) -> None:
+    """Count something that runs now among what this thread's contexts cannot vouch for."""
+    for context in _entered():
+        context.uncovered[name] += 1
+
+
 @contextmanager
 def outside() -> Iterator[None]:
     """Run the block as if this thread were in no `invariant()`: torch's own operations, and none is recorded."""

@@ -16,6 +16,7 @@ import torch
 from tilecast.engine.adapted import adapted_of
 from tilecast.engine.invariant import Invariant, invariant
 from tilecast.engine.invariant_operations import ranges_for
+from tilecast.engine.invariant_recurrent import offer_recurrent, without_form
 from tilecast.errors import InputError
 from tilecast.kernels.attend import attend
 from tilecast.kernels.ranges import causal_ranges, full_ranges
@@ -32,9 +33,11 @@ def register_attention() -> None:
 
 
 def use_attention(model: Any) -> None:
-    """Have a transformers model use this attention in all its layers. Raises what transformers raises."""
+    """Have a transformers model use this attention in all its layers, and inside of `invariant()` linear attention and
+    state spaces token by token. Raises what transformers raises."""
     register_attention()
     model.set_attn_implementation(NAME)
+    offer_recurrent(model)
 
 
 @contextlib.contextmanager
@@ -57,7 +60,10 @@ def row_wise_attention(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def row_by_row(model: Any) -> Iterator[Invariant]:
     """Run a transformers model inside of `invariant()`, with what it writes out itself, and its experts, in view."""
+    offer_recurrent(model)
     with row_wise_attention(model), invariant() as context:
+        for name in without_form(model):
+            context.uncovered[f"the state that {name} keeps"] += 1
         for state in map(adapted_of, model.modules()):
             runtime = None if state is None else state.runtime
             if runtime is not None and runtime.policy != "reproducible":

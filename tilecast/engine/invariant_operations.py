@@ -186,6 +186,24 @@ def _linear(func: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     return linear(rows, weight, bias)
 
 
+def _convolution(
+    func: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: list[int],
+    padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
+) -> Any:  # fmt: skip
+    """Convolve each channel [B, C, T] with its own taps [C, 1, W], summed from the first to the last in float32."""
+    alone = rows.dim() == 3 and weight.shape[1] == 1 and groups == rows.shape[1] == weight.shape[0]
+    plain = not transposed and list(stride) == [1] and list(dilation) == [1]
+    if not (alone and plain and multiplies(rows) and rows.dtype == weight.dtype):
+        return NotImplemented
+    taps, spread = weight.float(), F.pad(rows.float(), (padding[0], padding[0]))
+    length = spread.shape[-1] - weight.shape[-1] + 1
+    out = torch.zeros((), dtype=torch.float32)
+    for tap in range(weight.shape[-1]):
+        out = out + spread[..., tap : tap + length] * taps[:, :, tap]
+    out = out if bias is None else out + bias.float()[:, None]
+    return out.to(rows.dtype)
+
+
 # Reductions over the last dimension -----------------------------------------------------------------------------
 
 
@@ -321,6 +339,7 @@ def _mul(func: Any, a: Any, b: Any) -> Any:
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.polar: _polar, aten.mul: _mul, aten.mul_: _mul,
     aten.mm: _mm, aten.bmm: _bmm, aten.addmm: _addmm, aten.baddbmm: _baddbmm, aten.mv: _mv, aten.linear: _linear,
+    aten.convolution: _convolution,
     aten.sum: _sum, aten.mean: _mean, aten._softmax: _softmax, aten._log_softmax: _log_softmax,
     aten.native_layer_norm: _layer_norm, aten._fused_rms_norm: _rms_norm,
     aten.sigmoid: _elementwise(lambda x: 1 / ((-x).exp() + 1)),
