@@ -25,8 +25,9 @@ from tilecast.environment import cpu_environment
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.peak import measure_peaks
 from tilecast.kernels.cpu.sorting import sort_slots
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.formats import quantize
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
+from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
 KERNEL = MoeGemm()

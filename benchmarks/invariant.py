@@ -23,7 +23,7 @@ from tilecast.engine.invariant import invariant
 from tilecast.engine.invariant_attention import use_attention
 from tilecast.engine.transformers import register_transformers
 from tilecast.environment import cpu_environment
-from tilecast.kernels.spec import TORCH_DTYPES
+from tilecast.kernels.dtypes import TORCH_DTYPES
 
 
 def build(family: str, dtype: torch.dtype, hidden: int, layers: int) -> Any:

@@ -26,7 +26,7 @@ from tilecast.engine.experts import prepare_experts
 from tilecast.engine.placement import place_experts
 from tilecast.engine.runtime import use_table
 from tilecast.errors import TilecastError
-from tilecast.kernels.spec import TORCH_DTYPES
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.problem import ExpertLayer
 from tilecast.settings import parse_tokens
 

@@ -157,7 +157,7 @@ def child() -> None:
     marks.append(time.perf_counter())
     from tilecast.engine import runtime
     from tilecast.engine.experts import prepare_experts
-    from tilecast.kernels.spec import TORCH_DTYPES
+    from tilecast.kernels.dtypes import TORCH_DTYPES
 
     marks.append(time.perf_counter())
     runtime.current()

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.formats import quantize
 from tilecast.kernels.reference import reference_down, reference_up
 from tilecast.kernels.routing import ExpertLayout, sort_slots
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel
+from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
 SMALL = ExpertLayer(hidden=64, intermediate=96, experts=4, top_k=2)

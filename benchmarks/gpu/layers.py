@@ -30,8 +30,8 @@ from tilecast.engine.runtime import Runtime, default_registry
 from tilecast.environment import environment_for
 from tilecast.evidence import TuningTable, percentile
 from tilecast.kernels import sort_slots
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.reference import reference_layer
-from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.problem import ExpertLayer
 
 TUNED, DEFAULT = "tilecast tuned", "tilecast default"

@@ -19,8 +19,8 @@ from tilecast.engine.bench import make_weights
 from tilecast.environment import Environment
 from tilecast.errors import InputError
 from tilecast.kernels.formats import QuantizedStack
-from tilecast.kernels.reference import FP8_ROWS, rounded_rows
-from tilecast.kernels.spec import PLAIN, GemmWeights, Registry
+from tilecast.kernels.reference import rounded_rows
+from tilecast.kernels.spec import FP8_ROWS, PLAIN, GemmWeights, Registry
 from tilecast.kernels.stacks import backward, reversal
 from tilecast.problem import WEIGHT_FORMATS, Bucket, ExpertGemm, ExpertLayer, TileConfig, weight_format
 

@@ -10,7 +10,7 @@ import torch
 from tilecast.environment import Environment, cpu_environment
 from tilecast.evidence import Choice, Decision, TuningTable
 from tilecast.kernels import registry
-from tilecast.kernels.spec import TORCH_DTYPES
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig, buckets
 
 LAYER = ExpertLayer(hidden=64, intermediate=96, experts=4, top_k=2, dtype="fp32")

@@ -15,9 +15,9 @@ from tilecast.engine.peers import PEERS, LayerWeights, OneDnnGemms, Peer, Prepar
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError, UsageError
 from tilecast.kernels.cpu.peak import Peaks
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import sort_slots
-from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.problem import ExpertLayer, TileConfig
 
 LAYER = ExpertLayer(hidden=64, intermediate=96, experts=4, top_k=2)

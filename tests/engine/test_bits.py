@@ -29,7 +29,7 @@ from tilecast.engine.runtime import use_table
 from tilecast.environment import cpu_environment
 from tilecast.evidence import TuningTable
 from tilecast.kernels import registry
-from tilecast.kernels.spec import TORCH_DTYPES
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
 DTYPES = ["fp32", "bf16", "fp16"]

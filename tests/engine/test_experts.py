@@ -13,9 +13,9 @@ from tilecast.engine.functional import fused_experts
 from tilecast.engine.operands import layer_of
 from tilecast.engine.runtime import use_table
 from tilecast.errors import CoverageError, InputError
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import route, sort_slots
-from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
 CASES = [

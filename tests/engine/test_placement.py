@@ -26,13 +26,14 @@ from tilecast.engine.runtime import Runtime, misses, use_table
 from tilecast.environment import cpu_environment
 from tilecast.errors import DeviceError, InputError, UsageError
 from tilecast.evidence import TuningTable
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.formats import quantize
 from tilecast.kernels.gpu.decode import Decode
 from tilecast.kernels.gpu.grouped import Grouped
 from tilecast.kernels.gpu.target import parse_target
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import sort_slots
-from tilecast.kernels.spec import TORCH_DTYPES, Registry
+from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
 SHAPE = replace(LAYER, hidden=96, intermediate=64, experts=8, global_experts=8, top_k=3)

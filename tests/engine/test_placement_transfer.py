@@ -19,8 +19,8 @@ from tilecast.engine.experts import prepare_experts
 from tilecast.engine.placement import PlacedExperts, place_experts
 from tilecast.engine.placement_transfer import SMALLEST, HostBuffer, Transfer
 from tilecast.engine.runtime import use_table
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.gpu import build
-from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.problem import ExpertLayer
 
 CPU = torch.device("cpu")

@@ -25,10 +25,11 @@ from tilecast.engine.runtime import Runtime, use_runtime
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import DeviceError, InputError, ModelError
 from tilecast.evidence import TuningTable
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.formats import QuantizedStack, quantize
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import sort_slots
-from tilecast.kernels.spec import TORCH_DTYPES, Registry
+from tilecast.kernels.spec import Registry
 from tilecast.models.sharding import layer_for_rank
 from tilecast.problem import WEIGHT_FORMATS, ExpertGemm, ExpertLayer, TileConfig
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tilecast.errors import InputError
-from tilecast.kernels.formats import QuantizedStack, check_sizes, quantize, scale_rows, scale_shape
+from tilecast.kernels.formats import QuantizedStack, check_sizes, quantize, scale_rows
+from tilecast.kernels.scales import scale_shape
 from tilecast.problem import WEIGHT_FORMATS, ExpertGemm, ExpertLayer, weight_format
 
 QUANTIZED = WEIGHT_FORMATS[1:]

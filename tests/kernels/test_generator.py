@@ -15,8 +15,9 @@ from tilecast.environment import cpu_environment
 from tilecast.kernels import routing
 from tilecast.kernels.cpu import jit
 from tilecast.kernels.cpu._variant import Variant
+from tilecast.kernels.cpu.columns import padded_columns
 from tilecast.kernels.cpu.isa import CROSS, Isa, host_isa
-from tilecast.kernels.cpu.layouts import column_order, pack_bias, padded_columns
+from tilecast.kernels.cpu.layouts import column_order, pack_bias
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.peak import measure_peaks
 from tilecast.kernels.cpu.sorting import sort_slots

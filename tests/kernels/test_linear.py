@@ -11,8 +11,9 @@ from tilecast.errors import InputError
 from tilecast.kernels.cpu import linear
 from tilecast.kernels.cpu.linear import multiply
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.routing import sort_slots
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
+from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertLayer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,7 +11,8 @@ from tests import cases
 from tests.cases import CASES, ODD, SMALL, Case, Operands, assert_both_gemms, operands
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import ConfigError, DeviceError
-from tilecast.kernels.cpu.onednn import KERNEL, ONEDNN, cannot_prepack_here
+from tilecast.kernels.cpu.onednn import KERNEL, ONEDNN
+from tilecast.kernels.cpu.onednn_launch import cannot_prepack_here
 from tilecast.kernels.spec import PLAIN, Kernel, numerics_class
 from tilecast.problem import ExpertLayer, TileConfig
 

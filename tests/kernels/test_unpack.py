@@ -7,8 +7,9 @@ import torch
 
 from tilecast.environment import cpu_environment
 from tilecast.kernels import registry
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.gpu.layouts import LAYOUTS, plain_again, relayout
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
+from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, ExpertLayer
 
 LAYERS = [

@@ -21,7 +21,8 @@ from tilecast.autotune.workload import device_of
 from tilecast.canonical import Json, fields_of
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import InputError
-from tilecast.kernels.spec import TORCH_DTYPES, Registry
+from tilecast.kernels.dtypes import TORCH_DTYPES
+from tilecast.kernels.spec import Registry
 from tilecast.problem import DTYPES
 
 logger = logging.getLogger(__name__)

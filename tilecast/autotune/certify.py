@@ -23,8 +23,9 @@ from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
 from tilecast.kernels import sort_slots
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Registry, numerics_class
+from tilecast.kernels.spec import PLAIN, GemmWeights, Registry, numerics_class
 from tilecast.kernels.stacks import backward, reversal
 from tilecast.problem import ExpertGemm, TileConfig
 

@@ -20,7 +20,8 @@ from tilecast.autotune.workload import Inputs, device_of, in_order, in_slot_orde
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
 from tilecast.kernels import sort_slots
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Registry
+from tilecast.kernels.dtypes import TORCH_DTYPES
+from tilecast.kernels.spec import PLAIN, GemmWeights, Registry
 from tilecast.kernels.stacks import Weights, backward, reversal
 from tilecast.problem import Bucket, ExpertGemm, TileConfig
 

@@ -22,8 +22,9 @@ from tilecast.autotune.workload import (
     synchronise,
 )
 from tilecast.kernels import routing, sort_slots
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.reference import reference_down, reference_up
-from tilecast.kernels.spec import TORCH_DTYPES, Kernel
+from tilecast.kernels.spec import Kernel
 from tilecast.kernels.stacks import Weights
 from tilecast.problem import ExpertGemm, TileConfig
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from tilecast.kernels.formats import CODE_DTYPES, QuantizedStack, quantize, scale_shape
+from tilecast.kernels.formats import CODE_DTYPES, QuantizedStack, quantize
+from tilecast.kernels.scales import scale_shape
 from tilecast.problem import ExpertGemm, ExpertLayer, weight_format
 
 POOL_ELEMENTS = 1 << 22

@@ -22,8 +22,9 @@ from tilecast.autotune.stacks import quantized_stack
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
 from tilecast.kernels import sort_slots
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel
+from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel
 from tilecast.kernels.stacks import Weights
 from tilecast.problem import ExpertGemm, TileConfig
 

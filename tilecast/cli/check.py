@@ -125,7 +125,7 @@ def _runner(layer: ExpertLayer, runtime: Runtime, group: Group, *, parallel: boo
     from tilecast.engine.bench import make_weights
     from tilecast.engine.experts import prepare_experts
     from tilecast.engine.parallel import TensorParallelExperts
-    from tilecast.kernels.spec import TORCH_DTYPES
+    from tilecast.kernels.dtypes import TORCH_DTYPES
 
     weights = make_weights(layer)
     common: dict[str, Any] = {

@@ -31,9 +31,9 @@ from tilecast.environment import Environment, here
 from tilecast.errors import UsageError
 from tilecast.evidence import TuningTable
 from tilecast.kernels.cpu.peak import Peaks, measure_peaks
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import ordered_sum, sort_slots
-from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.problem import DTYPES, ExpertLayer, check_int, tokens_text
 
 __all__ = [

@@ -19,9 +19,10 @@ from tilecast.engine.runtime import Runtime
 from tilecast.engine.table_index import Entry
 from tilecast.errors import InputError
 from tilecast.kernels import route, sort_slots
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.routing import SCORINGS
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights, Kernel
+from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel
 from tilecast.kernels.stacks import Weights, detached
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig, check_name
 

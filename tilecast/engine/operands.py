@@ -7,8 +7,8 @@ import torch
 from tilecast.engine.runtime import Runtime
 from tilecast.environment import environment_for
 from tilecast.errors import DeviceError, InputError
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.formats import QuantizedStack, check_sizes
-from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.kernels.stacks import Weights, tensors_of
 from tilecast.problem import ExpertLayer, check_int
 

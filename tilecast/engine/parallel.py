@@ -17,8 +17,8 @@ from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.group import Group
 from tilecast.engine.operands import check_inputs, layer_of
 from tilecast.errors import AgreementError, ModelError
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.formats import QuantizedStack
-from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.kernels.stacks import Weights, cut_stack
 from tilecast.models.sharding import check_cut, split
 from tilecast.problem import ExpertGemm, ExpertLayer

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from tilecast.errors import UsageError
-from tilecast.kernels.cpu.onednn import cannot_prepack_here, prepack, prepacked_linear
+from tilecast.kernels.cpu.onednn_launch import cannot_prepack_here, prepack, prepacked_linear
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.reference import activate
 from tilecast.kernels.routing import sort_slots
-from tilecast.kernels.spec import TORCH_DTYPES
 from tilecast.kernels.stacks import Weights
 from tilecast.problem import ExpertLayer
 

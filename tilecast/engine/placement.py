@@ -20,7 +20,7 @@ from tilecast.engine.placement_stream import WeightStream
 from tilecast.engine.placement_transfer import Transfer
 from tilecast.engine.runtime import Runtime
 from tilecast.errors import DeviceError, InputError, UsageError
-from tilecast.kernels.spec import TORCH_DTYPES
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.stacks import Weights
 from tilecast.problem import ExpertLayer, check_int
 

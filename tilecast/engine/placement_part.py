@@ -18,7 +18,8 @@ from tilecast.engine.runtime import Runtime
 from tilecast.engine.table_index import Entry
 from tilecast.kernels import sort_slots
 from tilecast.kernels.gpu.checks import TRITON_TYPES
-from tilecast.kernels.gpu.moe import combine_build, device_facts, launch_combine
+from tilecast.kernels.gpu.launch import device_facts
+from tilecast.kernels.gpu.moe import combine_build, launch_combine
 from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, GemmWeights, numerics_class

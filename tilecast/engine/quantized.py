@@ -17,7 +17,8 @@ import torch
 from tilecast.engine.quantized_rows import PARTS, Recipe, base_of, check_rows, form_for, read_rows, shape_of
 from tilecast.engine.tensor_files import Index, OnDemand, TensorFiles
 from tilecast.errors import ModelError
-from tilecast.kernels.formats import CODE_DTYPES, QuantizedStack, scale_shape
+from tilecast.kernels.formats import CODE_DTYPES, QuantizedStack
+from tilecast.kernels.scales import scale_shape
 from tilecast.models.quantization import METHODS, Stored, read_quantization
 from tilecast.models.sharding import check_cut
 from tilecast.problem import ExpertGemm, ExpertLayer, weight_format

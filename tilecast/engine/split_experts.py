@@ -22,8 +22,9 @@ from tilecast.engine.runtime import Runtime
 from tilecast.engine.table_index import Entry
 from tilecast.errors import UsageError
 from tilecast.kernels import sort_slots
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
+from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertLayer
 
 SERIAL = 32768 - 1

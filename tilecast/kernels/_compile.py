@@ -27,9 +27,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tilecast.kernels.assembly import gcn_usage, machine_code, ptx_threads, ptxas_usage, read_gcn, read_ptx
 from tilecast.kernels.compilers import READY
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.gpu.build import Build
 from tilecast.kernels.gpu.target import Target, parse_target
-from tilecast.kernels.spec import TORCH_DTYPES
 
 MAX_ERROR = 400
 

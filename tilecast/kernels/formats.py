@@ -14,6 +14,7 @@ import torch
 
 from tilecast.errors import InputError
 from tilecast.kernels.awq import SCALE_DTYPES
+from tilecast.kernels.scales import scale_shape
 from tilecast.problem import ExpertGemm, WeightFormat, weight_format
 
 CODE_DTYPES = {"awq": torch.uint8, "int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -123,20 +124,6 @@ class QuantizedStack:
     ) -> torch.Tensor:
         """Return one expert's weights [N, K], or some rows of them: (code - zero) · scale, computed in `dtype`."""
         return self.integers(expert, rows).to(dtype) * self.row_scales(gemm, expert, dtype, rows)
-
-
-def scale_shape(gemm: ExpertGemm) -> tuple[int, int]:
-    """Return how many scales an expert's weights have: [rows, columns].
-
-    Gate and up projections are quantised apart, so blocks and tensors of them never mix.
-    """
-    form = weight_format(gemm.layer.weight_format)
-    parts = 2 if gemm.name == "up" and gemm.layer.gated else 1
-    columns = -(-gemm.k // form.group) if form.group else 1
-    if form.rows == 1:
-        return gemm.n, columns
-    width = gemm.n // parts
-    return parts * (-(-width // form.rows) if form.rows else 1), columns
 
 
 def scale_rows(gemm: ExpertGemm) -> torch.Tensor:

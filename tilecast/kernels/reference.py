@@ -14,15 +14,13 @@ import torch.nn.functional as F
 
 from tilecast.errors import InputError
 from tilecast.kernels.routing import ExpertLayout
+from tilecast.kernels.spec import FP8_ROWS, ROWS_GROUP
 from tilecast.kernels.stacks import Weights
 from tilecast.problem import ExpertGemm, ExpertLayer
 
 SWIGLU_OAI_ALPHA = 1.702
 SWIGLU_OAI_LIMIT = 7.0
 """gpt-oss's clamped SwiGLU: (clamp(u, ±7) + 1) · g · sigmoid(1.702 g), g clamped from above at 7."""
-FP8_ROWS = "fp8_g128"
-"""The value of the numerics field `activations` of kernels that round rows to e4m3, a scale for each 128 of K."""
-ROWS_GROUP = 128
 MAX_DEQUANTIZED = 1 << 24
 """Elements of quantised weights that are dequantised at once."""
 

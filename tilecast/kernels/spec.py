@@ -1,22 +1,30 @@
-"""What a kernel is: the protocol every implementation of an expert GEMM follows, and the registry of them."""
+"""What a kernel is: the protocol every implementation of an expert GEMM follows, and the registry of them.
+
+What describes configs (spaces, layouts, orders, numerics classes, validity) is imported without torch, so that tables
+are looked into at once; what computes stands in modules of its own, imported when something runs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tilecast.canonical import Json, digest
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, DeviceError
-from tilecast.kernels.routing import ExpertLayout
 from tilecast.problem import ExpertGemm, ParamValue, TileConfig
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+    from tilecast.kernels.routing import ExpertLayout
+
 PLAIN = "plain"
 """The layout in which checkpoints hold weights: [E, N, K], K contiguous; gate rows before up rows."""
+FP8_ROWS = "fp8_g128"
+"""The value of the numerics field `activations` of kernels that round rows to e4m3, a scale for each 128 of K."""
+ROWS_GROUP = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

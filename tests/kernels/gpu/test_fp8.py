@@ -14,9 +14,9 @@ from tilecast.kernels import registry
 from tilecast.kernels.gpu.fp8 import Fp8, rounded_block, rounding_build
 from tilecast.kernels.gpu.grouped import Grouped
 from tilecast.kernels.gpu.target import TARGETS, Target, parse_target
-from tilecast.kernels.reference import FP8_ROWS, reference_down, reference_up, rounded_rows
+from tilecast.kernels.reference import reference_down, reference_up, rounded_rows
 from tilecast.kernels.routing import sort_slots
-from tilecast.kernels.spec import numerics_class
+from tilecast.kernels.spec import FP8_ROWS, numerics_class
 from tilecast.problem import ExpertLayer, TileConfig
 
 triton = pytest.importorskip("triton")

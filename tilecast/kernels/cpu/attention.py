@@ -20,7 +20,8 @@ from tilecast.kernels.cpu._attention import ARGS, ENTRY, VALUE_CHAIN, Attention,
 from tilecast.kernels.cpu.isa import host_isa
 from tilecast.kernels.cpu.jit import available_threads, load, run
 from tilecast.kernels.cpu.linear import WORK_OF_A_THREAD
-from tilecast.kernels.cpu.moe_gemm import DTYPE_NAMES, take_scratch
+from tilecast.kernels.cpu.moe_launch import take_scratch
+from tilecast.kernels.dtypes import DTYPE_NAMES
 from tilecast.kernels.ranges import KeyRanges
 
 ROWS_PER_JOB = 64

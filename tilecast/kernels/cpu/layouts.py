@@ -12,33 +12,12 @@ import sys
 
 import torch
 
-from tilecast.problem import DTYPES, ExpertGemm, weight_format
+from tilecast.kernels.cpu.columns import padded_columns, padded_k
+from tilecast.problem import ExpertGemm
 
 PAGE_BYTES = 4096
 MADV_HUGEPAGE = 14
 """From Linux's uapi/asm-generic/mman-common.h; the same number on every architecture Tilecast runs on."""
-
-
-def padded_columns(gemm: ExpertGemm, lanes: int) -> int:
-    """Return the number of columns of a packed (or virtually packed) stack."""
-    pair = 2 if gemm.name == "up" and gemm.layer.gated else 1
-    width = gemm.n // pair
-    columns = -(-width // lanes) * lanes * pair
-    unit = max(8 * lanes, 64)
-    return -(-columns // unit) * unit
-
-
-def padded_k(gemm: ExpertGemm, *, pairs: bool) -> int:
-    """Return K, rounded up to even where weights are held in pairs, to whole words where they are quantised."""
-    form = weight_format(gemm.layer.weight_format)
-    unit = 32 // form.bits if form.bits else 2 if pairs else 1
-    return -(-gemm.k // unit) * unit
-
-
-def column_bytes(gemm: ExpertGemm, depth: int) -> int:
-    """Return the bytes of `depth` weights of one column; without scales, where quantised."""
-    form = weight_format(gemm.layer.weight_format)
-    return depth * (form.bits or 8 * DTYPES[gemm.layer.dtype]) // 8
 
 
 def column_order(gemm: ExpertGemm, lanes: int) -> torch.Tensor:

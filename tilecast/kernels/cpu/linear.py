@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError
 from tilecast.kernels.cpu._variant import ARGS
+from tilecast.kernels.cpu.columns import padded_columns
 from tilecast.kernels.cpu.jit import available_threads, run
-from tilecast.kernels.cpu.layouts import padded_columns
-from tilecast.kernels.cpu.moe_gemm import DTYPE_NAMES, MoeGemm, Plan, take_scratch
+from tilecast.kernels.cpu.moe_gemm import MoeGemm
+from tilecast.kernels.cpu.moe_launch import Plan, take_scratch
+from tilecast.kernels.dtypes import DTYPE_NAMES
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertLayer
 

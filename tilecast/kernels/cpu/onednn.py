@@ -19,28 +19,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from itertools import pairwise
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import ConfigError, DeviceError
 from tilecast.kernels.cpu.work import onednn_work
-from tilecast.kernels.reference import activate
-from tilecast.kernels.routing import ExpertLayout, ordered_sum
 from tilecast.kernels.spec import PLAIN, GemmWeights, outside_domain
 from tilecast.kernels.work import Work
 from tilecast.problem import ExpertGemm, ParamValue, TileConfig
 
+if TYPE_CHECKING:
+    import torch
+
+    from tilecast.kernels.routing import ExpertLayout
+
 ONEDNN = "onednn"
 """The layout of prepacked weights: a tuple of E opaque oneDNN tensors, one [N, K] weight each."""
-
-PACK_ROWS = 64
-"""Row count that the library packs for. With hints of 4 to 256 rows, 1 to 256 rows took the same time within
-noise (fp32, N=2048, K=1024, AVX2); packed for 1 row, 4 rows took twice as long."""
 
 ROW_BLOCKS = (0, 1, 4, 16, 64, 256)
 PACK_FEATURES = {"fp32": (), "bf16": ("avx512bw", "avx512vl"), "fp16": ("avx512_fp16",)}
@@ -130,16 +125,18 @@ class OneDnnLinear:
         reason = _cannot_prepack(weights.gemm.layer.dtype, cpu_environment())
         if reason is not None:
             raise DeviceError(f"{self.name}: {reason}; use prepack=no")
-        with torch.no_grad():
-            data = tuple(prepack(weight, PACK_ROWS) for weight in weights.data)
+        from tilecast.kernels.cpu import onednn_launch
+
+        data = onednn_launch.packed(weights)
         return GemmWeights(gemm=weights.gemm, layout=layout, data=data, bias=weights.bias)
 
     def unpack(self, weights: GemmWeights) -> GemmWeights:
         """Return weights in any of this kernel's layouts as `plain` ones, bit for bit."""
         if weights.layout == PLAIN:
             return weights
-        with torch.no_grad():
-            data = torch.stack([weight.to_dense() for weight in weights.data])
+        from tilecast.kernels.cpu import onednn_launch
+
+        data = onednn_launch.unpacked(weights)
         return GemmWeights(gemm=weights.gemm, layout=PLAIN, data=data, bias=weights.bias)
 
     def work(self, gemm: ExpertGemm, config: TileConfig, environment: Environment, counts: Sequence[int]) -> Work:
@@ -155,12 +152,10 @@ class OneDnnLinear:
         out: torch.Tensor,
     ) -> None:
         """Run the up GEMM: hidden [T, H] to out [T·k, I] in slot order; rows of absent slots are left as is."""
-        layer = weights.gemm.layer
-        with _exact_library():
-            for slots, product in self._products(config, hidden, weights, route, rows_per_token=route.top_k):
-                gate = product[:, : layer.intermediate]
-                value = activate(gate, product[:, layer.intermediate :] if layer.gated else None, layer.activation)
-                out.index_copy_(0, slots, value.to(out.dtype))
+        from tilecast.kernels.cpu import onednn_launch
+
+        self._check_layout(config, weights)
+        onednn_launch.up(config, hidden, weights, route, out)
 
     def down(
         self,
@@ -172,60 +167,15 @@ class OneDnnLinear:
         out: torch.Tensor,
     ) -> None:
         """Run the down GEMM and the ordered combine: intermediate [T·k, I] to out [T, H] (its dtype or float32)."""
-        scale = topk_weights.reshape(-1, 1)
-        with _exact_library():
-            partial = torch.zeros(route.tokens * route.top_k, weights.gemm.n, dtype=torch.float32)
-            for slots, product in self._products(config, intermediate, weights, route, rows_per_token=1):
-                partial.index_copy_(0, slots, product * scale[slots])
-            by_token = partial.view(route.tokens, route.top_k, weights.gemm.n)
-            # ordered_sum works on the last dimension.
-            out.copy_(ordered_sum(by_token.transpose(1, 2)).squeeze(-1))
+        from tilecast.kernels.cpu import onednn_launch
 
-    def _products(
-        self, config: TileConfig, rows: torch.Tensor, weights: GemmWeights, route: ExpertLayout, *, rows_per_token: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (slots int64 [n], product float32 [n, N] with bias) per block; slot s reads row s // rows_per_token."""
+        self._check_layout(config, weights)
+        onednn_launch.down(config, intermediate, weights, route, topk_weights, out)
+
+    def _check_layout(self, config: TileConfig, weights: GemmWeights) -> None:
         expected = self.layout(weights.gemm, config)
         if weights.layout != expected:
             raise ConfigError(f"{config.label} reads layout {expected!r}, the weights are {weights.layout!r}")
-        offsets = route.offsets.tolist()
-        slots = route.slots[: offsets[-1]].long()
-        gathered = rows.index_select(0, slots.div(rows_per_token, rounding_mode="floor"))
-        block = config.integer("row_block")
-        for expert, (begin, end) in enumerate(pairwise(offsets)):
-            step = block or max(1, end - begin)
-            for start in range(begin, end, step):
-                stop = min(start + step, end)
-                product = _linear(_padded(gathered[start:stop], block), weights.data, expert)[: stop - start].float()
-                if weights.bias is not None:
-                    product = product + weights.bias[expert].float()
-                yield slots[start:stop], product
-
-
-def prepack(weight: torch.Tensor, rows: int | None) -> torch.Tensor:
-    """Return one weight [N, K] in oneDNN's blocked layout for about `rows` rows: an opaque tensor, a copy.
-
-    Raises RuntimeError where the library cannot; ask `cannot_prepack_here` first.
-    """
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return packed
-
-
-def prepacked_linear(rows: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """Return rows [n, K] times a prepacked weight [N, K] transposed, [n, N] in the rows' dtype."""
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
-    return product
-
-
-def cannot_prepack_here(dtype: str) -> str | None:
-    """Return why this process cannot use oneDNN's blocked weights for a dtype."""
-    library = torch.ops.mkldnn
-    if not torch._C._has_mkldnn or not hasattr(library, "_reorder_linear_weight"):
-        return "this PyTorch has no oneDNN linear on prepacked weights"
-    checks = {"bf16": library._is_mkldnn_bf16_supported, "fp16": library._is_mkldnn_fp16_supported}
-    if dtype in checks and not checks[dtype]():
-        return f"oneDNN has no {dtype} linear on prepacked weights for this CPU"
-    return None
 
 
 def _cannot_prepack(dtype: str, environment: Environment) -> str | None:
@@ -234,39 +184,11 @@ def _cannot_prepack(dtype: str, environment: Environment) -> str | None:
         if missing:
             return f"oneDNN prepacks {dtype} weights only on CPUs with {' and '.join(missing)}"
     # The library can be asked about this machine alone, not about the one that a foreign table names.
-    return cannot_prepack_here(dtype) if cpu_environment().accepts(environment) else None
+    if not cpu_environment().accepts(environment):
+        return None
+    from tilecast.kernels.cpu import onednn_launch
 
-
-def _linear(rows: torch.Tensor, data: torch.Tensor | Sequence[torch.Tensor], expert: int) -> torch.Tensor:
-    if isinstance(data, torch.Tensor):
-        return torch.mm(rows, data[expert].t())
-    return prepacked_linear(rows, data[expert])
-
-
-def _padded(rows: torch.Tensor, block: int) -> torch.Tensor:
-    """Return `rows` with zero rows added up to `block` (0: as they are)."""
-    missing = block - rows.shape[0]
-    if missing <= 0:
-        return rows
-    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
-
-
-def _exact_library() -> AbstractContextManager[object]:
-    """Return a context without autograd and autocast, in which float32 products are not narrowed.
-
-    A process may have asked for bf16 inside float32 products (`torch.set_float32_matmul_precision`) or be in an
-    autocast region; both would change this kernel's numerics class behind its back.
-    """
-    stack = ExitStack()
-    stack.enter_context(torch.no_grad())
-    if torch.is_autocast_enabled("cpu"):
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    narrowed = getattr(matmul, "fp32_precision", "none")
-    if narrowed in ("bf16", "tf32"):
-        stack.callback(setattr, matmul, "fp32_precision", narrowed)
-        matmul.fp32_precision = "ieee"
-    return stack
+    return onednn_launch.cannot_prepack_here(dtype)
 
 
 KERNEL = OneDnnLinear()

@@ -11,7 +11,9 @@ from tilecast.errors import InputError
 from tilecast.kernels.cpu.jit import available_threads, run
 from tilecast.kernels.cpu.layouts import pack_bias
 from tilecast.kernels.cpu.linear import INDEX, Block
-from tilecast.kernels.cpu.moe_gemm import DTYPE_NAMES, MoeGemm, Plan, take_scratch
+from tilecast.kernels.cpu.moe_gemm import MoeGemm
+from tilecast.kernels.cpu.moe_launch import Plan, take_scratch
+from tilecast.kernels.dtypes import DTYPE_NAMES
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertLayer
 

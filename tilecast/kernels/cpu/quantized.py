@@ -18,17 +18,17 @@ from tilecast.kernels.cpu._build import keeps_subnormals
 from tilecast.kernels.cpu._codes import Codes, codes_of
 from tilecast.kernels.cpu._nibbles import GROUP_BYTES
 from tilecast.kernels.cpu._variant import FLUSH_K
+from tilecast.kernels.cpu.columns import PLAIN_SCALE_PANEL, padded_columns, padded_k
 from tilecast.kernels.cpu.isa import Isa, host_isa
-from tilecast.kernels.cpu.layouts import column_order, empty_on_large_pages, padded_columns, padded_k
-from tilecast.kernels.formats import QuantizedStack, scale_rows, scale_shape
+from tilecast.kernels.cpu.layouts import column_order, empty_on_large_pages
+from tilecast.kernels.formats import QuantizedStack, scale_rows
+from tilecast.kernels.scales import scale_shape
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, weight_format
 
 SCALE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ROOM = 16
 """Words before the codes: kernels read a few bytes ahead of the first one."""
-PLAIN_SCALE_PANEL = 64
-"""Columns of a panel of scales where the codes themselves are plain."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

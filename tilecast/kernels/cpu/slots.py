@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import GemmWeights
 from tilecast.problem import ExpertGemm, TileConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from tilecast.kernels.routing import ExpertLayout
 
 
 @dataclass(frozen=True, kw_only=True)

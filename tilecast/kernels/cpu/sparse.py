@@ -8,39 +8,26 @@ weight there (it becomes NaN), or has underflowed to −0 (it may become +0), is
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from functools import cache
 from itertools import product
-
-import torch
+from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json
 from tilecast.environment import Environment
-from tilecast.errors import ConfigError, InputError
-from tilecast.kernels.cpu._sparse import MORE_ARGS, SparseVariant, build
-from tilecast.kernels.cpu._variant import ARGS, ENTRY, FLUSH_K, Variant
+from tilecast.errors import ConfigError
+from tilecast.kernels.cpu.columns import gate_gemm, padded_columns
 from tilecast.kernels.cpu.isa import Isa, host_isa
-from tilecast.kernels.cpu.jit import available_threads, load, run
-from tilecast.kernels.cpu.layouts import pack_bias, padded_columns, padded_k
-from tilecast.kernels.cpu.moe_gemm import BLOCK_M, DTYPE_NAMES, MoeGemm, take_scratch
-from tilecast.kernels.cpu.slots import Rows, SlotKernel
-from tilecast.kernels.cpu.sparse_layouts import (
-    SparseStack,
-    gate_gemm,
-    pack_gated,
-    pack_neurons,
-    pitch,
-    unpack_gated,
-    unpack_neurons,
-)
+from tilecast.kernels.cpu.moe_gemm import MoeGemm
+from tilecast.kernels.cpu.slots import SlotKernel
 from tilecast.kernels.cpu.tiles import rows_per_expert
 from tilecast.kernels.cpu.work import sparse_work
-from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import PLAIN, TORCH_DTYPES, GemmWeights
+from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.kernels.work import UNKNOWN_SPARSITY, Work
-from tilecast.problem import DTYPES, EXACT_ZEROS, ExpertGemm, ParamValue, TileConfig
+from tilecast.problem import EXACT_ZEROS, ExpertGemm, ParamValue, TileConfig
+
+if TYPE_CHECKING:
+    from tilecast.kernels.cpu.slots import Rows
+    from tilecast.kernels.routing import ExpertLayout
 
 NAME = "llvm.sparse_experts"
 NEURONS = "neurons"
@@ -182,166 +169,22 @@ class SparseExperts(SlotKernel):
             )
         if gemm.name == "up" and not gemm.layer.gated:
             raise ConfigError(f"{NAME}: layout {layout} holds gate and up rows apart, the layer is not gated")
-        if layout == NEURONS:
-            data: object = pack_neurons(weights.data, gemm, self.isa.lanes)
-        else:
-            data = pack_gated(weights.data, gemm, GATES[layout], self.isa.lanes)
+        from tilecast.kernels.cpu import sparse_launch
+
+        data = sparse_launch.packed(self.isa, weights, layout)
         return GemmWeights(gemm=gemm, layout=layout, data=data, bias=weights.bias)
 
     def unpack(self, weights: GemmWeights) -> GemmWeights:
         """Return weights in any of this kernel's layouts as `plain` ones, bit for bit."""
         if weights.layout == PLAIN:
             return weights
-        if weights.layout == NEURONS:
-            data = unpack_neurons(weights.data, weights.gemm, self.isa.lanes)
-        else:
-            data = unpack_gated(weights.data, weights.gemm, self.isa.lanes)
+        from tilecast.kernels.cpu import sparse_launch
+
+        data = sparse_launch.unpacked(self.isa, weights)
         return GemmWeights(gemm=weights.gemm, layout=PLAIN, data=data, bias=weights.bias)
 
     def launch(self, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
         """Run one of the two GEMMs on a routing with at least one token."""
-        _launch(self.isa, config, weights, route, operands)
+        from tilecast.kernels.cpu import sparse_launch
 
-
-# The hot path -------------------------------------------------------------------------
-
-_WORDS = (*ARGS, *MORE_ARGS)
-_INDEX = {name: index for index, name in enumerate(_WORDS)}
-_Block = ctypes.c_int64 * len(_WORDS)
-
-
-@cache
-def _load(variant: SparseVariant) -> int:
-    """Return the address of a variant's entry function, compiled at first use."""
-    return load(lambda module: build(module, variant), {"sparse": asdict(variant)}, ENTRY)
-
-
-class Plan:
-    """What stays the same between launches of one config on one stack of weights."""
-
-    def __init__(self, isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: str) -> None:
-        """Check the weights, and load the code; raises InputError for weights that are not what their layout says."""
-        gemm, layer = weights.gemm, weights.gemm.layer
-        up = gemm.name == "up"
-        self.columns = padded_columns(gate_gemm(gemm) if up else gemm, isa.lanes)
-        _check_weights(weights, self.columns)
-        block_n = min(config.integer("block_n"), self.columns)
-        nv = config.integer("nv")
-        dense = Variant(
-            gemm=gemm.name, dtype=layer.dtype, out=out_dtype, activation=layer.activation if up else "", gated=False,
-            bias=weights.bias is not None, mr=config.integer("mr"), nv=nv,
-            max_nv=max(nv, min(8, block_n // isa.lanes)) if up else 1, unroll=config.integer("unroll"),
-            panel=GATES.get(weights.layout, isa.lanes), stage=False, dot="", prefetch=config.integer("prefetch"),
-            lanes=isa.lanes, fma=isa.fma,
-        )  # fmt: skip
-        self.variant = SparseVariant(dense=dense, neurons=config.integer("neurons"), ahead=config.integer("ahead"))
-        self.address = _load(self.variant)
-        self.k, self.dtype, self.experts = gemm.k, TORCH_DTYPES[layer.dtype], layer.experts
-        self.width = layer.intermediate if up else layer.hidden
-        self.threads = config.integer("threads")
-        self.scratch_bytes = self.variant.scratch_bytes(BLOCK_M, block_n)
-        self.list_bytes = 0 if up else self.variant.list_bytes(gemm.k)
-        self.widens = up and dense.widens
-        depth = padded_k(gemm, pairs=up and layer.dtype == "bf16")
-        self.row_bytes = 4 * depth if self.widens else DTYPES[layer.dtype] * gemm.k
-        self.kept = _biases(weights, isa)
-        size, panel = DTYPES[layer.dtype], GATES.get(weights.layout, 0)
-        pitch_stride = size * pitch(gemm.k if up else self.columns, layer.dtype)
-        fixed = {
-            "experts": layer.experts, "k": gemm.k, "k_padded": depth, "row_stride": self.row_bytes,
-            "weights": (weights.data.gate if up else weights.data).data_ptr(),
-            "up_rows": weights.data.up.data_ptr() if up else 0,
-            "bias": self.kept[0].data_ptr() if self.kept else 0,
-            "up_bias": self.kept[1].data_ptr() if len(self.kept) > 1 else 0,
-            "columns": self.columns, "width": self.width,
-            "expert_stride": self.columns * depth * size if up else gemm.k * pitch_stride,
-            "panel_stride": panel * depth * size, "pitch_stride": pitch_stride,
-            "block_m": BLOCK_M, "block_n": block_n, "block_k": depth + FLUSH_K,
-            "scratch_stride": self.scratch_bytes, "live_stride": self.list_bytes,
-        }  # fmt: skip
-        self.template = _Block(*(fixed.get(name, 0) for name in _WORDS))
-
-
-def _biases(weights: GemmWeights, isa: Isa) -> list[torch.Tensor]:
-    """Return the bias of down, or those of gate and up rows, in packed columns; nothing without a bias."""
-    gemm, bias = weights.gemm, weights.bias
-    if bias is None:
-        return []
-    if gemm.name == "down":
-        return [pack_bias(bias, gemm, isa.lanes)]
-    width = gemm.layer.intermediate
-    return [pack_bias(part, gate_gemm(gemm), isa.lanes) for part in (bias[:, :width], bias[:, width:])]
-
-
-def _launch(isa: Isa, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
-    source, rows, out, scale = operands.source, operands.rows, operands.out, operands.scale
-    plan: Plan | None = weights.plans.get((config, out.dtype))
-    if plan is None:
-        if config["layout"] != weights.layout:
-            raise ConfigError(f"{NAME}: the config reads layout {config['layout']}, the weights are {weights.layout}")
-        plan = Plan(isa, config, weights, DTYPE_NAMES[out.dtype])
-        weights.plans[config, out.dtype] = plan
-    if route.experts != plan.experts:
-        raise InputError(f"{NAME}: slots are sorted over {route.experts} experts, the weights have {plan.experts}")
-    _check("input", source, (rows, plan.k), plan.dtype)
-    _check("output", out, (route.tokens if scale is not None else rows * route.top_k, plan.width), out.dtype)
-    threads = available_threads() if plan.threads == 0 else min(plan.threads, available_threads())
-    words = {
-        "threads": threads, "tokens": route.tokens, "top_k": route.top_k, "rows": rows,
-        "ids": route.ids.data_ptr(), "slots": route.slots.data_ptr(), "offsets": route.offsets.data_ptr(),
-        "source": source.data_ptr(), "out": out.data_ptr(),
-        "scratch": _aligned(take_scratch("threads", threads * plan.scratch_bytes)),
-    }  # fmt: skip
-    if plan.widens:
-        words["widened"] = take_scratch("widened", rows * plan.row_bytes).data_ptr()
-    if scale is not None:
-        _check("routing weights", scale, (route.tokens, route.top_k), torch.float32)
-        words["scale"] = scale.data_ptr()
-        # A vector's width beyond the last row is read, though never used.
-        words["partial"] = take_scratch("partial", 4 * (rows * plan.width + isa.lanes)).data_ptr()
-        words["live"] = _aligned(take_scratch("live", rows * plan.list_bytes))
-    block = _Block.from_buffer_copy(plan.template)
-    for name, word in words.items():
-        block[_INDEX[name]] = word
-    run(plan.address, ctypes.addressof(block), threads)
-
-
-def _aligned(scratch: torch.Tensor) -> int:
-    return -(-scratch.data_ptr() // 64) * 64
-
-
-def _check_weights(weights: GemmWeights, columns: int) -> None:
-    """Raise InputError unless weights are what their layout says."""
-    gemm, data = weights.gemm, weights.data
-    experts, dtype = gemm.layer.experts, TORCH_DTYPES[gemm.layer.dtype]
-    if gemm.name == "down":
-        parts = {"neurons": (data, experts * gemm.k * pitch(columns, gemm.layer.dtype))}
-    elif isinstance(data, SparseStack):
-        depth = padded_k(gemm, pairs=dtype == torch.bfloat16)
-        parts = {
-            "gate rows": (data.gate, experts * columns * depth),
-            "up rows": (data.up, experts * gemm.layer.intermediate * pitch(gemm.k, gemm.layer.dtype)),
-        }
-    else:
-        raise InputError(
-            f"{NAME}: weights in layout {weights.layout} are {type(data).__name__}, expected a SparseStack"
-        )
-    for what, (tensor, count) in parts.items():
-        if (
-            tensor.dtype != dtype
-            or tensor.numel() != count
-            or not tensor.is_contiguous()
-            or tensor.device.type != "cpu"
-        ):
-            raise InputError(
-                f"{NAME}: {what} in layout {weights.layout} are {tensor.dtype} {tuple(tensor.shape)} on "
-                f"{tensor.device}, expected {count} contiguous elements of {dtype} for {gemm.layer.label} {gemm.name}"
-            )
-
-
-def _check(what: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-        raise InputError(
-            f"{NAME}: {what} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
-            f"expected contiguous {dtype} {shape}"
-        )
+        sparse_launch.launch(self.isa, config, weights, route, operands)

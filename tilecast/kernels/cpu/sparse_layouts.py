@@ -7,13 +7,13 @@ Neurons begin an odd number of cache lines apart: a power of two apart, rows rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from tilecast.kernels.cpu._micro import CACHE_LINE
-from tilecast.kernels.cpu.layouts import empty_on_large_pages, pack_panels, padded_columns, unpack_panels
-from tilecast.problem import DTYPES, ExpertGemm
+from tilecast.kernels.cpu.columns import gate_gemm, padded_columns, pitch
+from tilecast.kernels.cpu.layouts import empty_on_large_pages, pack_panels, unpack_panels
+from tilecast.problem import ExpertGemm
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,17 +32,6 @@ class SparseStack:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.gate.device
-
-
-def pitch(length: int, dtype: str) -> int:
-    """Return the elements from one neuron of `length` elements to the next: an odd number of cache lines."""
-    in_line = CACHE_LINE // DTYPES[dtype]
-    return (-(-length // in_line) | 1) * in_line
-
-
-def gate_gemm(gemm: ExpertGemm) -> ExpertGemm:
-    """Return the GEMM that a gated up projection's gate rows are by themselves."""
-    return ExpertGemm(layer=replace(gemm.layer, gated=False, activation="relu"), name="up")
 
 
 def pack_gated(weights: torch.Tensor, gemm: ExpertGemm, panel: int, lanes: int) -> SparseStack:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from tilecast.environment import Environment
 from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes, codes_of
 from tilecast.kernels.cpu._variant import FLUSH_K, Tile, Variant
+from tilecast.kernels.cpu.columns import PLAIN_SCALE_PANEL, column_bytes, padded_columns, padded_k
 from tilecast.kernels.cpu.isa import Isa
-from tilecast.kernels.cpu.layouts import column_bytes, padded_columns, padded_k
-from tilecast.kernels.cpu.quantized import PLAIN_SCALE_PANEL
 from tilecast.kernels.cpu.tiles import most_vectors
 from tilecast.kernels.spec import PLAIN
 from tilecast.kernels.work import Work, nothing, present

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tilecast.canonical import Json, digest
 from tilecast.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE = "tilecast.kernels.gpu"
 Constant = int | bool | str | None
@@ -101,6 +102,8 @@ class Build:
 
 def cuda_guard(device: torch.device) -> AbstractContextManager[Any]:
     """Return what makes `device` the current one; nothing to do on the CPU, where the interpreter runs."""
+    import torch
+
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from tilecast.errors import InputError
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.gpu.layouts import LAYOUTS
-from tilecast.kernels.gpu.quantized import check_stack, quantized
+from tilecast.kernels.gpu.quantized import quantized
 from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import TORCH_DTYPES, GemmWeights
+from tilecast.kernels.spec import GemmWeights
+from tilecast.problem import ExpertGemm
 
 TRITON_TYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 BOUNDARY = 16
@@ -71,6 +73,14 @@ def check_weights(weights: GemmWeights) -> None:
         )
     check_boundary("weights", data)
     _check_bias(bias, (shape[0], gemm.n), data.device)
+
+
+def check_stack(stack: object, gemm: ExpertGemm) -> QuantizedStack:
+    """Return the stack, which must be one of `gemm`'s format. Raises InputError."""
+    if not isinstance(stack, QuantizedStack):
+        raise InputError(f"weights are a {type(stack).__name__}, expected a stack of {gemm.layer.weight_format}")
+    stack.check(gemm)
+    return stack
 
 
 def _check_bias(bias: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> None:

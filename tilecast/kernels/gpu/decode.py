@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-
-import torch
+from typing import TYPE_CHECKING
 
 from tilecast.environment import Environment
 from tilecast.kernels.gpu.build import Build
 from tilecast.kernels.gpu.defaults import DECODE, MAX_TOP_K, default_config, least_rows
-from tilecast.kernels.gpu.moe import Domain, Plan, TritonExperts, gemm_constants, make_build, weight_signature
+from tilecast.kernels.gpu.moe import Domain, TritonExperts, gemm_constants, make_build, weight_signature
 from tilecast.kernels.gpu.quantized import CODE_CONSTANTS, code_constants, quantized
-from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
 from tilecast.kernels.gpu.work import decode_work
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.kernels.work import Work
 from tilecast.problem import WEIGHT_FORMATS, ExpertGemm, TileConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from tilecast.kernels.gpu.launch import Plan
+    from tilecast.kernels.gpu.sorting import DeviceLayout
 
 UP_CONSTANTS = (
     "EXPERTS", "K", "WIDTH", "TOP_K", "EXPERT_STRIDE", "COLUMN_STRIDE", "UP_STRIDE", "K_STRIDE", "ACTIVATION", "GATED",

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-
-import torch
+from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json
 from tilecast.environment import Environment
@@ -19,8 +18,8 @@ from tilecast.kernels.gpu.grouped import Grouped
 from tilecast.kernels.gpu.moe import (
     TILE_MAP,
     Domain,
-    Plan,
     combine_build,
+    float32_like,
     gemm_constants,
     launch_combine,
     make_build,
@@ -28,12 +27,16 @@ from tilecast.kernels.gpu.moe import (
     weight_signature,
 )
 from tilecast.kernels.gpu.quantized import code_constants
-from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
 from tilecast.kernels.gpu.tiles import FP8, block_rows, instruction, likely_rows, rows_per_expert
-from tilecast.kernels.reference import FP8_ROWS, ROWS_GROUP
-from tilecast.kernels.spec import PLAIN, GemmWeights
+from tilecast.kernels.spec import FP8_ROWS, PLAIN, ROWS_GROUP, GemmWeights
 from tilecast.problem import WEIGHT_FORMATS, ExpertGemm, TileConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from tilecast.kernels.gpu.launch import Plan
+    from tilecast.kernels.gpu.sorting import DeviceLayout
 
 SUMS = {"89": "groups of 16, 13 fraction bits", "90": "groups of 32, 13 fraction bits"}
 """How a tensor core sums products of e4m3, where that was measured (docs/numerics.md)."""
@@ -178,7 +181,7 @@ class Fp8(Grouped):
     ) -> None:
         """Round the rows, launch the down GEMM into float32 rows by slot, then the combine."""
         tiles = route.tiles(plan.config.integer("block_m"))
-        partial = torch.empty((intermediate.shape[0], out.shape[1]), dtype=torch.float32, device=out.device)
+        partial = float32_like(out, intermediate.shape[0], out.shape[1])
         operands = (*self._operands(plan, intermediate, weights), partial, route.slots, topk_weights)
         grid = (self.programs(plan, tiles.max_tiles),)
         plan.builds[1].launch(grid, out.device, *operands, *tile_arguments(tiles))
@@ -186,9 +189,11 @@ class Fp8(Grouped):
 
     def _operands(self, plan: Plan, rows: torch.Tensor, weights: GemmWeights) -> tuple[torch.Tensor, ...]:
         """Launch the rounding of rows [R, K]; return its codes and scales, and the weights, scales and bias."""
+        import torch
+
         groups = -(-rows.shape[1] // ROWS_GROUP)
         codes = torch.empty((len(rows), groups * ROWS_GROUP), dtype=torch.float8_e4m3fn, device=rows.device)
-        row_scales = torch.empty((len(rows), groups), dtype=torch.float32, device=rows.device)
+        row_scales = float32_like(rows, len(rows), groups)
         grid = (len(rows), -(-groups // rounded_block(groups)))
         plan.builds[0].launch(grid, rows.device, rows, codes, row_scales)
         stack = weights.data

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-
-import torch
+from typing import TYPE_CHECKING
 
 from tilecast.environment import Environment
 from tilecast.kernels.gpu.build import Build
@@ -18,9 +17,9 @@ from tilecast.kernels.gpu.moe import (
     BLOCKS,
     TILE_MAP,
     Domain,
-    Plan,
     TritonExperts,
     combine_build,
+    float32_like,
     gemm_constants,
     launch_combine,
     make_build,
@@ -28,11 +27,16 @@ from tilecast.kernels.gpu.moe import (
     weight_signature,
 )
 from tilecast.kernels.gpu.quantized import CODE_CONSTANTS, code_constants, quantized
-from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
 from tilecast.kernels.gpu.tiles import block_rows, crowds, rows_per_expert
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import WEIGHT_FORMATS, ExpertGemm, TileConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from tilecast.kernels.gpu.launch import Plan
+    from tilecast.kernels.gpu.sorting import DeviceLayout
 
 CONSTANTS = (
     "UP", "K", "WIDTH", "TOP_K", "N_TILES", "EXPERT_STRIDE", "COLUMN_STRIDE", "UP_STRIDE", "K_STRIDE", "ACTIVATION",
@@ -151,7 +155,7 @@ class Grouped(TritonExperts):
     ) -> None:
         """Launch the down GEMM into float32 rows by slot, then the combine."""
         tiles = route.tiles(plan.config.integer("block_m"))
-        partial = torch.empty((intermediate.shape[0], out.shape[1]), dtype=torch.float32, device=out.device)
+        partial = float32_like(out, intermediate.shape[0], out.shape[1])
         operands = (intermediate, *plan.weights, plan.bias, partial, route.slots, topk_weights)
         arguments = (*operands, *tile_arguments(tiles))
         plan.builds[0].launch((self.programs(plan, tiles.max_tiles),), out.device, *arguments)

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from tilecast.errors import ConfigError
-from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm
+
+if TYPE_CHECKING:
+    import torch
 
 LAYOUTS = (PLAIN, "interleaved", "kn", "kn_interleaved")
 
@@ -45,6 +46,8 @@ def strides(gemm: ExpertGemm, layout: str) -> Strides:
 
 def relayout(weights: GemmWeights, layout: str) -> GemmWeights:
     """Return `plain` weights and bias stored in another layout. Raises ConfigError."""
+    from tilecast.kernels.formats import QuantizedStack
+
     gemm = weights.gemm
     strides(gemm, layout)
     if weights.layout == layout:
@@ -64,6 +67,8 @@ def relayout(weights: GemmWeights, layout: str) -> GemmWeights:
 
 def plain_again(weights: GemmWeights) -> GemmWeights:
     """Return weights and bias of any layout here as `plain` ones, bit for bit."""
+    import torch
+
     gemm, layout = weights.gemm, weights.layout
     strides(gemm, layout)
     data, bias = weights.data, weights.bias
@@ -77,5 +82,7 @@ def plain_again(weights: GemmWeights) -> GemmWeights:
 
 def _alternate(stack: torch.Tensor) -> torch.Tensor:
     """Return [E, 2I, …] with rows g0, u0, g1, u1, … from one with all gate rows first."""
+    import torch
+
     gate, up = stack.chunk(2, dim=1)
     return torch.stack((gate, up), dim=2).flatten(1, 2).contiguous()

@@ -9,35 +9,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cache
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json
 from tilecast.environment import Environment, gpu_toolchain
 from tilecast.errors import ConfigError, DeviceError
-from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.gpu.build import Build, Constant
-from tilecast.kernels.gpu.checks import TRITON_TYPES, check_call, check_output, check_rows, check_weights
 from tilecast.kernels.gpu.layouts import Strides, plain_again, relayout, strides
-from tilecast.kernels.gpu.quantized import code_numerics, code_operands, code_signature, quantized
-from tilecast.kernels.gpu.sorting import MAX_EXPERTS, DeviceLayout, TileMap, aligned
-from tilecast.kernels.gpu.target import Target, parse_target, target_of
-from tilecast.kernels.gpu.tiles import instruction, tile_reason
+from tilecast.kernels.gpu.quantized import code_numerics, code_signature, quantized
+from tilecast.kernels.gpu.target import Target, target_of
+from tilecast.kernels.gpu.tiles import MAX_EXPERTS, instruction, tile_reason
 from tilecast.kernels.gpu.work import sorted_work
-from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.kernels.work import Work
 from tilecast.problem import ExpertGemm, ParamValue, TileConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from tilecast.kernels.gpu.launch import Plan
+    from tilecast.kernels.gpu.sorting import DeviceLayout, TileMap
+    from tilecast.kernels.routing import ExpertLayout
 
 Domain = dict[str, tuple[ParamValue, ...] | range]
 BLOCKS: tuple[ParamValue, ...] = (8, 16, 32, 64, 128, 256)
 TILE_MAP = (("tile_count", "*i32"), ("tile_experts", "*i32"), ("tile_starts", "*i32"), ("tile_ends", "*i32"))
 COMBINE_BLOCK = 512
 """Columns of one program of the combine, at most: with 1024, adds come between the loads of eight slots."""
-INTERPRETED = "cuda:90"
-"""The target that kernels are built for on CPU tensors, where Triton's interpreter runs them."""
 
 
 class TritonExperts(ABC):
@@ -171,13 +169,9 @@ class TritonExperts(ABC):
         out: torch.Tensor,
     ) -> None:
         """Run the up GEMM: hidden [T, H] to out [T·k, I] in the config's `order`, activation applied, one rounding."""
-        layer = weights.gemm.layer
-        check_call(weights, route, hidden)
-        check_rows("input", hidden, (route.tokens, layer.hidden), layer.dtype)
-        check_output(out, (route.tokens * route.top_k, layer.intermediate), layer.dtype)
-        if route.tokens:
-            plan = self.plan(config, weights, hidden.device)
-            self.launch_up(plan, aligned(hidden), weights, device_layout(route), out)
+        from tilecast.kernels.gpu import launch
+
+        launch.up(self, config, hidden, weights, route, out)
 
     def down(
         self,
@@ -189,15 +183,9 @@ class TritonExperts(ABC):
         out: torch.Tensor,
     ) -> None:
         """Run the down GEMM and the ordered combine: intermediate [T·k, I] in the config's `order` to out [T, H]."""
-        layer = weights.gemm.layer
-        check_call(weights, route, intermediate)
-        check_rows("input", intermediate, (route.tokens * route.top_k, layer.intermediate), layer.dtype)
-        check_rows("routing weights", topk_weights, (route.tokens, route.top_k), "fp32")
-        check_output(out, (route.tokens, layer.hidden), layer.dtype, "fp32")
-        if route.tokens:
-            plan = self.plan(config, weights, intermediate.device, TRITON_TYPES[out.dtype])
-            rows, scales = aligned(intermediate), aligned(topk_weights)
-            self.launch_down(plan, rows, weights, device_layout(route), scales, out)
+        from tilecast.kernels.gpu import launch
+
+        launch.down(self, config, intermediate, weights, route, topk_weights, out)
 
     @abstractmethod
     def launch_up(
@@ -216,47 +204,6 @@ class TritonExperts(ABC):
         out: torch.Tensor,
     ) -> None:
         """Launch with checked operands, at least one token."""
-
-    def plan(
-        self, config: TileConfig, weights: GemmWeights, device: torch.device, out_dtype: str | None = None
-    ) -> Plan:
-        """Return what stays the same between launches of `config` on these weights, made once and kept with them."""
-        key = (config, out_dtype)
-        known: Plan | None = weights.plans.get(key)
-        if known is None:
-            known = weights.plans[key] = Plan(self, config, weights, device, out_dtype)
-        return known
-
-
-class Plan:
-    """What stays the same between launches of one config on one stack of weights."""
-
-    def __init__(
-        self,
-        kernel: TritonExperts,
-        config: TileConfig,
-        weights: GemmWeights,
-        device: torch.device,
-        out_dtype: str | None,
-    ) -> None:
-        """Check the weights, once for the stack. Raises InputError."""
-        check_weights(weights)
-        self.config = config
-        self.target, self.units = device_facts(device)
-        codes = isinstance(weights.data, QuantizedStack)
-        self.weights = code_operands(weights.data) if codes else (weights.data,)
-        self.bias = self.weights[0] if weights.bias is None else weights.bias
-        self.builds = kernel.builds(
-            weights.gemm,
-            config,
-            self.target,
-            layout=weights.layout,
-            out_dtype=out_dtype,
-            bias_dtype=None if weights.bias is None else TRITON_TYPES[weights.bias.dtype],
-            scale_dtype=TRITON_TYPES[weights.data.scales.dtype] if codes else None,
-        )
-        self.columns = columns_of(weights.gemm, config)
-        self.descriptors: dict[str, Any] = {}
 
 
 def multiply_add(gemm: ExpertGemm, config: TileConfig, target: Target) -> str:
@@ -355,33 +302,13 @@ def launch_combine(build: Build, partial: torch.Tensor, route: DeviceLayout, out
     build.launch((route.tokens, -(-hidden // combine_block(hidden))), out.device, partial, route.ids, out)
 
 
+def float32_like(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Return float32 memory on a tensor's device, contents undefined."""
+    import torch
+
+    return torch.empty(shape, dtype=torch.float32, device=tensor.device)
+
+
 def tile_arguments(tiles: TileMap) -> tuple[torch.Tensor, ...]:
     """Return the arguments that `TILE_MAP` names."""
     return tiles.count, tiles.experts, tiles.starts, tiles.ends
-
-
-def device_layout(route: ExpertLayout) -> DeviceLayout:
-    """Return the route as one that makes tile maps; one that was sorted elsewhere is sorted again."""
-    return route if isinstance(route, DeviceLayout) else DeviceLayout(route.ids, route.experts)
-
-
-@cache
-def device_facts(device: torch.device) -> tuple[Target, int]:
-    """Return the target of a device and its SMs; a few for the CPU, where the interpreter runs. DeviceError."""
-    if device.type == "cpu":
-        return parse_target(INTERPRETED), 4
-    properties = torch.cuda.get_device_properties(device)
-    arch = f"sm_{properties.major}{properties.minor}"
-    if torch.version.hip:
-        arch = properties.gcnArchName.split(":")[0]
-    found = target_of_arch(arch)
-    if found is None:
-        raise DeviceError(f"{device} is {arch}, none of the architectures that the GPU kernels are checked on")
-    return found, properties.multi_processor_count
-
-
-def target_of_arch(arch: str) -> Target | None:
-    """Return the target of an architecture as `Environment.arch` writes it."""
-    from dataclasses import replace
-
-    return target_of(replace(parse_target(INTERPRETED).environment(), arch=arch))

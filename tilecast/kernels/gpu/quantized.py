@@ -7,15 +7,19 @@ one that holds for all of K multiplies the finished sum, and the codes themselve
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json
-from tilecast.errors import InputError
-from tilecast.kernels.formats import QuantizedStack, scale_shape
 from tilecast.kernels.gpu.build import Constant
 from tilecast.kernels.gpu.target import Target
 from tilecast.kernels.gpu.tiles import instruction
+from tilecast.kernels.scales import scale_shape
 from tilecast.problem import MAX_DIMENSION, ExpertGemm, TileConfig, weight_format
+
+if TYPE_CHECKING:
+    import torch
+
+    from tilecast.kernels.formats import QuantizedStack
 
 CODE_TYPES = {"awq": "i32", "int4": "i32", "int8": "i8", "fp8": "u8"}
 WORD = 8
@@ -50,6 +54,8 @@ def code_signature(gemm: ExpertGemm, scale_dtype: str | None) -> tuple[tuple[str
 
 def code_operands(stack: QuantizedStack) -> tuple[torch.Tensor, ...]:
     """Return what is launched for `code_signature`."""
+    import torch
+
     kind = weight_format(stack.format).kind
     codes = stack.codes if kind == "int8" else stack.codes.view(torch.uint8 if kind == "fp8" else torch.int32)
     return codes, stack.scales, codes if stack.zeros is None else stack.zeros
@@ -68,14 +74,6 @@ def code_constants(gemm: ExpertGemm, target: Target) -> dict[str, Constant]:
         "SCALE_BLOCK": form.rows or MAX_DIMENSION, "SCALE_UP": rows // 2 if pairs else 0,
         "BITWISE": form.kind == "fp8" and target.arch not in WIDENS_E4M3,
     }  # fmt: skip
-
-
-def check_stack(stack: object, gemm: ExpertGemm) -> QuantizedStack:
-    """Return the stack, which must be one of `gemm`'s format. Raises InputError."""
-    if not isinstance(stack, QuantizedStack):
-        raise InputError(f"weights are a {type(stack).__name__}, expected a stack of {gemm.layer.weight_format}")
-    stack.check(gemm)
-    return stack
 
 
 def code_numerics(gemm: ExpertGemm, config: TileConfig, target: Target) -> dict[str, Json]:

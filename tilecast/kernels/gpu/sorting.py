@@ -15,9 +15,9 @@ import torch
 
 from tilecast.errors import InputError
 from tilecast.kernels.gpu.build import Build
+from tilecast.kernels.gpu.tiles import MAX_EXPERTS
 from tilecast.kernels.routing import ExpertLayout
 
-MAX_EXPERTS = 1024
 MAX_SLOTS = 1 << 24
 SPAN = 4096
 """The most slots that one launch can sort: two numbers, an expert and a slot below SPAN, are compared as one."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-
-import torch
+from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json
 from tilecast.environment import Environment
@@ -20,18 +19,23 @@ from tilecast.kernels.gpu.moe import (
     BLOCKS,
     TILE_MAP,
     Domain,
-    Plan,
     TritonExperts,
     combine_block,
+    float32_like,
     gemm_constants,
     make_build,
     tile_arguments,
 )
-from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
 from tilecast.kernels.gpu.tiles import block_rows, rows_per_expert
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, TileConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from tilecast.kernels.gpu.launch import Plan
+    from tilecast.kernels.gpu.sorting import DeviceLayout
 
 CHUNKS = (256, 512, 1024, 2048, 4096)
 DEFAULT_CHUNK = 1024
@@ -175,7 +179,7 @@ class SplitK(TritonExperts):
         """Return float32 partial sums [splits, T·k, N]; rows of absent slots have no meaning."""
         gemm = weights.gemm
         splits = -(-gemm.k // plan.config.integer("chunk"))
-        partial = torch.empty((splits, slots, gemm.n), dtype=torch.float32, device=rows.device)
+        partial = float32_like(rows, splits, slots, gemm.n)
         tiles = route.tiles(plan.config.integer("block_m"))
         plan.builds[0].launch(
             (tiles.max_tiles * plan.columns, splits), rows.device,

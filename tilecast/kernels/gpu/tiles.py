@@ -17,6 +17,8 @@ SCRATCH_BYTES = 32 << 10
 """The most that re-laying a tile of sums for its store was seen to take, but for the down GEMM's after `wgmma`."""
 FMA_VALUES_PER_THREAD = 80
 """More operands of a step and sums of a thread than this spill where there is no matrix unit (96 was seen to)."""
+MAX_EXPERTS = 1024
+"""The most experts that slots are sorted by."""
 FP8 = "triton.moe_fp8"
 """The kernel whose rows are codes, too."""
 LEAST_CODE_STEP = 64

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, InputError
@@ -17,19 +15,24 @@ from tilecast.kernels.gpu.moe import (
     BLOCKS,
     TILE_MAP,
     Domain,
-    Plan,
     TritonExperts,
     combine_build,
+    float32_like,
     gemm_constants,
     launch_combine,
     make_build,
     tile_arguments,
 )
-from tilecast.kernels.gpu.sorting import DeviceLayout
 from tilecast.kernels.gpu.target import Target, target_of
 from tilecast.kernels.gpu.tiles import rows_per_expert
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, TileConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from tilecast.kernels.gpu.launch import Plan
+    from tilecast.kernels.gpu.sorting import DeviceLayout
 
 CONSTANTS = (
     "UP", "K", "WIDTH", "TOP_K", "N_TILES", "ACTIVATION", "GATED", "HAS_BIAS", "BIAS_EXPERT", "BIAS_COLUMN", "BIAS_UP",
@@ -154,7 +157,7 @@ class Tma(TritonExperts):
         """Launch the down GEMM into float32 rows by slot, then the combine."""
         config = plan.config
         tiles = route.tiles(config.integer("block_m"))
-        partial = torch.empty((intermediate.shape[0], out.shape[1]), dtype=torch.float32, device=out.device)
+        partial = float32_like(out, intermediate.shape[0], out.shape[1])
         rows = describe(intermediate, intermediate.shape, (config.integer("block_m"), config.integer("block_k")))
         described = self._weights(plan, weights)
         arguments = (rows, described, plan.bias, partial, route.slots, topk_weights, *tile_arguments(tiles))
