@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -48,6 +49,11 @@ class Misbehaving:
             return (float(torch.get_num_threads()), float(os.getpid()))
         self.act(str(config["does"]))
         return tuple(float(tokens * 100 + round * 10 + i) for i in range(count))
+
+    def sample_together(
+        self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig], *, round: int, count: int
+    ) -> list[tuple[float, ...]]:
+        return [self.sample(gemm, tokens, config, round=round, count=count) for config in configs]
 
     def act(self, does: str) -> None:
         if does == "hang":

@@ -68,6 +68,13 @@ def test_it_returns_what_the_measurer_returns(measurer: SandboxMeasurer) -> None
     assert measurer.sample(SMALL.up, 4, GOOD, round=2, count=3) == (420.0, 421.0, 422.0)
 
 
+def test_configs_are_sampled_together_in_one_call(measurer: SandboxMeasurer) -> None:
+    found = measurer.sample_together(SMALL.up, 4, [GOOD, behaving("well", 2)], round=2, count=2)
+    assert found == [(420.0, 421.0), (420.0, 421.0)]
+    with pytest.raises(WorkerDied, match="SIGSEGV during sample_together"):
+        measurer.sample_together(SMALL.up, 4, [GOOD, behaving("segfault")], round=0, count=1)
+
+
 def test_the_worker_is_another_process_with_as_many_threads(measurer: SandboxMeasurer) -> None:
     threads, pid = measurer.sample(SMALL.up, 4, behaving("threads"), round=0, count=1)
     assert threads == torch.get_num_threads()

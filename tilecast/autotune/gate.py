@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -45,11 +45,15 @@ Expected = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the gate found: a measurement's status, the error ratio where there is one, and why not `ok`."""
+    """What the gate found: a measurement's status, the error ratio where there is one, and why not `ok`.
+
+    `launch_us` is how long the faster of its launches took, 0 where that is not known.
+    """
 
     status: str = "ok"
     error_ratio: float | None = None
     detail: str = ""
+    launch_us: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,7 @@ class Gate:
         if worst > MAX_ERROR_RATIO:
             detail = f"error is {worst:.3g} times that of torch in {gemm.layer.dtype}, at most {MAX_ERROR_RATIO} passes"
             return Verdict(status="wrong_result", error_ratio=worst, detail=detail)
-        return Verdict(error_ratio=worst)
+        return Verdict(error_ratio=worst, launch_us=min(launches_us))
 
     def _variants(self, gemm: ExpertGemm, tokens: int) -> list[Inputs]:
         full = self._workload.inputs(gemm, tokens, GATE_SEED)

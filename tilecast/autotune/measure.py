@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
 
-from tilecast.autotune.clock import Clock, clock_for
+from tilecast.autotune.clock import Clock, Launch, clock_for, garbage_collector_paused
 from tilecast.autotune.gate import Gate, Verdict, out_dtypes
 from tilecast.autotune.routing_profiles import RoutingProfile
+from tilecast.autotune.seeds import hash_seed
+from tilecast.autotune.timing import centre
 from tilecast.autotune.workload import Workload, check_memory, launch, poisoned_output
 from tilecast.environment import Environment
 from tilecast.kernels.spec import GemmWeights, Registry
@@ -44,6 +47,20 @@ class Measurer(Protocol):
 
     def release(self, gemm: ExpertGemm) -> None:
         """Drop what is kept for `gemm`; its last bucket is done."""
+        ...
+
+
+@runtime_checkable
+class Together(Protocol):
+    """A measurer that takes the samples of several configs within the same stretch of time."""
+
+    def sample_together(
+        self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig], *, round: int, count: int
+    ) -> list[tuple[float, ...]]:
+        """Return what `sample` would for each of `configs`, their launches interleaved. Raises what any of them does.
+
+        Who it was is not told: it raises again when each is sampled alone.
+        """
         ...
 
 
@@ -166,17 +183,61 @@ class DeviceMeasurer:
         The first call for a config launches it twice without timing, unless the gate showed that it takes long.
         Launches of less than `SAMPLE_US` are repeated, each repeat on its own operands, and the time divided.
         """
-        key = (gemm, tokens, config)
-        if key not in self._repeats:
-            self._repeats[key] = self._repeats_of(gemm, tokens, config)
-        repeats = self._repeats[key]
+        repeats = self._repeats_of(gemm, tokens, config)
         times = []
         for index in range(count):
             first = 1 + (round * 8 + index) * MAX_REPEATS
             times.append(self._time(gemm, tokens, config, seeds=list(range(first, first + repeats))))
         return tuple(times)
 
+    def sample_together(
+        self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig], *, round: int, count: int
+    ) -> list[tuple[float, ...]]:
+        """Return `count` times for each config in µs, launch by launch in turns; a sample is the launches' centre.
+
+        What slows a machine down for 10 to 100 ms would make the configs look slow that ran meanwhile. A turn is one
+        launch of each config, in an order drawn anew; one of fewer launches has them spread evenly over the turns.
+        Config by config where the weights do not fit into memory in all of their layouts, and on a GPU: a sample there
+        is a graph of its own, all of whose launches take less than such a disturbance lasts.
+        """
+        kernels = [self._registry[config.kernel] for config in configs]
+        layouts = {(kernel.name, kernel.layout(gemm, config)) for kernel, config in zip(kernels, configs, strict=True)}
+        held = self._workload.fits(gemm, len(layouts) * self._workload.copies(gemm))
+        if self._workload.device.type != "cpu" or not held:
+            return [self.sample(gemm, tokens, config, round=round, count=count) for config in configs]
+        repeats = [self._repeats_of(gemm, tokens, config) for config in configs]
+        found: list[list[float]] = [[] for _ in configs]
+        for index in range(count):
+            first = 1 + (round * 8 + index) * MAX_REPEATS
+            turns = _turns(repeats, hash_seed(tokens, round, index))
+            for times, one in zip(found, self._in_turns(gemm, tokens, configs, turns, first), strict=True):
+                times.append(centre(one))
+        return [tuple(times) for times in found]
+
+    def _in_turns(
+        self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig], turns: Sequence[int], first: int
+    ) -> list[list[float]]:
+        """Return the µs of each config's launches; `turns` are the configs' places, one a launch."""
+        found: list[list[float]] = [[] for _ in configs]
+        out = poisoned_output(gemm, tokens, device=self._workload.device)
+        # All of them before the first is timed, so that the caches are full of launches and nothing else.
+        made = [0] * len(configs)
+        launches = []
+        for place in turns:
+            launches.append(self._launch(gemm, tokens, configs[place], seed=first + made[place], out=out))
+            made[place] += 1
+        with garbage_collector_paused():
+            for place, one in zip(turns, launches, strict=True):
+                found[place].append(self._clock.time([one]))
+        return found
+
     def _repeats_of(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> int:
+        key = (gemm, tokens, config)
+        if key not in self._repeats:
+            self._repeats[key] = self._warmed(gemm, tokens, config)
+        return self._repeats[key]
+
+    def _warmed(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> int:
         wanted = SAMPLE_US[self._workload.environment.device_kind]
         # What the gate launched may have been compiling, unless the kernel was told before.
         told = isinstance(self._registry[config.kernel], Prepared)
@@ -194,16 +255,28 @@ class DeviceMeasurer:
         self._repeats.clear()
 
     def _time(self, gemm: ExpertGemm, tokens: int, config: TileConfig, *, seeds: list[int]) -> float:
-        kernel = self._registry[config.kernel]
-        layout, order = kernel.layout(gemm, config), kernel.order(gemm, config)
-        copies = self._workload.copies(gemm)
         out = poisoned_output(gemm, tokens, device=self._workload.device)
-        launches = []
-        for seed in seeds:
-            self._turn = (self._turn + 1) % copies
-            weights = self._workload.weights(gemm, kernel, layout, self._turn)
-            if isinstance(kernel, Prepared):
-                kernel.prepare(config, weights, out.dtype)
-            inputs = self._workload.inputs(gemm, tokens, seed, order)
-            launches.append(partial(launch, kernel, config, weights, inputs, out))
-        return self._clock.time(launches)
+        return self._clock.time([self._launch(gemm, tokens, config, seed=seed, out=out) for seed in seeds])
+
+    def _launch(self, gemm: ExpertGemm, tokens: int, config: TileConfig, *, seed: int, out: torch.Tensor) -> Launch:
+        """Return a launch on the next copy of the weights and the routing of `seed`."""
+        kernel = self._registry[config.kernel]
+        layout = kernel.layout(gemm, config)
+        self._turn = (self._turn + 1) % self._workload.copies(gemm)
+        weights = self._workload.weights(gemm, kernel, layout, self._turn)
+        if isinstance(kernel, Prepared):
+            kernel.prepare(config, weights, out.dtype)
+        inputs = self._workload.inputs(gemm, tokens, seed, kernel.order(gemm, config))
+        return partial(launch, kernel, config, weights, inputs, out)
+
+
+def _turns(repeats: Sequence[int], seed: int) -> list[int]:
+    """Return the places of configs, each as often as it repeats, in turns of one launch each in an order of its own."""
+    chance, most = random.Random(seed), max(repeats)
+    turns = []
+    for turn in range(most):
+        # Of `repeats` launches spread evenly over all turns, the next one falls into this turn.
+        due = [p for p, own in enumerate(repeats) if (turn + 1) * own // most > turn * own // most]
+        chance.shuffle(due)
+        turns += due
+    return turns

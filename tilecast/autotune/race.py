@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from statistics import median
 
@@ -15,9 +14,9 @@ from tilecast.autotune.gate import Verdict
 from tilecast.autotune.measure import failure
 from tilecast.autotune.prescreen import Candidate
 from tilecast.autotune.prior import Expectation
+from tilecast.autotune.sampling import Batch, Sampling
 from tilecast.autotune.search.base import Strategy, Turn, View
 from tilecast.autotune.session import Session
-from tilecast.autotune.stretch import Stretch
 from tilecast.autotune.timing import Timing, breaks_class, pool
 from tilecast.errors import DeviceError
 from tilecast.evidence import Measurement
@@ -117,7 +116,7 @@ class Race:
         self._screening_end = now + SCREENING_SHARE * max(0.0, deadline - now)
         self._expect = expect
         self._report = report
-        self._cost_s: dict[TileConfig, float] = {}
+        self._sampling = Sampling(session, gemm, bucket.tokens, self._by_config)
         self._first_costs_s: list[float] = []
         self._cut = 0
         self._read = 0
@@ -177,23 +176,22 @@ class Race:
         if self._session.ahead is not None:
             self._session.ahead.submit(self._gemm, [config for config in order if config not in present])
         made: list[Measurement] = []
-        stretch = Stretch(self._session)
+        batch = Batch(self._sampling, number, turn.samples)
         stop = False
         for position, config in enumerate(order):
             if config in present:
                 continue
             must = number == 0 and position < self._required
-            cost = self._expected_cost_s(config, number, turn.samples)
+            cost = batch.waiting_s() + self._expected_cost_s(config, turn.samples)
             stop = stop or (not must and time.monotonic() + cost > self._deadline)
             if not must and (stop or (number == 0 and time.monotonic() + cost > self._screening_end)):
                 self._cut += 1
                 continue
             self._compile(config, order[position:])
-            checked = self._check(config, number)
-            again = partial(self._sample, config, number, turn.samples, checked)
-            made += stretch.add(again)
+            made += batch.add(config, self._check(config) or Verdict())
             self._report(self._state(number, len(turn.configs), (position + 1) / len(order)))
-        made += stretch.close()
+        made += batch.close()
+        self._report(self._state(number, len(turn.configs), 1.0))
         return made, stop
 
     def _share(self, order: list[TileConfig], number: int) -> list[TileConfig]:
@@ -203,11 +201,12 @@ class Race:
             return order
         return [c for i, c in enumerate(order) if i % peers.world_size == peers.rank or c in self._entry.must]
 
-    def _expected_cost_s(self, config: TileConfig, number: int, samples: int) -> float:
-        if config not in self._cost_s:
+    def _expected_cost_s(self, config: TileConfig, samples: int) -> float:
+        known_s = self._sampling.cost_s(config)
+        if known_s is None:
             # The median: the first config of each weight layout packs for all that follow it.
             return median(self._first_costs_s) if self._first_costs_s else 0.0
-        return self._cost_s[config] * samples
+        return known_s * samples
 
     def _compile(self, config: TileConfig, following: Sequence[TileConfig]) -> None:
         """Have the next few that are to be checked compiled at once, `config` first, where the measurer can do that."""
@@ -229,7 +228,7 @@ class Race:
         each_s = (time.monotonic() - start) / len(fresh)
         self._compiled |= dict.fromkeys(fresh, each_s)
 
-    def _check(self, config: TileConfig, number: int) -> Verdict | None:
+    def _check(self, config: TileConfig) -> Verdict | None:
         """Run the gate if the config was not checked before: a verdict, or None for one that passed it earlier."""
         self._catch_up()
         if config in self._passed:
@@ -263,37 +262,6 @@ class Race:
         twin = self._by_config[first]
         alike = (own.numerics, own.layout, own.order) == (twin.numerics, twin.layout, twin.order)
         return first if alike and first in self._passed and config not in self._entry.must else None
-
-    def _sample(self, config: TileConfig, number: int, count: int, checked: Verdict | None) -> Measurement:
-        session = self._session
-        verdict = checked or Verdict()
-        status, detail = verdict.status, verdict.detail
-        samples: tuple[float, ...] = ()
-        if status == "ok":
-            try:
-                samples = session.measurer.sample(self._gemm, self._tokens, config, round=number, count=count)
-                self._cost_s[config] = max(samples) / 1e6
-            except DeviceError:
-                raise
-            except Exception as error:  # As above.
-                status, detail = failure(error)
-        return Measurement(
-            environment=session.plan.environment.digest,
-            gemm=self._gemm,
-            tokens=self._tokens,
-            config=config,
-            status=status,
-            samples_us=samples,
-            routing=session.plan.routing,
-            numerics=self._by_config[config].numerics,
-            error_ratio=verdict.error_ratio,
-            rank=session.peers.rank,
-            world_size=session.peers.world_size,
-            run=session.run,
-            round=number,
-            detail=detail,
-            measured_at=time.time(),
-        )
 
     def _catch_up(self) -> None:
         """Take in what was measured since the last call: this is asked after every measurement."""

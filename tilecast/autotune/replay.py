@@ -7,6 +7,7 @@ from those recorded for the config. The format is documented in docs/tuning.md.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -18,7 +19,7 @@ from typing import cast
 
 from tilecast.autotune.contention import MIN_STRETCH_S, CpuWatch, contended
 from tilecast.autotune.gate import Verdict
-from tilecast.autotune.measure import Measurer, failure
+from tilecast.autotune.measure import SAMPLE_US, Measurer, Together, failure
 from tilecast.autotune.prescreen import anchors, prescreen
 from tilecast.autotune.seeds import hash_seed
 from tilecast.canonical import Json, fields_of
@@ -99,7 +100,8 @@ def record_sweep(
 ) -> Sweep:
     """Measure every valid candidate `samples` times, in rounds that go through all of them; hopeless ones less often.
 
-    A stretch of a round in which others used the CPUs is measured again. `all_tokens` are the buckets of the whole
+    A round draws who is measured with whom: on CPUs those of a stretch take turns, where `measurer` can do that. A
+    stretch in which others used the CPUs is measured again. `all_tokens` are the buckets of the whole
     recording, whose defaults' groups are measured in every one of them.
     """
     check_int("samples", samples, 1, 1 << 16)
@@ -107,25 +109,26 @@ def record_sweep(
     held = anchors(gemm, tuple(all_tokens) or (tokens,), environment, registry)
     candidates = [c.config for c in prescreen(gemm, tokens, environment, registry, anchors=held).candidates]
     status: dict[TileConfig, tuple[str, str]] = {}
+    expected_us: dict[TileConfig, float] = {}
     for config in candidates:
         try:
             verdict = measurer.check(gemm, tokens, config)
-            status[config] = verdict.status, verdict.detail
+            status[config], expected_us[config] = (verdict.status, verdict.detail), verdict.launch_us
         except Exception as error:  # What a kernel raises is a fact about it, kept like any other.
             status[config] = failure(error)
     running = [config for config in candidates if status[config][0] == "ok"]
     found: dict[TileConfig, list[float]] = {config: [] for config in running}
     shares, retried = [], 0
+    least_us = SAMPLE_US[environment.device_kind]
     for number in range(samples):
-        turn = number * 7 % max(1, len(running))
-        queue = [*running[turn:], *running[:turn]]
-        while queue:
-            stretch, stolen, again = _stretch(gemm, tokens, queue, number, measurer, watch)
+        order = random.Random(number).sample(running, len(running))
+        for group in _groups(order, [max(least_us, expected_us[config]) / 1e6 for config in order]):
+            values, stolen, again = _stretch(gemm, tokens, group, number, measurer, watch)
             retried += again
             shares += [] if stolen is None else [stolen]
-            for config, value in stretch:
+            for config, value in zip(group, values, strict=True):
                 found[config].append(value)
-            queue = queue[len(stretch) :]
+                expected_us[config] = value
         if running and number + 1 == FEW_ROUNDS:
             best = min(median(found[config]) for config in running)
             running = [config for config in running if median(found[config]) <= HOPELESS * best]
@@ -141,33 +144,40 @@ def record_sweep(
     )  # fmt: skip
 
 
+def _groups(order: Sequence[TileConfig], costs_s: Sequence[float]) -> list[list[TileConfig]]:
+    """Return configs in groups of about the same time, of which a sample each takes about a stretch's time."""
+    each_s = sum(costs_s) / max(1, math.ceil(sum(costs_s) / SLICE_S))
+    groups: list[list[TileConfig]] = []
+    spent_s = 0.0
+    for config, cost_s in zip(order, costs_s, strict=True):
+        if spent_s + cost_s / 2 > each_s * len(groups):
+            groups.append([])
+        groups[-1].append(config)
+        spent_s += cost_s
+    return groups
+
+
 def _stretch(
-    gemm: ExpertGemm, tokens: int, queue: Sequence[TileConfig], number: int, measurer: Measurer, watch: CpuWatch
-) -> tuple[list[tuple[TileConfig, float]], float | None, int]:
-    """Return one sample each of the first configs of `queue`, the others' share of the CPUs, and the repetitions."""
-    for again in range(TRIES):
+    gemm: ExpertGemm, tokens: int, group: Sequence[TileConfig], number: int, measurer: Measurer, watch: CpuWatch
+) -> tuple[list[float], float | None, int]:
+    """Return one sample of each of `group`, the others' share of the CPUs, and how often it was done again."""
+    retried = 0
+    while True:
         start = watch.read()
-        taken: list[tuple[TileConfig, float]] = []
-        elapsed_s = 0.0
-        for config in queue:
-            begin = watch.read()
-            (value,) = measurer.sample(gemm, tokens, config, round=number, count=1)
-            taken.append((config, value))
-            end = watch.read()
-            if start is not None and begin is not None and end is not None:
-                elapsed_s = end.wall_s - start.wall_s
-                if elapsed_s > SLICE_S:
-                    break
+        if isinstance(measurer, Together) and len(group) > 1:
+            taken = measurer.sample_together(gemm, tokens, group, round=number, count=1)
+        else:
+            taken = [measurer.sample(gemm, tokens, config, round=number, count=1) for config in group]
         stolen = watch.stolen(start, watch.read())
         if stolen is None:
             # Too short to tell: whether others run is asked of the moment after.
             start = watch.read()
             time.sleep(MIN_STRETCH_S)
             stolen = watch.stolen(start, watch.read())
-        if not contended(stolen):
-            return taken, stolen, again
+        if not contended(stolen) or retried == TRIES:
+            return [value for (value,) in taken], stolen, retried
+        retried += 1
         time.sleep(PAUSE_S)
-    return taken, stolen, TRIES
 
 
 # Files ------------------------------------------------------------------------------------

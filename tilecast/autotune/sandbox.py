@@ -129,19 +129,31 @@ class SandboxMeasurer:
         numbers = {"round": round, "count": count}
         return cast(tuple[float, ...], self._call("sample", (gemm, tokens, config), numbers, limit_s))
 
+    def sample_together(
+        self, gemm: ExpertGemm, tokens: int, configs: Sequence[TileConfig], *, round: int, count: int
+    ) -> list[tuple[float, ...]]:
+        """Return `count` times of each config in µs, taken in the worker in turns; its measurer must know how.
+
+        Who hung, crashed or raised is not told; sampled alone, it does so again.
+        """
+        limit_s = self._limit_s("sample", gemm, tokens, count, configs=len(configs))
+        numbers = {"round": round, "count": count}
+        found = self._call("sample_together", (gemm, tokens, tuple(configs)), numbers, limit_s)
+        return cast(list[tuple[float, ...]], found)
+
     def release(self, gemm: ExpertGemm) -> None:
         """Drop what the worker keeps for `gemm`; nothing to do if none runs."""
         self._gemm = None
         if self._worker is not None:
             self._call("release", (gemm,), {}, self._start_limit_s)
 
-    def _limit_s(self, call: str, gemm: ExpertGemm, tokens: int, count: int) -> float:
+    def _limit_s(self, call: str, gemm: ExpertGemm, tokens: int, count: int, configs: int = 1) -> float:
         given = self._limits[call]
         if given is not None:
-            return given
-        launches = self._expected_s(gemm, tokens) * (LAUNCHES[call] + count)
+            return given * configs
+        launches = configs * self._expected_s(gemm, tokens) * (LAUNCHES[call] + count)
         # A worker's first call for a layout packs the weights, and the gate turns them into the oracle's.
-        weights = 4 * gemm.weight_bytes() / SLOW_BYTES
+        weights = 4 * configs * gemm.weight_bytes() / SLOW_BYTES
         first = COMPILE_S if call == "check" else 0.0
         return first + max(MIN_LIMIT_S, LIMIT_FACTOR * (launches + weights))
 

@@ -19,6 +19,9 @@ PAUSE_S = 0.5
 """How often a disturbed stretch is measured again, and the wait before."""
 
 
+Take = Callable[[], list[Measurement]]
+
+
 class Stretch:
     """Measurements made one after the other: kept at once, or when a watch has seen that nothing disturbed them.
 
@@ -34,12 +37,12 @@ class Stretch:
         self._restarts = bool(getattr(session.measurer, "restarts", False))
         self._start: object = None
         self._began = 0.0
-        self._held: list[tuple[Callable[[], Measurement], Measurement]] = []
+        self._held: list[tuple[Take, list[Measurement]]] = []
 
-    def add(self, take: Callable[[], Measurement]) -> list[Measurement]:
-        """Measure; return what was kept by now."""
+    def add(self, take: Take) -> list[Measurement]:
+        """Measure; return what was kept by now. What failed is as it is: only what ran is asked for again."""
         if self._watch is None:
-            return [self._keep(take())]
+            return [self.keep(m) for m in take()]
         if not self._held:
             self._start, self._began = self._watch.read(), time.monotonic()
         self._held.append((take, take()))
@@ -56,15 +59,22 @@ class Stretch:
             self._session.disturbed += 1
             time.sleep(PAUSE_S)
             start, began = self._watch.read(), time.monotonic()
-            self._held = [(take, take() if m.status == "ok" else m) for take, m in self._held]
+            self._held = [
+                (take, take() if any(m.status == "ok" for m in found) else found) for take, found in self._held
+            ]
             # Without its gate a stretch may be too short for the counters to tell.
             time.sleep(max(0.0, MIN_STRETCH_S - (time.monotonic() - began)))
             reason = self._watch.disturbed(start, self._watch.read())
-        found = [m if reason is None or m.status != "ok" else replace(m, detail=reason) for _, m in self._held]
+        found = [
+            m if reason is None or m.status != "ok" else replace(m, detail=reason)
+            for _, taken in self._held
+            for m in taken
+        ]
         self._held = []
-        return [self._keep(m) for m in found]
+        return [self.keep(m) for m in found]
 
-    def _keep(self, measurement: Measurement) -> Measurement:
+    def keep(self, measurement: Measurement) -> Measurement:
+        """Keep a measurement. Raises DeviceError if it lost the device to this process."""
         self._session.keep(measurement)
         if measurement.status == "runtime_error" and device_lost(measurement.detail) and not self._restarts:
             raise DeviceError(

@@ -191,6 +191,11 @@ class Workload:
         self._stacks[key] = made
         return made
 
+    def fits(self, gemm: ExpertGemm, stacks: int) -> bool:
+        """Whether so many copies of the weights, all layouts taken together, are kept in memory at once."""
+        self._hold(gemm)
+        return stacks <= self._room(gemm)
+
     def plain(self, gemm: ExpertGemm) -> GemmWeights:
         """Return the weights as checkpoints hold them, the source of copy 0 of every layout."""
         self._hold(gemm)
@@ -266,11 +271,14 @@ class Workload:
         return GemmWeights(gemm=gemm, layout=PLAIN, data=data, bias=bias)
 
     def _make_room(self, gemm: ExpertGemm) -> None:
+        while len(self._stacks) >= self._room(gemm):
+            self._stacks.popitem(last=False)
+
+    def _room(self, gemm: ExpertGemm) -> int:
+        """Return how many stacks may stand in memory."""
         # Packed data is opaque; every layout holds the same elements, so that the plain size stands for it.
         # One more is about to be made, and stands beside its source until it is.
-        room = max(1, self._memory_bytes // 2 // gemm.weight_bytes() - 1)
-        while len(self._stacks) >= room:
-            self._stacks.popitem(last=False)
+        return max(1, self._memory_bytes // 2 // gemm.weight_bytes() - 1)
 
 
 def weight_copies(gemm: ExpertGemm, llc_bytes: int) -> int:
