@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -41,12 +43,30 @@ def test_environment_survives_its_json(environment: Environment) -> None:
 @given(environments(), environments())
 def test_comparison_is_complete(here: Environment, there: Environment) -> None:
     mismatches = here.compare(there)
-    assert {m.field for m in mismatches} == {
-        f.name for f in fields(here) if getattr(here, f.name) != getattr(there, f.name)
-    }
+    unlike = {f.name for f in fields(here) if getattr(here, f.name) != getattr(there, f.name)}
+    assert {m.field for m in mismatches} == unlike - ({"threads"} if 0 in (here.threads, there.threads) else set())
     hard = [m.hard for m in mismatches]
     assert hard == sorted(hard, reverse=True)
     assert here.accepts(there) == there.accepts(here) == (not any(hard))
+
+
+def test_what_is_seen_without_torch_is_this_machine_but_for_threads() -> None:
+    code = "import sys; sys.modules['torch'] = None; from tilecast.environment import seen; print(seen().canonical)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    found = Environment.from_json(json.loads(done.stdout))
+    assert found == replace(cpu_environment(), threads=0)
+    assert cpu_environment().compare(found) == ()
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_a_gpu_driver_makes_torch_be_asked(present: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = tmp_path / "nvidiactl"
+    if present:
+        driver.touch()
+    monkeypatch.setattr(environment_module, "GPU_FILES", (driver,))
+    monkeypatch.setattr(environment_module, "here", lambda: HERE)
+    monkeypatch.delitem(sys.modules, "torch")
+    assert (environment_module.seen() == HERE) == present
 
 
 def test_an_environment_accepts_itself() -> None:

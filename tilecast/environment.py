@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import re
+import sys
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from importlib import metadata
@@ -55,7 +56,8 @@ class Environment:
 
     device_kind is `cpu` or `cuda`; `features` the instruction-set flags, comma-joined; `units` cores of a CPU
     or SMs of a GPU; `llc_bytes` the last-level cache; `threads` what torch uses on a CPU (a cap, no bits
-    depend on it); `kernel_source` the SHA-256 of the kernels' source text; versions are `major.minor.patch`.
+    depend on it; 0 where it is not known); `kernel_source` the SHA-256 of the kernels' source text; versions are
+    `major.minor.patch`.
     """
 
     device_kind: str
@@ -101,7 +103,8 @@ class Environment:
         found = []
         for f in fields(self):
             mine, other = getattr(self, f.name), getattr(there, f.name)
-            if mine == other:
+            # Threads are 0 where they are not known: on GPUs, and where nobody asked torch.
+            if mine == other or (f.name == "threads" and 0 in (mine, other)):
                 continue
             hard = f.name in self.HARD
             if f.name in self.HARD_TO_MINOR:
@@ -170,6 +173,10 @@ def cpu_environment() -> Environment:
     """Return this machine's CPU environment. The thread count is torch's at the first call."""
     import torch
 
+    return _cpu_environment(torch.__version__, torch.get_num_threads())
+
+
+def _cpu_environment(torch_version: str, threads: int) -> Environment:
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     name = info.get("model name") or platform.processor() or platform.machine()
@@ -183,9 +190,9 @@ def cpu_environment() -> Environment:
         units=os.cpu_count() or 1,
         llc_bytes=_llc_bytes(),
         kernel_source=kernel_source_digest("cpu"),
-        torch=torch.__version__,
+        torch=torch_version,
         compiler=_version("llvmlite"),
-        threads=torch.get_num_threads(),
+        threads=threads,
         system=_system(),
     )
 
@@ -257,6 +264,20 @@ def here() -> Environment:
     import torch
 
     return cuda_environment() if torch.cuda.is_available() else cpu_environment()
+
+
+GPU_FILES = tuple(map(Path, ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg", "/proc/driver/nvidia/version")))
+"""What the drivers of NVIDIA (also on Jetson and under WSL) and AMD put there: without one torch sees no GPU."""
+
+
+def seen() -> Environment:
+    """Return what `here` does without importing torch, where no GPU can be: for commands that only look at tables.
+
+    The threads of a CPU that torch was not asked about are 0, not known.
+    """
+    if sys.modules.get("torch") is not None or sys.platform == "win32" or any(path.exists() for path in GPU_FILES):
+        return here()
+    return _cpu_environment(_version("torch"), 0)
 
 
 def _system() -> str:

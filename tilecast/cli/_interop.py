@@ -85,7 +85,7 @@ def import_from_engine(output: Output, engine: str, names: Sequence[str], peers:
 
     paths = find_files([Path(name).expanduser() for name in names])
     kept, rows, here, refused = 0, 0, 0, list[str]()
-    device = device_in_name(engine, environment.here().device)
+    device = device_in_name(engine, environment.seen().device)
     folder = PeerFolder(peers)
     for path in paths:
         try:

@@ -106,10 +106,11 @@ def coverage(
     counts = parse_token_option(tokens, DEFAULT_TOKENS)
     choice = parse_gpu_experts(gpu_experts, tp=tp, ep=ep)
     split = sharded(model, tp=tp, ep=ep, dtype=dtype)
-    use_threads(threads)
+    if threads is not None:
+        use_threads(threads)
     where = source or settings.import_from or store_location(None, settings)
     found = read_table(where)
-    place = _place(found, environment, where)
+    place = _place(found, environment, where, whole=json_)
     profile = _profile(found, chosen, place, relaxed, routing or settings.routing)
     # Each device with the layers that it will run: two where experts are placed on a GPU and the CPU.
     asked = ((place, split.layers),) if choice is None else placed_layers(split, choice, near=place).runs
@@ -147,11 +148,12 @@ def coverage(
         )
 
 
-def _place(found: TuningTable, digits: str | None, where: str) -> Environment:
+def _place(found: TuningTable, digits: str | None, where: str, *, whole: bool) -> Environment:
+    """Return the environment that is asked for; with `whole` its thread count, too, and so its usual digest."""
     if digits is None:
         from tilecast import environment
 
-        return environment.here()
+        return environment.here() if whole else environment.seen()
     named = [e for e in found.environments if e.digest.startswith(digits.lower())]
     if len(named) != 1 or not digits:
         has = "; ".join(f"{e.digest[:12]} ({e.device})" for e in found.environments) or "none"

@@ -107,7 +107,7 @@ def explain(
     shares = parse_weights(weights)
     output = Output(json_wanted=json_)
     where = store_location(None, Settings.from_environment()) if table == DEFAULT_STORE else table
-    here = environments.here()
+    here = environments.seen()
     with open_evidence(where) as evidence:
         found = evidence.table
         series = _series(

@@ -82,7 +82,7 @@ def _selected(table: TuningTable, *, policy: str | None, here: bool) -> TuningTa
     if here:
         from tilecast import environment
 
-        environments = {o.environment.digest for o in origins(table, environment.here()) if o.usable}
+        environments = {o.environment.digest for o in origins(table, environment.seen()) if o.usable}
     decisions = [
         d for d in table.decisions if d.environment in environments and policy in (None, d.policy)
     ]  # fmt: skip

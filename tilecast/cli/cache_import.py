@@ -71,7 +71,7 @@ def import_(
         raise UsageError(f"{len(files)} files are given, expected one; import them one after the other")
     file = files[0]
     where = store_location(store, settings)
-    here = environment.here()
+    here = environment.seen()
     bundle = read_file(file)
     relaxed = relax_table(bundle.table, here, fields)
     table = relaxed.table

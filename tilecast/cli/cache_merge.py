@@ -51,7 +51,7 @@ def merge(
     check_merge_policy(policy)
     check_writable("--out", out)
     output = Output(json_wanted=json_)
-    here = environment.here()
+    here = environment.seen()
 
     def check(name: str, found: TuningTable, measured: Iterable[tuple[str, TileConfig]]) -> None:
         check_configs(found, here, name, measured)

@@ -40,7 +40,7 @@ def show(
 
     output = Output(json_wanted=json_)
     table = _only(read_table(source), layers or [], source)
-    found = origins(table, environment.here())
+    found = origins(table, environment.seen())
     output.emit({"command": "cache show", "source": source, **table_json(table)})
     output.show(f"{source}: {plural(len(table), 'decision')}, table {table.digest[:12]}")
     for origin in found:

@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from tilecast.autotune.record import Calls, LayerRecord, Load, ServingRecord, rank_path
 from tilecast.problem import MAX_DIMENSION, ExpertLayer
 from tilecast.settings import launcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ class Recorder:
 
     def count(self, layer: ExpertLayer, ids: torch.Tensor, *, hit: bool, place: int) -> None:
         """Count one call: integers [T, k] of this rank's experts, others absent; `place` tells equal layers apart."""
+        import torch
+
         if self._failed or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         with self._lock:
@@ -111,6 +113,8 @@ class Recorder:
         return ServingRecord(layers=tuple(layers), rank=self._rank, world_size=self._world_size, seconds=seconds)
 
     def _count(self, layer: ExpertLayer, ids: torch.Tensor, hit: bool, place: int) -> None:
+        import torch
+
         seen = self._layers.get(layer)
         if seen is None:
             seen = self._layers[layer] = _Seen()
