@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tilecast.kernels.attend import attend, multiply
+from tilecast.kernels.cpu.rows import row_sum
 from tilecast.kernels.ranges import KeyRanges, causal_ranges, full_ranges, ranges_of
 
 aten = torch.ops.aten
@@ -54,6 +56,17 @@ POWERS = (-2, -1, 0.5, 1, 2, 3)
 """Exponents for which torch multiplies or takes roots; others give other bits where an element lies elsewhere."""
 
 
+COLLECTIVES = ("c10d", "_c10d_functional")
+COLLECTIVE_MOVES = frozenset(
+    """all_gather_into_tensor allgather _allgather_base broadcast gather scatter all_to_all_single alltoall
+    alltoall_base wait_tensor _wrap_tensor_autograd barrier send recv""".split()  # noqa: SIM905
+)
+SUMS_OVER_RANKS = frozenset(
+    ("all_reduce", "allreduce", "reduce_scatter_tensor", "reduce_scatter", "_reduce_scatter_base")
+)
+"""Collectives that add, in an order of their own; between two ranks there is but one."""
+
+
 def name_of(func: Any) -> str:
     """Return the name that `uncovered` has an overload under: `aten::conv1d`."""
     return str(func.name()).split(".")[0]
@@ -63,6 +76,8 @@ def kind_of(func: Any) -> str:
     """Return what is to be done with an overload."""
     space, _, name = name_of(func).partition("::")
     if space in ("tilecast", "prim", "prims", "profiler"):
+        return PASSES
+    if space in COLLECTIVES and _base(name) in COLLECTIVE_MOVES:
         return PASSES
     if space != "aten":
         return UNKNOWN
@@ -83,7 +98,11 @@ def _base(name: str) -> str:
 
 def matters(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operation that has no invariant form may depend on the batch for these operands."""
-    name = _base(name_of(func).partition("::")[2])
+    space, _, name = name_of(func).partition("::")
+    name = _base(name)
+    if space in COLLECTIVES and name in SUMS_OVER_RANKS:
+        # One sum of two numbers has one result; the order of more depends on the message's size.
+        return dist.get_world_size() > 2
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     floats = [t for t in tensors if t.dtype.is_floating_point or t.dtype.is_complex]
     if name in ("add", "sub", "rsub"):
@@ -213,8 +232,14 @@ def _row_sum(rows: torch.Tensor) -> torch.Tensor:
     if length > SUM_CHUNK:
         chunks = -(-length // SUM_CHUNK)
         padded = F.pad(rows, (0, chunks * SUM_CHUNK - length))
-        return padded.view(*rows.shape[:-1], chunks, SUM_CHUNK).sum(-1).sum(-1)
-    return rows.sum(-1)
+        return _row_sum(_row_sum(padded.view(*rows.shape[:-1], chunks, SUM_CHUNK)))
+    # The order that norms have on their own kernel, too.
+    return row_sum(rows.contiguous()) if rows.dtype == torch.float32 else rows.sum(-1)
+
+
+def _root(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 square roots rounded once, as torch's own, where a vector library computes them, are not."""
+    return x.double().sqrt().float()
 
 
 def _rows_last(tensor: torch.Tensor, dims: Any) -> tuple[torch.Tensor, list[int], list[int]]:
@@ -279,7 +304,7 @@ def _layer_norm(func: Any, tensor: torch.Tensor, shape: Any, weight: Any, bias: 
     rows = tensor.contiguous().float()
     mean = _row_sum(rows).unsqueeze(-1) / shape[0]
     centred = rows - mean
-    scale = 1 / (_row_sum(centred * centred).unsqueeze(-1) / shape[0] + eps).sqrt()
+    scale = 1 / _root(_row_sum(centred * centred).unsqueeze(-1) / shape[0] + eps)
     out = centred * scale
     out = out if weight is None else out * weight.float()
     out = out if bias is None else out + bias.float()
@@ -291,7 +316,7 @@ def _rms_norm(func: Any, tensor: torch.Tensor, shape: Any, weight: Any, eps: flo
         return NotImplemented
     rows = tensor.contiguous().float()
     least = torch.finfo(tensor.dtype).eps if eps is None else eps
-    scale = 1 / (_row_sum(rows * rows).unsqueeze(-1) / shape[0] + least).sqrt()
+    scale = 1 / _root(_row_sum(rows * rows).unsqueeze(-1) / shape[0] + least)
     out = rows * scale
     return (out if weight is None else out * weight.float()).to(tensor.dtype), scale
 
@@ -346,7 +371,8 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.sigmoid_: _elementwise(lambda x: 1 / ((-x).exp() + 1)),
     aten.silu: _elementwise(lambda x: x / ((-x).exp() + 1)), aten.silu_: _elementwise(lambda x: x / ((-x).exp() + 1)),
     aten.gelu: _elementwise(_gelu), aten.gelu_: _elementwise(_gelu), aten.softplus: _elementwise(_softplus),
-    aten.rsqrt: _elementwise(lambda x: 1 / x.sqrt()), aten.rsqrt_: _elementwise(lambda x: 1 / x.sqrt()),
+    aten.rsqrt: _elementwise(lambda x: 1 / _root(x)), aten.rsqrt_: _elementwise(lambda x: 1 / _root(x)),
+    aten.sqrt: _elementwise(lambda x: _root(x)), aten.sqrt_: _elementwise(lambda x: _root(x)),
 }  # fmt: skip
 """Invariant forms, by operator. Each takes the overload and its operands, and returns NotImplemented for operands that
 it has no form for."""
