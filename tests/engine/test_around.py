@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 import tilecast
 from tests.tiny_models import FAMILIES, NAMED_FAMILIES, save_tiny
-from tilecast.engine import around, runtime
-from tilecast.engine.around import ATTENDS, STATE, TilecastLinear, as_before, give_back, take_over
+from tilecast.engine import around_linears, around_norms, runtime
+from tilecast.engine.around import ATTENDS, as_before, give_back, take_over
+from tilecast.engine.around_linears import STATE, TilecastLinear
 from tilecast.engine.invariant import invariant
 from tilecast.engine.transformers import prepare_model, restore_model
 
@@ -26,7 +27,7 @@ IDS = (torch.arange(1, 41).view(2, 20) * 7) % 97
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have linears of tiny models taken over, too."""
-    monkeypatch.setattr(around, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(around_linears, "LEAST_WEIGHTS", 1)
     monkeypatch.delenv("TM_GEMM_IMPORT", raising=False)
     tilecast.register_transformers()
     runtime.use_table(None)
@@ -88,6 +89,118 @@ def test_bits_are_those_inside_of_invariant(dtype: torch.dtype) -> None:
     with invariant() as context:
         assert torch.equal(model(rows), wanted)
     assert context.covered
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_that_read_the_same_row_run_together(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    sizes = {"q_proj": 128, "k_proj": 64, "v_proj": 64}
+    for name, size in sizes.items():
+        model.add_module(name, torch.nn.Linear(40, size, bias=bias, dtype=dtype).requires_grad_(False))
+    linears = dict(model.named_children())
+    rows = torch.randn(1, 3, 40).to(dtype)
+    with invariant():
+        wanted = {name: linear(rows) for name, linear in linears.items()}
+    take_over(model, [])
+    together = vars(model.q_proj)[STATE].together
+    assert together is not None and vars(model.v_proj)[STATE].together is together
+    for _ in range(2):
+        for at in range(3):
+            row = rows[:, at : at + 1].clone()
+            found = {name: linear(row) for name, linear in linears.items()}
+            assert all(torch.equal(found[name], wanted[name][:, at : at + 1]) for name in sizes)
+            # Again, and on another row at the same place: nothing is given twice.
+            assert torch.equal(model.k_proj(row), found["k_proj"]) and model.k_proj(row) is not found["k_proj"]
+            model.q_proj(row)
+            row.copy_(rows[:, :1])
+            assert torch.equal(model.v_proj(row), wanted["v_proj"][:, :1])
+    assert all(torch.equal(linear(rows), wanted[name]) for name, linear in linears.items())
+    copied = copy.deepcopy(model)
+    copied.q_proj.weight.mul_(2)
+    before = model.k_proj.weight.clone()
+    model.k_proj.weight.mul_(2)
+    row = rows[:, :1].clone()
+    if not bias:
+        assert torch.equal(copied.q_proj(row), 2 * wanted["q_proj"][:, :1])
+        assert torch.equal(model.q_proj(row), wanted["q_proj"][:, :1])
+        assert torch.equal(model.k_proj(row), 2 * wanted["k_proj"][:, :1])
+    assert torch.equal(model.v_proj(row), wanted["v_proj"][:, :1])
+    assert not torch.equal(before, model.k_proj.weight)
+
+
+def test_linears_that_are_not_asked_together_part() -> None:
+    model = torch.nn.Module()
+    model.gate_proj, model.up_proj = (torch.nn.Linear(40, 64).requires_grad_(False) for _ in range(2))
+    take_over(model, [])
+    assert vars(model.gate_proj)[STATE].together is not None
+    for row in torch.randn(around_linears.MOST_MISSES + 2, 1, 40):
+        model.gate_proj(row)
+    assert vars(model.gate_proj)[STATE].together is None and vars(model.up_proj)[STATE].together is None
+
+
+class Norm(torch.nn.Module):
+    """A norm as families write it, in one of the forms, or in one that the kernel lacks."""
+
+    def __init__(self, form: str, width: int) -> None:
+        super().__init__()
+        self.form, self.eps = form, 1e-6
+        self.weight = torch.nn.Parameter(torch.zeros(width) if form == "one_more" else torch.ones(width))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        wide = rows.float()
+        if self.form == "centred":
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps * (2 if self.form == "eps" else 1))
+        if self.form == "rounded":
+            return self.weight * wide.to(rows.dtype)
+        factor = self.weight.float() + 1 if self.form == "one_more" else self.weight.float()
+        return (wide * factor).to(rows.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 100, 8])
+@pytest.mark.parametrize("form", ["rounded", "scaled", "one_more", "centred", "eps"])
+def test_norms_are_known_by_their_bits(form: str, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = Norm(form, width).to(dtype).requires_grad_(False)
+    model, rows = torch.nn.Sequential(norm), torch.randn(2, 5, width).to(dtype)
+    theirs = norm(rows)
+    take_over(model, [])
+    if form in ("centred", "eps"):
+        assert type(norm) is Norm
+        return
+    assert around_norms.STATE in vars(norm) and isinstance(norm, Norm)
+    # Weights of one say nothing of the form; these come after it was found.
+    norm.weight.copy_(norm.weight + 0.2 * torch.randn(width).to(dtype))
+    with invariant() as context:
+        inside = norm(rows)
+    with as_before(model), invariant():
+        assert torch.equal(norm(rows), inside)
+    assert context.covered and torch.equal(norm(rows), inside) and not torch.equal(inside, theirs)
+    assert torch.equal(norm(rows[1:, 3:4].clone()), inside[1:, 3:4])
+    with as_before(model):
+        torch.testing.assert_close(inside, norm(rows))
+        strided = norm(rows.transpose(0, 1))
+    assert torch.equal(norm(rows.transpose(0, 1)), strided)
+    norm.eps = 0.5
+    assert not torch.equal(norm(rows), inside)
+    copied = copy.deepcopy(model)
+    assert type(copied[0]) is type(norm)
+    give_back(model)
+    assert type(norm) is Norm and around_norms.STATE not in vars(norm)
+
+
+def test_norms_are_differentiated_and_saved(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(Norm("rounded", 64))
+    take_over(model, [])
+    rows = torch.randn(3, 64, requires_grad=True)
+    model(rows).sum().backward()
+    assert rows.grad is not None
+    torch.save(model, tmp_path / "model")
+    loaded = torch.load(tmp_path / "model", weights_only=False)
+    assert torch.allclose(loaded(rows), model(rows))
 
 
 def test_attention_in_16_bits_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

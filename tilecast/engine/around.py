@@ -1,8 +1,8 @@
-"""What lies around the experts of somebody else's model on a CPU: linears on packed weights, attention in 16 bits.
+"""What lies around the experts of somebody else's model on a CPU: linears, norms, and attention in 16 bits.
 
-torch reads weights of one row at half of the memory's speed, and bf16 attention of one query far below it. Both parts
-run as under `invariant()`, with its bits: a row's do not depend on the other rows. They differ from torch's own in the
-order of sums alone.
+torch reads weights of one row at half of the memory's speed, takes six operations for a norm, and its bf16 attention of
+one query is far below the memory's speed. All parts run as under `invariant()`, with its bits: a row's do not depend on
+the other rows. They differ from torch's own in the order of sums alone.
 """
 
 from __future__ import annotations
@@ -11,101 +11,37 @@ import functools
 import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from tilecast.engine import around_linears, around_norms
+from tilecast.engine.around_linears import give_linear_back, take_linears
+from tilecast.engine.around_norms import give_norm_back, take_norm
 from tilecast.engine.invariant_attention import attention_forward
-from tilecast.kernels.cpu.packed_linear import PackedLinear
 
-STATE = "_tilecast_linear"
-"""The attribute of a linear that holds its packed weight."""
 ATTENDS = "_tilecast_attends"
 """The attribute of a module whose attention in 16 bits Tilecast runs."""
-LEAST_WEIGHTS = 1 << 16
-"""Weights of a linear below which what a call costs outweighs what reading them faster gives."""
-SAMPLES = 6
-"""Rows, and columns, of a weight whose values tell a change that torch counts nowhere, such as an adapter's merge."""
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SDPA = "sdpa"
 
 
-class _State:
-    """A linear's packed weight, and what it was packed from."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.packed = PackedLinear(weight)
-        self.seen = _fingerprint(weight)
-        # What `weight.data` is used for changes values that torch counts no version of: a few of them are looked at.
-        values = weight.detach().view(torch.int32 if weight.element_size() == 4 else torch.int16).numpy()
-        rows, columns = (max(1, size // SAMPLES) for size in values.shape)
-        self._sample = values[::rows, ::columns]
-        self._values = self._sample.tobytes()
-
-    def is_of(self, weight: torch.Tensor) -> bool:
-        """Whether the packed copy is still that of `weight`, as far as its version and some of its values tell."""
-        return _fingerprint(weight) == self.seen and self._sample.tobytes() == self._values
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _State:
-        copied = _State.__new__(_State)
-        copied.__dict__.update(self.__dict__)
-        return copied
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        # A linear that is saved whole is torch's when it is loaded, until its model is prepared.
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    return None
-
-
-class TilecastLinear(torch.nn.Linear):
-    """A linear whose packed weight runs it where no gradients are recorded, and torch elsewhere."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's own name
-        """Return input · weightᵀ + bias, [..., N], of input [..., K]."""
-        weight, bias = self.weight, self.bias
-        state: _State | None = self.__dict__.get(STATE)
-        if (
-            state is None
-            or torch.compiler.is_compiling()
-            or type(input) is not torch.Tensor
-            or input.dtype is not weight.dtype
-            or input.device.type != "cpu"
-            or (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
-            or torch.is_autocast_enabled("cpu")
-        ):
-            return F.linear(input, weight, bias)
-        if not state.is_of(weight):
-            if not _packable(self):
-                return F.linear(input, weight, bias)
-            state = self.__dict__[STATE] = _State(weight)
-        rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-        return state.packed(rows, bias).view(*input.shape[:-1], weight.shape[0])
-
-
 def take_over(model: torch.nn.Module, experts: Iterable[str]) -> int:
-    """Run a model's linears and attention on Tilecast's kernels from now on; return the bytes of the packed copies.
+    """Run a model's linears, norms and attention on Tilecast's kernels from now on; return the packed copies' bytes.
 
     Linears that are on the CPU, large enough and torch's own class get a packed copy beside their weight, which stays
-    as it is; attention that goes through transformers' `sdpa` is taken in bf16 and fp16. Routers, the linears beside
-    the `experts` modules (names) with an output for each expert, stay torch's: who is routed where is theirs to say.
+    as it is; RMS norms are those that compute what the kernel computes; attention that goes through transformers'
+    `sdpa` is taken in bf16 and fp16. Routers, the linears beside the `experts` modules (names) with an output for each
+    expert, stay torch's: who is routed where is theirs to say.
     """
-    total, routers = 0, {linear for name in experts for linear in _routers(model, name)}
-    for module in model.modules():
-        if module in routers:
-            continue
-        if _packable(module):
-            state = module.__dict__[STATE] = _State(cast(torch.Tensor, module.weight))
-            module.__class__ = TilecastLinear
-            total += state.packed.nbytes
-        elif hasattr(module, "is_causal") or hasattr(module, "num_key_value_groups"):
+    routers = {linear for name in experts for linear in _routers(model, name)}
+    modules = [module for module in model.modules() if module not in routers]
+    for module in modules:
+        take_norm(module)
+        if hasattr(module, "is_causal") or hasattr(module, "num_key_value_groups"):
             # What transformers' sdpa function looks at.
             module.__dict__[ATTENDS] = True
     _offer_attention()
-    return total
+    return take_linears(modules)
 
 
 def _routers(model: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:
@@ -118,19 +54,21 @@ def _routers(model: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:
 
 
 def give_back(model: torch.nn.Module) -> None:
-    """Run a model's linears and attention as they ran before `take_over`."""
+    """Run a model's linears, norms and attention as they ran before `take_over`."""
     for module in model.modules():
         module.__dict__.pop(ATTENDS, None)
-        module.__dict__.pop(STATE, None)
-        if type(module) is TilecastLinear:
-            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
+        give_linear_back(module)
+        give_norm_back(module)
 
 
 @contextmanager
 def as_before(model: torch.nn.Module) -> Iterator[None]:
-    """Run a model's linears and attention as before `take_over` meanwhile, keeping the packed copies."""
+    """Run a model's linears, norms and attention as before `take_over` meanwhile, keeping the packed copies."""
     held = [
-        (module.__dict__, name) for module in model.modules() for name in (STATE, ATTENDS) if name in module.__dict__
+        (module.__dict__, name)
+        for module in model.modules()
+        for name in (around_linears.STATE, around_norms.STATE, ATTENDS)
+        if name in module.__dict__
     ]
     kept = [found.pop(name) for found, name in held]
     try:
@@ -138,26 +76,6 @@ def as_before(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for (found, name), value in zip(held, kept, strict=True):
             found[name] = value
-
-
-def _packable(module: torch.nn.Module) -> bool:
-    if type(module) not in (torch.nn.Linear, TilecastLinear) or "forward" in module.__dict__:
-        # Other classes and replaced forwards compute something else: adapters, quantised weights, offloading.
-        return False
-    weight = module.weight
-    return (
-        type(weight) in (torch.nn.Parameter, torch.Tensor)
-        and weight.device.type == "cpu"
-        and weight.dtype in KERNEL_DTYPES
-        and weight.numel() >= LEAST_WEIGHTS
-        and weight.dim() == 2
-        and all(weight.stride())
-    )
-
-
-def _fingerprint(weight: torch.Tensor) -> tuple[object, ...]:
-    version = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.dtype, weight.shape
 
 
 # Attention ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -28,10 +29,15 @@ class KeyRanges:
 
 
 def full_ranges(query: torch.Tensor, key: torch.Tensor) -> KeyRanges:
-    """Return ranges that leave nothing out: query [B, H, Tq, D], key [B, H, Tk, D]."""
-    shape = (query.shape[0], 1, query.shape[2])
-    first = torch.zeros(shape, dtype=torch.int32, device=query.device)
-    return KeyRanges(first=first, stop=torch.full_like(first, key.shape[2]), keys=key.shape[2])
+    """Return ranges that leave nothing out: query [B, H, Tq, D], key [B, H, Tk, D]. They are not to be written to."""
+    return _full_ranges(query.shape[0], query.shape[2], key.shape[2], query.device)
+
+
+@lru_cache(maxsize=16)
+def _full_ranges(batch: int, queries: int, keys: int, device: torch.device) -> KeyRanges:
+    # Each layer asks for the same.
+    first = torch.zeros((batch, 1, queries), dtype=torch.int32, device=device)
+    return KeyRanges(first=first, stop=torch.full_like(first, keys), keys=keys)
 
 
 def causal_ranges(query: torch.Tensor, key: torch.Tensor, offset: int = 0) -> KeyRanges:

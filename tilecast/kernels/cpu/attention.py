@@ -19,17 +19,17 @@ from tilecast.errors import InputError
 from tilecast.kernels.cpu._attention import ARGS, ENTRY, VALUE_CHAIN, Attention, Variant
 from tilecast.kernels.cpu.isa import host_isa
 from tilecast.kernels.cpu.jit import available_threads, load, run
-from tilecast.kernels.cpu.linear import WORK_OF_A_THREAD
 from tilecast.kernels.cpu.moe_launch import take_scratch
 from tilecast.kernels.dtypes import DTYPE_NAMES
 from tilecast.kernels.ranges import KeyRanges
 
+WORK_OF_A_THREAD = 1 << 17
+"""Multiply-adds below which waking another thread costs more than it gives; bits do not depend on it."""
 ROWS_PER_JOB = 64
 SCORE_BYTES = 1 << 18
 """Scores of one job are kept to about this size, so that they stay in the second-level cache."""
 
 _Block = ctypes.c_int64 * len(ARGS)
-_INDEX = {name: index for index, name in enumerate(ARGS)}
 
 
 class Sizes(NamedTuple):
@@ -42,11 +42,6 @@ class Sizes(NamedTuple):
     keys: int
     depth: int
     width: int
-
-
-@cache
-def _address(variant: Variant) -> int:
-    return load(lambda module: Attention(module, variant).build(), {"attention": asdict(variant)}, ENTRY)
 
 
 def attend(
@@ -84,12 +79,10 @@ def attend(
         out.copy_(wide.transpose(1, 2)[..., : sizes.width])
         return result
     sink_values = None if sinks is None else sinks.to(torch.float32).contiguous()
-    variant = Variant(
-        dtype=DTYPE_NAMES[query.dtype], mask=ranges.mask is not None, bias=ranges.bias is not None,
-        sinks=sinks is not None, softcap=softcap > 0, mr=12 if isa.registers > 16 else 6, key_vectors=2,
-        value_vectors=2 if sizes.width % (2 * isa.lanes) == 0 else 1, lanes=isa.lanes, fma=isa.fma,
+    variant, address = _code(
+        query.dtype, ranges.mask is not None, ranges.bias is not None, sinks is not None, softcap > 0,
+        sizes.width % (2 * isa.lanes) == 0,
     )  # fmt: skip
-    block = _Block()
     group = sizes.query_heads // sizes.heads
     pitch = sizes.keys + variant.keys + isa.lanes
     rows = min(ROWS_PER_JOB, max(8, SCORE_BYTES // (4 * pitch)))
@@ -98,53 +91,65 @@ def attend(
     jobs = sizes.batch * sizes.heads * -(-sizes.queries // queries)
     work = sizes.batch * sizes.query_heads * sizes.queries * sizes.keys * (sizes.depth + sizes.width)
     threads = min(available_threads(), jobs, max(1, work // WORK_OF_A_THREAD))
-    room = -(-sum(parts.values()) // 4096) * 4096
+    room = -(-parts[-1] // 4096) * 4096
     scratch = take_scratch("attention", threads * room)
-    words = {
-        "first": ranges.first.data_ptr(), "stop": ranges.stop.data_ptr(),
-        "sinks": 0 if sink_values is None else sink_values.data_ptr(),
-        "batch": sizes.batch, "heads": sizes.heads, "groups": group, "queries": sizes.queries,
-        "depth": sizes.depth, "width": sizes.width, "block": queries, "pitch": pitch,
-        "scale": _bits(scale), "softcap": _bits(softcap),
-        "scratch": -(-scratch.data_ptr() // 64) * 64, "scratch_stride": room,
-    }  # fmt: skip
-    at = 0
-    for name, size in parts.items():
-        words[f"at_{name}"] = at
-        at += size
-    strided = {"query": query, "key": key, "value": value, "out": result, "mask": ranges.mask, "bias": ranges.bias}
-    for name, tensor in (*strided.items(), ("range", ranges.first)):
-        if tensor is not None:
-            for letter, stride in zip("bht", _strides(tensor), strict=True):
-                words[f"{name}_{letter}"] = stride
-            words.setdefault(name, tensor.data_ptr())
-    for name, word in words.items():
-        if name in _INDEX:
-            block[_INDEX[name]] = word
-    run(_address(variant), ctypes.addressof(block), threads)
+    # In the order of ARGS, by place: decoding comes here once a layer, and naming them takes longer than the rest.
+    block = _Block(
+        0, 0,
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), ranges.first.data_ptr(),
+        ranges.stop.data_ptr(), _pointer(ranges.mask), _pointer(ranges.bias), _pointer(sink_values),
+        *_strides(query), *_strides(key), *_strides(value), *_strides(result), *_strides(ranges.first)[:2],
+        *(_NO_STRIDES if ranges.mask is None else _strides(ranges.mask)),
+        *(_NO_STRIDES if ranges.bias is None else _strides(ranges.bias)),
+        sizes.batch, sizes.heads, group, sizes.queries, sizes.depth, sizes.width, queries, pitch,
+        _bits(scale), _bits(softcap),
+        -(-scratch.data_ptr() // 64) * 64, room, *parts[:-1],
+    )  # fmt: skip
+    run(address, ctypes.addressof(block), threads)
     return result
+
+
+_NO_STRIDES = (0, 0, 0)
+
+
+@cache
+def _code(dtype: torch.dtype, mask: bool, bias: bool, sinks: bool, softcap: bool, wide: bool) -> tuple[Variant, int]:
+    """Return a variant for this machine, and the address of its code."""
+    isa = host_isa()
+    variant = Variant(
+        dtype=DTYPE_NAMES[dtype], mask=mask, bias=bias, sinks=sinks, softcap=softcap,
+        mr=12 if isa.registers > 16 else 6, key_vectors=2, value_vectors=2 if wide else 1, lanes=isa.lanes,
+        fma=isa.fma,
+    )  # fmt: skip
+    return variant, load(lambda module: Attention(module, variant).build(), {"attention": asdict(variant)}, ENTRY)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:
     """Return the first three strides in bytes, 0 for a dimension that is broadcast."""
-    return [
-        0 if size == 1 else stride * tensor.itemsize
-        for size, stride in zip(tensor.shape[:3], tensor.stride(), strict=False)
-    ]
+    size = tensor.itemsize
+    return [0 if one == 1 else stride * size for one, stride in zip(tensor.shape[:3], tensor.stride(), strict=False)]
 
 
-def _scratch_parts(variant: Variant, sizes: Sizes, rows: int, pitch: int) -> dict[str, int]:
-    """Return the bytes of each part of a thread's scratch, in order."""
+def _scratch_parts(variant: Variant, sizes: Sizes, rows: int, pitch: int) -> list[int]:
+    """Return where each part of a thread's scratch begins, in bytes and in the order of ARGS, and where all end."""
     sums = 8 * variant.mr * sizes.width
-    parts = {
-        "pointers": 8 * (variant.keys + rows), "staged": max(4 * sizes.depth * variant.keys, sums),
-        "queries": 4 * rows * sizes.depth, "scores": 4 * rows * pitch, "sums": 4 * rows, "rows": 16 * rows,
-    }  # fmt: skip
-    return {name: -(-size // 64) * 64 for name, size in parts.items()}
+    pointers, staged = 8 * (variant.keys + rows), max(4 * sizes.depth * variant.keys, sums)
+    at = [0]
+    for size in (pointers, staged, 4 * rows * sizes.depth, 4 * rows * pitch, 4 * rows, 16 * rows):
+        at.append(at[-1] + -(-size // 64) * 64)
+    return at
 
 
 def _bits(value: float) -> int:
     return int(struct.unpack("I", struct.pack("f", value))[0])
+
+
+def _seen(*tensors: torch.Tensor) -> str:
+    return ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors)
 
 
 def check_operands(
@@ -156,10 +161,9 @@ def check_operands(
     sinks: torch.Tensor | None,
 ) -> Sizes:
     """Return the sizes of one call. Raises InputError for operands that do not fit together."""
-    seen = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (query, key, value))
     if not all(t.dim() == 4 and t.dtype == query.dtype for t in (query, key, value)) or query.dtype not in DTYPE_NAMES:
         raise InputError(
-            f"{kernel}: query, key and value are {seen}; expected [B, H, T, D] of one dtype, "
+            f"{kernel}: query, key and value are {_seen(query, key, value)}; expected [B, H, T, D] of one dtype, "
             f"{', '.join(DTYPE_NAMES.values())}"
         )
     batch, query_heads, queries, depth = query.shape
@@ -167,11 +171,11 @@ def check_operands(
     width = value.shape[-1]
     fits = key.shape == (batch, heads, keys, depth) and value.shape == (batch, heads, keys, width)
     if not fits or heads == 0 or query_heads % heads or depth == 0:
-        raise InputError(f"{kernel}: query, key and value are {seen}, which do not fit together")
-    allowed = {(batch, one, queries) for one in (1, query_heads)}
-    if tuple(ranges.first.shape) not in allowed or ranges.keys != keys:
+        raise InputError(f"{kernel}: query, key and value are {_seen(query, key, value)}, which do not fit together")
+    if tuple(ranges.first.shape) not in ((batch, 1, queries), (batch, query_heads, queries)) or ranges.keys != keys:
         raise InputError(
-            f"{kernel}: the mask is for {tuple(ranges.first.shape)} rows of {ranges.keys} keys, the operands are {seen}"
+            f"{kernel}: the mask is for {tuple(ranges.first.shape)} rows of {ranges.keys} keys, the operands are "
+            f"{_seen(query, key, value)}"
         )
     if sinks is not None and sinks.shape != (query_heads,):
         raise InputError(f"{kernel}: sinks are {tuple(sinks.shape)}, expected {(query_heads,)}")

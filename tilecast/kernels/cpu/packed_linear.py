@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Sequence
 
 import torch
 
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError
+from tilecast.kernels.cpu.columns import padded_columns
+from tilecast.kernels.cpu.isa import host_isa
 from tilecast.kernels.cpu.jit import available_threads, run
 from tilecast.kernels.cpu.layouts import pack_bias
 from tilecast.kernels.cpu.linear import INDEX, Block
@@ -15,13 +19,19 @@ from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.moe_launch import Plan, take_scratch
 from tilecast.kernels.dtypes import DTYPE_NAMES
 from tilecast.kernels.spec import PLAIN, GemmWeights
-from tilecast.problem import ExpertLayer
+from tilecast.problem import ExpertGemm, ExpertLayer
 
 WORK_OF_A_THREAD = 1 << 17
 """Multiply-adds of one row below which waking another thread costs more than it gives; bits do not depend on it."""
 
-_FIELDS = ("threads", "tokens", "top_k", "rows", "slots", "offsets", "source", "out", "bias", "scratch", "widened")
-_THREADS, _TOKENS, _TOP_K, _ROWS, _SLOTS, _OFFSETS, _SOURCE, _OUT, _BIAS, _SCRATCH, _WIDENED = (
+MOST_PYTHON_THREADS = 64
+"""Python threads for which what launches of one row share is kept."""
+
+_FIELDS = (
+    "job", "thread", "threads", "tokens", "top_k", "rows", "slots", "offsets", "source", "out", "bias", "scratch",
+    "widened",
+)  # fmt: skip
+_JOB, _THREAD, _THREADS, _TOKENS, _TOP_K, _ROWS, _SLOTS, _OFFSETS, _SOURCE, _OUT, _BIAS, _SCRATCH, _WIDENED = (
     INDEX[name] for name in _FIELDS
 )
 
@@ -32,8 +42,11 @@ class PackedLinear:
     It returns a fresh [T, N], accumulated in float32 and rounded once. It never changes, so copies may share it.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        """Copy a weight [N, K] of float32, bfloat16 or float16 on the CPU. Raises InputError for another."""
+    def __init__(self, weight: torch.Tensor, packed: torch.Tensor | None = None) -> None:
+        """Copy a weight [N, K] of float32, bfloat16 or float16 on the CPU, unless it is `packed` already.
+
+        Raises InputError for another weight.
+        """
         name = DTYPE_NAMES.get(weight.dtype)
         if name is None or weight.dim() != 2 or 0 in weight.shape or weight.device.type != "cpu":
             raise InputError(
@@ -44,29 +57,23 @@ class PackedLinear:
         self.dtype = weight.dtype
         self._kernel, self._here = MoeGemm(), cpu_environment()
         # A bias is packed at each call: whoever holds it may change it.
-        layers = [
-            ExpertLayer(
-                hidden=self.depth, intermediate=self.columns, experts=1, top_k=1, dtype=name, activation="identity",
-                gated=False, bias=bias,
-            )
-            for bias in (False, True)
-        ]  # fmt: skip
-        gemm = layers[0].up
+        gemm, biased = (_gemm(self.columns, self.depth, name, bias=bias) for bias in (False, True))
         reason = self._kernel.rejects(gemm, self._here)
         if reason is not None:
             raise InputError(f"{self._kernel.name}: {reason}; use float32 or bfloat16")
         self._config = self._kernel.default(gemm, 1, self._here)
         layout = self._kernel.layout(gemm, self._config)
         plain = GemmWeights(gemm=gemm, layout=PLAIN, data=weight.detach().contiguous().unsqueeze(0))
-        data = self._kernel.pack(plain, layout).data
+        data = self._kernel.pack(plain, layout).data if packed is None else packed
         unknown = torch.zeros(1, self.columns)
-        self._stored = tuple(
-            GemmWeights(gemm=layer.up, layout=layout, data=data, bias=unknown if layer.bias else None)
-            for layer in layers
+        self._stored = (
+            GemmWeights(gemm=gemm, layout=layout, data=data, bias=None),
+            GemmWeights(gemm=biased, layout=layout, data=data, bias=unknown),
         )
         self._plans: dict[tuple[int, bool], Plan] = {}
         self._offsets: dict[int, torch.Tensor] = {}
         self._slots = torch.zeros(1, dtype=torch.int32)
+        self._of_one_row: dict[tuple[int, bool], _OneRow] = {}
 
     @property
     def nbytes(self) -> int:
@@ -106,6 +113,29 @@ class PackedLinear:
         run(plan.address, ctypes.addressof(block), threads)
         return out
 
+    def one_row(self, row: torch.Tensor, biases: Sequence[tuple[int, torch.Tensor]] = ()) -> torch.Tensor:
+        """Return what a call returns for one row, [..., N] of a contiguous [..., K], with little to do before it.
+
+        A bias of several parts is given as (first column, bias) of each; all columns have one, or none. Raises
+        InputError for a row that does not fit.
+        """
+        if row.dtype is not self.dtype or row.shape[-1] != self.depth or row.numel() != self.depth:
+            raise InputError(f"row is {row.dtype} {tuple(row.shape)}, expected {self.dtype} [..., {self.depth}] of one")
+        out = torch.empty((*row.shape[:-1], self.columns), dtype=self.dtype)
+        key = (threading.get_ident(), bool(biases))
+        known = self._of_one_row.get(key)
+        if known is None or known.available != available_threads():
+            if len(self._of_one_row) >= MOST_PYTHON_THREADS:
+                self._of_one_row.clear()
+            known = self._of_one_row[key] = _OneRow(self, bool(biases))
+        for first, bias in biases:
+            known.bias[first : first + len(bias)].copy_(bias)
+        block = known.block
+        block[_JOB] = block[_THREAD] = 0
+        block[_SOURCE], block[_OUT] = row.data_ptr(), out.data_ptr()
+        run(known.address, known.at, known.threads)
+        return out
+
     def _plan(self, count: int, bias: bool) -> Plan:
         """Return what launches of about so many rows share; all of them give the same bits."""
         key = (count if count <= 8 else 1 << (count - 1).bit_length(), bias)
@@ -124,3 +154,56 @@ class PackedLinear:
             self._offsets.clear()
         found = self._offsets[count] = torch.tensor([0, count], dtype=torch.int32)
         return found
+
+
+class _OneRow:
+    """What the launches of one linear and one row share in one Python thread."""
+
+    __slots__ = ("_kept", "address", "at", "available", "bias", "block", "threads")
+
+    def __init__(self, linear: PackedLinear, biased: bool) -> None:
+        plan = linear._plan(1, biased)
+        self.available = available_threads()
+        self.threads = min(self.available, max(1, linear.columns * linear.depth // WORK_OF_A_THREAD))
+        self.bias = torch.zeros(padded_columns(linear._stored[0].gemm, linear._kernel.isa.lanes) if biased else 0)
+        slots, offsets = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+        scratch = take_scratch("threads", self.threads * plan.scratch_bytes)
+        widened = take_scratch("widened", 4 * plan.depth)
+        # A buffer may make room for a larger one; this launch goes on with the one that it has.
+        self._kept = slots, offsets, scratch, widened
+        self.block = Block.from_buffer_copy(plan.template)
+        for field, word in (
+            (_THREADS, self.threads), (_TOKENS, 1), (_TOP_K, 1), (_ROWS, 1), (_SLOTS, slots.data_ptr()),
+            (_OFFSETS, offsets.data_ptr()), (_SCRATCH, -(-scratch.data_ptr() // 64) * 64),
+            (_WIDENED, widened.data_ptr() if plan.variant.widens else 0),
+            (_BIAS, self.bias.data_ptr() if biased else 0),
+        ):  # fmt: skip
+            self.block[field] = word
+        self.address, self.at = plan.address, ctypes.addressof(self.block)
+
+
+def _gemm(columns: int, depth: int, dtype: str, *, bias: bool = False) -> ExpertGemm:
+    """Return a linear as the up GEMM of a layer of one expert."""
+    return ExpertLayer(
+        hidden=depth, intermediate=columns, experts=1, top_k=1, dtype=dtype, activation="identity", gated=False,
+        bias=bias,
+    ).up  # fmt: skip
+
+
+def packed_together(weights: Sequence[torch.Tensor]) -> tuple[PackedLinear, list[PackedLinear]] | None:
+    """Return one packed copy of weights [N, K], behind each other, and each of them on its part of that memory.
+
+    None where they differ in K or dtype, or do not fill whole blocks of columns.
+    """
+    lanes, first = host_isa().lanes, weights[0]
+    sizes = [weight.shape[0] for weight in weights]
+    if any(weight.shape[1:] != first.shape[1:] or weight.dtype != first.dtype for weight in weights):
+        return None
+    name = DTYPE_NAMES[first.dtype]
+    if any(padded_columns(_gemm(size, first.shape[1], name), lanes) != size for size in sizes):
+        return None
+    whole = PackedLinear(torch.cat([weight.detach() for weight in weights]))
+    data = whole._stored[0].data
+    columns = data.shape[3]
+    parts = data.split([size // columns for size in sizes], dim=1)
+    return whole, [PackedLinear(weight, part) for weight, part in zip(weights, parts, strict=True)]
