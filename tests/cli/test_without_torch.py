@@ -129,3 +129,13 @@ def test_merging_and_linting_need_no_torch(table: Path, other: Path, tmp_path: P
 
 def test_what_needs_torch_says_so_without_it(table: Path) -> None:
     assert without_torch("cache", "verify", table).code == 1
+
+
+def test_a_command_starts_without_the_others() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from tilecast.cli.app import app\n"
+        "assert CliRunner().invoke(app, ['cache', 'show', '--help']).exit_code == 0\n"
+        "print(sorted(m for m in sys.modules if m.startswith('tilecast.cli.') and '._' not in m))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "['tilecast.cli.app', 'tilecast.cli.cache_show']"

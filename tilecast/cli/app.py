@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from functools import partial
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from tilecast._version import VERSION
-from tilecast.cli import (
-    bench,
-    cache_coverage,
-    cache_diff,
-    cache_explain,
-    cache_export,
-    cache_gc,
-    cache_import,
-    cache_lint,
-    cache_merge,
-    cache_show,
-    cache_verify,
-    certify,
-    check,
-    compare,
-    demo,
-    doctor,
-    generate,
-    prescreen,
-    quantize,
-    tune,
-)
 from tilecast.cli._exit import guarded, quiet_broken_pipe
 
 _HELP = (
@@ -46,8 +26,99 @@ _EPILOG = (
 )
 
 
+_COMMANDS = {
+    "tune": "tilecast.cli.tune",
+    "bench": "tilecast.cli.bench",
+    "doctor": "tilecast.cli.doctor",
+    "check": "tilecast.cli.check",
+    "generate": "tilecast.cli.generate",
+    "prescreen": "tilecast.cli.prescreen",
+    "certify": "tilecast.cli.certify",
+    "compare": "tilecast.cli.compare",
+    "quantize": "tilecast.cli.quantize",
+    "demo": "tilecast.cli.demo",
+}
+"""Commands, in the order of the help, with the modules whose functions of the same names they are."""
+_CACHE_COMMANDS = {
+    "show": "tilecast.cli.cache_show",
+    "explain": "tilecast.cli.cache_explain",
+    "export": "tilecast.cli.cache_export",
+    "import": "tilecast.cli.cache_import",
+    "merge": "tilecast.cli.cache_merge",
+    "diff": "tilecast.cli.cache_diff",
+    "coverage": "tilecast.cli.cache_coverage",
+    "verify": "tilecast.cli.cache_verify",
+    "gc": "tilecast.cli.cache_gc",
+    "lint": "tilecast.cli.cache_lint",
+}
+
+
+class _Lazy(MutableMapping[str, Any]):
+    """Commands by name, each imported and built when it is first asked for: one starts without all the others."""
+
+    def __init__(self, build: dict[str, Callable[[], Any]]) -> None:
+        """Take what builds each command."""
+        self._build = build
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a command."""
+        if name not in self._built:
+            self._built[name] = self._build[name]()
+        return self._built[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is such a command, without building it."""
+        return name in self._build
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        """Put a command in."""
+        self._build[name] = lambda: command
+        self._built.pop(name, None)
+
+    def __delitem__(self, name: str) -> None:
+        """Take a command out."""
+        del self._build[name]
+        self._built.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, in the order of the help."""
+        return iter(self._build)
+
+    def __len__(self) -> int:
+        """Return how many commands there are."""
+        return len(self._build)
+
+
+def _of_modules(modules: dict[str, str]) -> dict[str, Callable[[], Any]]:
+    return {name: partial(_command, name, module) for name, module in modules.items()}
+
+
+def _command(name: str, module: str) -> Any:
+    # A name that Python keeps for itself has an underscore behind it there.
+    commands = vars(import_module(module))
+    function = commands[name] if name in commands else commands[f"{name}_"]
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    alone.command(name, help=_help_of(function))(function)
+    return typer.main.get_command(alone)
+
+
+class _CacheCommands(TyperGroup):
+    """The group of the commands on tables."""
+
+    def __init__(self, **given: Any) -> None:
+        """Make the group with its commands."""
+        super().__init__(**given)
+        self.commands = _Lazy(_of_modules(_CACHE_COMMANDS))
+
+
 class _Commands(TyperGroup):
     """The group of all commands, with one boundary for every error."""
+
+    def __init__(self, **given: Any) -> None:
+        """Make the group with its commands."""
+        super().__init__(**given)
+        self.commands = _Lazy({**_of_modules(_COMMANDS), "cache": lambda: typer.main.get_command(_cache)})
 
     def main(
         self,
@@ -99,6 +170,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _cache = typer.Typer(
+    cls=_CacheCommands,
+    name="cache",
+    add_completion=False,
     help="Look into, explain, export and import tuning tables.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -124,31 +198,9 @@ def _root(
     pass
 
 
-_COMMANDS: tuple[tuple[typer.Typer, str, Callable[..., None]], ...] = (
-    (app, "tune", tune.tune),
-    (app, "bench", bench.bench),
-    (app, "doctor", doctor.doctor),
-    (app, "check", check.check),
-    (app, "generate", generate.generate),
-    (app, "prescreen", prescreen.prescreen),
-    (app, "certify", certify.certify),
-    (app, "compare", compare.compare),
-    (app, "quantize", quantize.quantize),
-    (app, "demo", demo.demo),
-    (_cache, "show", cache_show.show),
-    (_cache, "explain", cache_explain.explain),
-    (_cache, "export", cache_export.export),
-    (_cache, "import", cache_import.import_),
-    (_cache, "merge", cache_merge.merge),
-    (_cache, "diff", cache_diff.diff),
-    (_cache, "coverage", cache_coverage.coverage),
-    (_cache, "verify", cache_verify.verify),
-    (_cache, "gc", cache_gc.gc),
-    (_cache, "lint", cache_lint.lint),
-)
-for _group, _name, _command in _COMMANDS:
-    _group.command(_name, help=_help_of(_command))(_command)
-app.add_typer(_cache, name="cache")
+@_cache.callback()
+def _of_cache() -> None:
+    pass
 
 
 def main() -> None:
