@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tilecast.kernels.attend import attend, multiply
 from tilecast.kernels.cpu.rows import row_sum
+from tilecast.kernels.gpu import rowwise
 from tilecast.kernels.ranges import KeyRanges, causal_ranges, full_ranges, ranges_of
 
 aten = torch.ops.aten
@@ -140,7 +141,11 @@ RANDOM = frozenset(
 
 def multiplies(tensor: torch.Tensor) -> bool:
     """Whether the kernels take a tensor: its dtype, and a device that they run on."""
-    return tensor.dtype in KERNEL_DTYPES and tensor.device.type == "cpu"
+    return tensor.dtype in KERNEL_DTYPES and tensor.device.type in ("cpu", "cuda")
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -229,6 +234,8 @@ def _convolution(
 def _row_sum(rows: torch.Tensor) -> torch.Tensor:
     """Return float sums over the last dimension of contiguous rows, in an order set by their length alone."""
     length = rows.shape[-1]
+    if _on_gpu(rows):
+        return rowwise.row_sum(rows)
     if length > SUM_CHUNK:
         chunks = -(-length // SUM_CHUNK)
         padded = F.pad(rows, (0, chunks * SUM_CHUNK - length))
@@ -254,9 +261,10 @@ def _rows_last(tensor: torch.Tensor, dims: Any) -> tuple[torch.Tensor, list[int]
 
 def _sum(func: Any, tensor: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     floats = tensor.dtype.is_floating_point and (dtype is None or dtype.is_floating_point)
-    if not floats or tensor.numel() == 0 or tensor.device.type != "cpu":
-        return NotImplemented
     wanted = dtype or tensor.dtype
+    known = tensor.device.type == "cpu" or (_on_gpu(tensor) and wanted in KERNEL_DTYPES)
+    if not floats or tensor.numel() == 0 or not known:
+        return NotImplemented
     rows, reduced, _ = _rows_last(tensor, dim)
     out = _row_sum(rows.float() if wanted in KERNEL_DTYPES else rows.to(wanted)).to(wanted)
     if keepdim:
@@ -285,16 +293,20 @@ def _softmax_parts(tensor: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.
 def _softmax(func: Any, tensor: torch.Tensor, dim: int, half_to_float: bool) -> Any:
     if not multiplies(tensor) or tensor.dim() in (0, SCORES_RANK) or tensor.numel() == 0:
         return NotImplemented
-    _, weights, total = _softmax_parts(tensor, dim)
     wanted = torch.float32 if half_to_float else tensor.dtype
+    if _on_gpu(tensor):
+        return rowwise.softmax(tensor.movedim(dim, -1).float()).to(wanted).movedim(-1, dim)
+    _, weights, total = _softmax_parts(tensor, dim)
     return (weights / total).to(wanted).movedim(-1, dim)
 
 
 def _log_softmax(func: Any, tensor: torch.Tensor, dim: int, half_to_float: bool) -> Any:
     if not multiplies(tensor) or tensor.dim() in (0, SCORES_RANK) or tensor.numel() == 0:
         return NotImplemented
-    lowered, _, total = _softmax_parts(tensor, dim)
     wanted = torch.float32 if half_to_float else tensor.dtype
+    if _on_gpu(tensor):
+        return rowwise.softmax(tensor.movedim(dim, -1).float(), log=True).to(wanted).movedim(-1, dim)
+    lowered, _, total = _softmax_parts(tensor, dim)
     return (lowered - total.log()).to(wanted).movedim(-1, dim)
 
 
@@ -324,32 +336,59 @@ def _rms_norm(func: Any, tensor: torch.Tensor, shape: Any, weight: Any, eps: flo
 # Elementwise ------------------------------------------------------------------------------------------------------
 
 
-def _elementwise(compute: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    """Return a replacement that computes in float32, from operations that no element's place in memory changes."""
+def _elementwise(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a replacement that computes in float32, from operations that no element's place in memory changes.
+
+    `compute` returns NotImplemented where there are none: on GPUs all but exact ones have to be kernels of our own.
+    """
 
     def replacement(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not multiplies(tensor):
             return NotImplemented
-        out = compute(tensor.float(), *args, **kwargs).to(tensor.dtype)
+        out = compute(tensor.float(), *args, **kwargs)
+        if out is NotImplemented:
+            return out
+        out = out.to(tensor.dtype)
         return tensor.copy_(out) if str(func.name()).partition(".")[0].endswith("_") else out
 
     return replacement
 
 
+def _sigmoid(x: torch.Tensor) -> torch.Tensor:
+    return rowwise.function_of("sigmoid", x) if _on_gpu(x) else 1 / ((-x).exp() + 1)
+
+
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    return rowwise.function_of("silu", x) if _on_gpu(x) else x / ((-x).exp() + 1)
+
+
+def _only_on_gpu(kind: str) -> Callable[..., Any]:
+    """Return a replacement for a function that torch's own is left to on CPUs: it is among `MEASURED`."""
+    return _elementwise(lambda x: rowwise.function_of(kind, x) if _on_gpu(x) else NotImplemented)
+
+
 def _gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    if _on_gpu(x):
+        return rowwise.function_of("gelu_tanh" if approximate == "tanh" else "gelu", x)
     if approximate == "tanh":
         inner = (x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)
         return x * 0.5 * (inner.tanh() + 1)
     return x * 0.5 * ((x * math.sqrt(0.5)).erf() + 1)
 
 
-def _softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> torch.Tensor:
+def _softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> Any:
+    if _on_gpu(x):
+        return NotImplemented
     scaled = x * beta
     return torch.where(scaled > threshold, x, scaled.clamp(max=threshold).exp().log1p() / beta)
 
 
 def _polar(func: Any, size: torch.Tensor, angle: torch.Tensor) -> Any:
-    return torch.complex(size * angle.cos(), size * angle.sin()) if multiplies(angle) else NotImplemented
+    if not multiplies(angle):
+        return NotImplemented
+    if _on_gpu(angle):
+        return torch.complex(*(size * rowwise.function_of(kind, angle.float()) for kind in ("cos", "sin")))
+    return torch.complex(size * angle.cos(), size * angle.sin())
 
 
 def _mul(func: Any, a: Any, b: Any) -> Any:
@@ -367,12 +406,12 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.convolution: _convolution,
     aten.sum: _sum, aten.mean: _mean, aten._softmax: _softmax, aten._log_softmax: _log_softmax,
     aten.native_layer_norm: _layer_norm, aten._fused_rms_norm: _rms_norm,
-    aten.sigmoid: _elementwise(lambda x: 1 / ((-x).exp() + 1)),
-    aten.sigmoid_: _elementwise(lambda x: 1 / ((-x).exp() + 1)),
-    aten.silu: _elementwise(lambda x: x / ((-x).exp() + 1)), aten.silu_: _elementwise(lambda x: x / ((-x).exp() + 1)),
+    aten.sigmoid: _elementwise(_sigmoid), aten.sigmoid_: _elementwise(_sigmoid),
+    aten.silu: _elementwise(_silu), aten.silu_: _elementwise(_silu),
     aten.gelu: _elementwise(_gelu), aten.gelu_: _elementwise(_gelu), aten.softplus: _elementwise(_softplus),
     aten.rsqrt: _elementwise(lambda x: 1 / _root(x)), aten.rsqrt_: _elementwise(lambda x: 1 / _root(x)),
     aten.sqrt: _elementwise(lambda x: _root(x)), aten.sqrt_: _elementwise(lambda x: _root(x)),
+    aten.exp: _only_on_gpu("exp"), aten.cos: _only_on_gpu("cos"), aten.sin: _only_on_gpu("sin"),
 }  # fmt: skip
 """Invariant forms, by operator. Each takes the overload and its operands, and returns NotImplemented for operands that
 it has no form for."""

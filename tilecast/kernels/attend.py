@@ -7,6 +7,7 @@ import torch
 from tilecast.errors import DeviceError
 from tilecast.kernels.cpu import attention as cpu_attention
 from tilecast.kernels.cpu import linear as cpu_linear
+from tilecast.kernels.gpu import rowwise
 from tilecast.kernels.ranges import KeyRanges
 
 
@@ -26,6 +27,9 @@ def attend(
     """
     if query.device.type == "cpu":
         return cpu_attention.attend(query, key, value, ranges, scale=scale, softcap=softcap, sinks=sinks)
+    if query.device.type == "cuda":
+        cpu_attention.check_operands("triton attention", query, key, value, ranges, sinks)
+        return rowwise.attend(query, key, value, ranges, scale=scale, softcap=softcap, sinks=sinks)
     raise DeviceError(f"no batch-invariant attention runs on {query.device}")
 
 
@@ -36,4 +40,6 @@ def multiply(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | Non
     """
     if rows.device.type == "cpu":
         return cpu_linear.multiply(rows, weights, bias)
+    if rows.device.type == "cuda":
+        return rowwise.multiply(rows, weights, bias)
     raise DeviceError(f"no batch-invariant matrix product runs on {rows.device}")
