@@ -76,6 +76,23 @@ def test_as_exact_as_torch_on_the_dequantised_weights(form: str, dtype: str) -> 
     assert_both(KERNEL.default(given.layer.up, 7, HERE).with_params(mr=2, nv=2, block_n=16), given)
 
 
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("form", ["int4_g128", "awq_g128"])
+def test_long_fp32_rows_are_as_exact_as_torch_with_4_bits(form: str, spread: bool) -> None:
+    """Rows become integers of 30 bits, a group at a time: what 4096 of K lose by it, against float64."""
+    layer = ExpertLayer(hidden=256, intermediate=4096, experts=1, top_k=1, dtype="fp32", weight_format=form)
+    given = quantized(layer, 3)
+    if spread:
+        wide_exponents(given)
+    for tokens in (1, 64):
+        config = KERNEL.default(layer.down, tokens, HERE)
+        down = (layer, given.intermediate, dense(given.down), given.route, given.topk_weights, given.down.bias)
+        exact, torchs = reference_down(*down), reference_down(*down, torch.float32)
+        found = run_down(KERNEL, config, given)
+        assert_as_good_as_torch(found, exact, torchs)
+        assert error(found, exact) < 1e-6
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -105,6 +122,7 @@ def tiles(layer: ExpertLayer) -> list[TileConfig]:
         {"mr": 1, "nv": 1, "block_n": 16, "layout": "panel16"},
         {"mr": 4, "nv": 1, "prefetch": 2, "block_k": 256, "layout": "panel64", "block_n": 128, "threads": 1},
         {"mr": 3, "nv": 1, "prefetch": 1, "block_k": 512, "layout": "panel32", "threads": 2},
+        {"mr": 2, "nv": 2, "prefetch": 1, "layout": "panel16", "block_n": 128},
     ]
     eights: list[dict[str, int | str]] = [
         {},

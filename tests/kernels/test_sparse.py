@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.cases import CASES, ODD, SMALL, Case, Operands, assert_both_gemms, operands, run_down, run_up
+from tilecast.autotune.measure import Prepared
 from tilecast.environment import cpu_environment
 from tilecast.errors import ConfigError, InputError
 from tilecast.kernels import registry
@@ -142,6 +143,21 @@ def test_defaults_run() -> None:
     for tokens in (1, 9):
         up, down = (KERNEL.default(gemm, tokens, HERE) for gemm in layer.gemms)
         assert_dense_bits(sparse(operands(layer, tokens), 0.9), up, down)
+
+
+def test_what_launches_need_can_be_compiled_before() -> None:
+    """The tuner compiles many configs at once by it."""
+    kernel, given = SparseExperts(), operands(LONG, 2)
+    assert isinstance(kernel, Prepared)
+    config = kernel.default(given.layer.down, 2, HERE)
+    weights = kernel.pack(given.down, NEURONS)
+    kernel.prepare(config, weights, torch.float32)
+    (plan,) = weights.plans.values()
+    out = torch.empty(2, given.layer.hidden)
+    kernel.down(config, given.intermediate, weights, given.route, given.topk_weights, out)
+    assert list(weights.plans.values()) == [plan], "the launch made a plan of its own"
+    with pytest.raises(ConfigError, match="reads layout neurons"):
+        kernel.prepare(config, given.down, torch.float32)
 
 
 def test_another_order_of_adding_gives_other_bits() -> None:

@@ -168,6 +168,28 @@ def test_a_token_without_slots_is_zero(variant: str, out_dtype: torch.dtype) -> 
     assert (out[torch.arange(len(out)) != 5] != 0).any(dim=1).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("activation", ["relu", "relu2", "drelu"])
+@pytest.mark.parametrize("variant", ["grouped", "grouped swapped", "decode", "split-K"])
+def test_dead_neurons_are_plus_zero_as_on_cpus(variant: str, activation: str) -> None:
+    """A dead gate hides its up value, even a negative, infinite or NaN one; a NaN gate stays NaN."""
+    kernel, config = VARIANTS[variant]
+    given = operands(dataclasses.replace(SMALL, dtype="bf16", activation=activation), 3)
+    width = given.layer.intermediate
+    given.hidden.abs_()
+    gate, up = given.up.data[:, :width], given.up.data[:, width:]
+    gate.abs_()
+    gate[:, :3] *= -1
+    gate[:, 3] = 0
+    gate[:, 4] = torch.nan
+    up.abs_()
+    up[:, 0] *= -1
+    up[:, 1], up[:, 2] = torch.inf, torch.nan
+    result = run_up(kernel, config, given)
+    assert (result[:, :4] == 0).all() and not result[:, :4].signbit().any()
+    assert result[:, 4].isnan().all() and (result[:, 5:] > 0).all()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_any_id_that_no_expert_has_is_absent(variant: str) -> None:
     kernel, config = VARIANTS[variant]

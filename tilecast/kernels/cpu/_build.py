@@ -192,6 +192,10 @@ class Emit:
         """Return an address that the compiler does not know: what lies there stays in memory."""
         return self.builder.asm(ir.FunctionType(PTR, [PTR]), "", "=r,0", [address], False)
 
+    def opaque(self, value: Value) -> Value:
+        """Return an x86 vector of which the compiler does not know how it came about: sums are not regrouped."""
+        return self.builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], False)
+
     def fence(self) -> None:
         """Keep the compiler from carrying loaded values across: loading again is cheaper than a spilled register."""
         self.builder.asm(ir.FunctionType(VOID, []), "", "~{memory}", [], True)

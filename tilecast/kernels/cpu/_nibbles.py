@@ -149,7 +149,9 @@ def emit_turn(
                     factor = emit.splat(emit.load(row, emit.iadd(a_at, offset), I32, align=4), emit.words)
                     for v, column in enumerate(columns):
                         product, known = _products(emit, codes, column, factor), short[m][v][limb]
-                        short[m][v][limb] = product if known is None else emit.add(known, product)
+                        total = product if known is None else emit.add(known, product)
+                        # Regrouped by the compiler, more sums would be in flight than there are registers.
+                        short[m][v][limb] = emit.opaque(total) if codes.byte_pairs else total
             emit.fence()
     for m, v, limb in ((m, v, i) for m in range(len(rows)) for v in range(len(places)) for i in range(codes.limbs)):
         slot, pairs = sums[m][v][limb], short[m][v][limb]

@@ -146,15 +146,18 @@ class MoeGemm(SlotKernel):
         if like is not None:
             dot = str(like["dot"])
         mr, nv = shapes_of(gemm, isa, tokens, rows)[0]
-        unroll = turn_steps(gemm, nv, int(layout == PLAIN))
-        # The products of 4-bit codes leave the hardware's prefetchers behind, even with one row.
-        few = rows > 1 or weight_format(gemm.layer.weight_format).bits == 4
-        prefetch = 1 if rows > 6 else prefetch_lines(isa, nv, unroll, dtype) if few else 0
+        # Of many rows each tile would make floats of the same codes again; int8's are cheap to make.
+        stage = int(layout == PLAIN or (rows > 6 and weight_format(gemm.layer.weight_format).kind == "fp8"))
+        unroll = turn_steps(gemm, nv, stage)
+        prefetch = 1 if rows > 6 else prefetch_lines(isa, nv, unroll, dtype) if rows > 1 else 0
+        if weight_format(gemm.layer.weight_format).bits == 4:
+            # One row's products of 4-bit codes leave the hardware's prefetchers behind, several rows' do not.
+            prefetch = prefetch_lines(isa, nv, unroll, dtype) if rows == 1 else 0
         active = min(gemm.layer.experts, tokens * gemm.layer.top_k)
         jobs = active * padded_columns(gemm, isa.lanes) // 256
         enough = jobs >= 8 * max(1, environment.threads)
         return self._config(
-            mr=mr, nv=nv, unroll=unroll, layout=layout, stage=int(layout == PLAIN),
+            mr=mr, nv=nv, unroll=unroll, layout=layout, stage=stage,
             block_n=max(256 if enough else 64, nv * isa.lanes), block_k=0,
             prefetch=0 if layout == PLAIN else prefetch, dot=dot,
         )  # fmt: skip

@@ -26,6 +26,8 @@ from tilecast.kernels.work import UNKNOWN_SPARSITY, Work
 from tilecast.problem import EXACT_ZEROS, ExpertGemm, ParamValue, TileConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from tilecast.kernels.cpu.slots import Rows
     from tilecast.kernels.routing import ExpertLayout
 
@@ -58,7 +60,7 @@ class SparseExperts(SlotKernel):
         "layout": (*GATES, NEURONS),
         "neurons": (1, 2, 4, 8),
         "ahead": (0, 1, 2, 4, 8, 16),
-        "block_n": (64, 128, 256, 512, 1024, 2048),
+        "block_n": (64, 128, 256, 512, 1024, 2048, 4096),
         "threads": (0, 1, *range(2, 257)),
     }
 
@@ -102,12 +104,12 @@ class SparseExperts(SlotKernel):
     def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
         """Yield every config worth considering for this many tokens, in a fixed order; some may be invalid."""
         if gemm.name == "down":
-            for block_n, neurons in product((2048, 1024, 512, 256), (4, 8)):
+            for block_n, neurons in product((4096, 2048, 1024, 512, 256), (8, 4)):
                 yield self._config(**_NO_TILE, layout=NEURONS, neurons=neurons, ahead=1, block_n=block_n)
             return
         base = self.default(gemm, tokens, environment)
         for layout, block_n, ahead in product(
-            dict.fromkeys((str(base["layout"]), "gate32")), (256, 512, 128), (4, 0)
+            dict.fromkeys((str(base["layout"]), "gate32")), (256, 512, 128), (0, 4)
         ):  # fmt: skip
             yield base.with_params(layout=layout, block_n=block_n, ahead=ahead)
 
@@ -118,9 +120,9 @@ class SparseExperts(SlotKernel):
         if gemm.name == "down":
             columns = padded_columns(gemm, self.isa.lanes)
             active = min(gemm.layer.experts, tokens * gemm.layer.top_k)
-            # Stretches of 4 KiB are read nearly as fast as dense weights; every thread has two jobs or more.
-            blocks = [n for n in (2048, 1024) if active * columns >= 2 * n * max(1, environment.threads)]
-            return self._config(**_NO_TILE, layout=NEURONS, neurons=4, ahead=1, block_n=blocks[0] if blocks else 512)
+            # The longer a stretch, the nearer its rate to that of dense weights; every thread has a job.
+            blocks = [n for n in (4096, 2048, 1024) if active * columns >= n * max(1, environment.threads)]
+            return self._config(**_NO_TILE, layout=NEURONS, neurons=8, ahead=1, block_n=blocks[0] if blocks else 512)
         gates = self.dense.default(gate_gemm(gemm), tokens, environment)
         layout = f"gate{str(gates['layout']).removeprefix('panel')}"
         if like is not None and like.kernel == NAME and like["layout"] in GATES:
@@ -128,7 +130,7 @@ class SparseExperts(SlotKernel):
         rows = rows_per_expert(gemm, tokens)
         return self._config(
             **{name: gates[name] for name in ("mr", "nv", "unroll", "prefetch")}, layout=layout,
-            neurons=4, ahead=4, block_n=256 if rows <= 16 else 512,
+            neurons=4, ahead=0, block_n=128 if rows == 1 else 256 if rows <= 16 else 512,
         )  # fmt: skip
 
     def _config(self, **params: ParamValue) -> TileConfig:
@@ -182,6 +184,12 @@ class SparseExperts(SlotKernel):
 
         data = sparse_launch.unpacked(self.isa, weights)
         return GemmWeights(gemm=weights.gemm, layout=PLAIN, data=data, bias=weights.bias)
+
+    def prepare(self, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> None:
+        """Load what launches into `out_dtype` need, compiled if need be. Raises as a launch does."""
+        from tilecast.kernels.cpu import sparse_launch
+
+        sparse_launch.plan_of(self.isa, config, weights, out_dtype)
 
     def launch(self, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
         """Run one of the two GEMMs on a routing with at least one token."""

@@ -9,7 +9,8 @@ from functools import cache
 import torch
 
 from tilecast.errors import ConfigError, InputError
-from tilecast.kernels.cpu._sparse import MORE_ARGS, SparseVariant, build
+from tilecast.kernels.cpu._sparse import MORE_ARGS, SparseUp, SparseVariant
+from tilecast.kernels.cpu._sparse_down import SparseDown
 from tilecast.kernels.cpu._variant import ARGS, ENTRY, FLUSH_K, Variant
 from tilecast.kernels.cpu.columns import gate_gemm, padded_columns, padded_k, pitch
 from tilecast.kernels.cpu.isa import Isa
@@ -41,14 +42,20 @@ def unpacked(isa: Isa, weights: GemmWeights) -> torch.Tensor:
 
 
 _WORDS = (*ARGS, *MORE_ARGS)
-_INDEX = {name: index for index, name in enumerate(_WORDS)}
+(_THREADS, _TOKENS, _TOP_K, _ROWS, _IDS, _SLOTS, _OFFSETS) = (
+    _WORDS.index(name) for name in ("threads", "tokens", "top_k", "rows", "ids", "slots", "offsets")
+)
+(_SOURCE, _OUT, _SCRATCH, _WIDENED, _PARTIAL, _SCALE, _LIVE) = (
+    _WORDS.index(name) for name in ("source", "out", "scratch", "widened", "partial", "scale", "live")
+)
 _Block = ctypes.c_int64 * len(_WORDS)
 
 
 @cache
 def _load(variant: SparseVariant) -> int:
     """Return the address of a variant's entry function, compiled at first use."""
-    return load(lambda module: build(module, variant), {"sparse": asdict(variant)}, ENTRY)
+    kind = SparseUp if variant.dense.gemm == "up" else SparseDown
+    return load(lambda module: kind(module, variant).build(), {"sparse": asdict(variant)}, ENTRY)
 
 
 class Plan:
@@ -108,37 +115,39 @@ def _biases(weights: GemmWeights, isa: Isa) -> list[torch.Tensor]:
     return [pack_bias(part, gate_gemm(gemm), isa.lanes) for part in (bias[:, :width], bias[:, width:])]
 
 
-def launch(isa: Isa, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
-    """Run one of the two GEMMs on a routing with at least one token. Raises InputError, ConfigError."""
-    source, rows, out, scale = operands.source, operands.rows, operands.out, operands.scale
-    plan: Plan | None = weights.plans.get((config, out.dtype))
+def plan_of(isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> Plan:
+    """Return what launches into `out_dtype` share, made once a stack. Raises InputError, ConfigError."""
+    key = (config, out_dtype)
+    plan: Plan | None = weights.plans.get(key)
     if plan is None:
         if config["layout"] != weights.layout:
             raise ConfigError(f"{NAME}: the config reads layout {config['layout']}, the weights are {weights.layout}")
-        plan = Plan(isa, config, weights, DTYPE_NAMES[out.dtype])
-        weights.plans[config, out.dtype] = plan
+        plan = weights.plans[key] = Plan(isa, config, weights, DTYPE_NAMES[out_dtype])
+    return plan
+
+
+def launch(isa: Isa, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
+    """Run one of the two GEMMs on a routing with at least one token. Raises InputError, ConfigError."""
+    source, rows, out, scale = operands.source, operands.rows, operands.out, operands.scale
+    plan = plan_of(isa, config, weights, out.dtype)
     if route.experts != plan.experts:
         raise InputError(f"{NAME}: slots are sorted over {route.experts} experts, the weights have {plan.experts}")
     _check("input", source, (rows, plan.k), plan.dtype)
     _check("output", out, (route.tokens if scale is not None else rows * route.top_k, plan.width), out.dtype)
     threads = available_threads() if plan.threads == 0 else min(plan.threads, available_threads())
-    words = {
-        "threads": threads, "tokens": route.tokens, "top_k": route.top_k, "rows": rows,
-        "ids": route.ids.data_ptr(), "slots": route.slots.data_ptr(), "offsets": route.offsets.data_ptr(),
-        "source": source.data_ptr(), "out": out.data_ptr(),
-        "scratch": _aligned(take_scratch("threads", threads * plan.scratch_bytes)),
-    }  # fmt: skip
+    block = _Block.from_buffer_copy(plan.template)
+    block[_THREADS], block[_TOKENS], block[_TOP_K], block[_ROWS] = threads, route.tokens, route.top_k, rows
+    block[_IDS], block[_SLOTS] = route.ids.data_ptr(), route.slots.data_ptr()
+    block[_OFFSETS], block[_SOURCE], block[_OUT] = route.offsets.data_ptr(), source.data_ptr(), out.data_ptr()
+    block[_SCRATCH] = _aligned(take_scratch("threads", threads * plan.scratch_bytes))
     if plan.widens:
-        words["widened"] = take_scratch("widened", rows * plan.row_bytes).data_ptr()
+        block[_WIDENED] = take_scratch("widened", rows * plan.row_bytes).data_ptr()
     if scale is not None:
         _check("routing weights", scale, (route.tokens, route.top_k), torch.float32)
-        words["scale"] = scale.data_ptr()
         # A vector's width beyond the last row is read, though never used.
-        words["partial"] = take_scratch("partial", 4 * (rows * plan.width + isa.lanes)).data_ptr()
-        words["live"] = _aligned(take_scratch("live", rows * plan.list_bytes))
-    block = _Block.from_buffer_copy(plan.template)
-    for name, word in words.items():
-        block[_INDEX[name]] = word
+        partial = take_scratch("partial", 4 * (rows * plan.width + isa.lanes))
+        block[_PARTIAL], block[_SCALE] = partial.data_ptr(), scale.data_ptr()
+        block[_LIVE] = _aligned(take_scratch("live", rows * plan.list_bytes))
     run(plan.address, ctypes.addressof(block), threads)
 
 

@@ -44,7 +44,8 @@ def shapes_of(gemm: ExpertGemm, isa: Isa, tokens: int, rows: int) -> tuple[tuple
         # Three or four sums for each row and vector; rows need registers for their bytes, codes are read again cheaply.
         if wide:
             return ((1, 4), (2, 4), (4, 2)) if rows == 1 else ((2, 4), (4, 2), (1, 4))
-        return ((1, 2), (2, 2), (4, 1))
+        # Two rows share what is loaded of codes; the four sums of fp32 rows leave no room for a second one.
+        return ((1, 2), (2, 2), (4, 1)) if rows == 1 or gemm.layer.dtype == "fp32" else ((2, 2), (1, 2), (4, 1))
     if tokens == 1:
         return ((1, 8), (1, 4), (2, 4))
     # Eight sums leave room for what becomes of the codes in tiles of 1, 2 and 4 rows; more rows make up for less room.

@@ -65,6 +65,9 @@ def activate(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
             value = value * value
     if GATED:
         value = value * up
+        if ACTIVATION == "relu" or ACTIVATION == "relu2" or ACTIVATION == "drelu":
+            # Dead is +0, whatever `up` is, even -1 or infinite: on no device need it be computed.
+            value = tl.where(gate <= 0.0, 0.0, value)
     return value
 
 
