@@ -126,9 +126,22 @@ def measurement_key(
 
     The text is put together here, since stores hold millions.
     """
-    text = (
-        f'{{"config":{quoted(config)},"environment":{quoted(environment)},"gemm":{quoted(gemm)},'
-        f'"layer":{quoted(layer)},"rank":{rank},"round":{round},"routing":{quoted(routing)},"run":{run},'
-        f'"tokens":{tokens}}}'
+    behind = key_behind_config(
+        environment=environment, layer=layer, gemm=gemm, tokens=tokens, routing=routing, rank=rank, run=run, round=round
     )
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    return key_of(config, behind)
+
+
+def key_of(config: str, behind: str) -> str:
+    """Return a measurement's key: of its config's digest, and of what `key_behind_config` says of its race."""
+    return hashlib.sha256(f'{{"config":{quoted(config)}{behind}'.encode("ascii")).hexdigest()
+
+
+def key_behind_config(
+    *, environment: str, layer: str, gemm: str, tokens: int, routing: str, rank: int, run: int, round: int
+) -> str:
+    """Return what follows the config in the canonical JSON of a natural key: the same for all configs of a round."""
+    return (
+        f',"environment":{quoted(environment)},"gemm":{quoted(gemm)},"layer":{quoted(layer)},"rank":{rank},'
+        f'"round":{round},"routing":{quoted(routing)},"run":{run},"tokens":{tokens}}}'
+    )

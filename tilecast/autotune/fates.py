@@ -89,8 +89,9 @@ class _Race:
             self._of.setdefault(m.config, []).append(m)
         self._last = {config: max(m.round for m in of) for config, of in self._of.items()}
         rounds = sorted({m.round for m in measured})
-        self._after = {r: pool(m for m in measured if m.round <= r)[0] for r in rounds}
         self._end = rounds[-1]
+        self._after = {r: pool(m for m in measured if m.round <= r)[0] for r in rounds[:-1]}
+        self._after[self._end] = self._timings
         chosen = self._timings[standing.choice.config]
         self._group = [t for c, t in self._timings.items() if self._in_reach(c)]
         self._most = max((t.samples for t in self._group), default=chosen.samples)

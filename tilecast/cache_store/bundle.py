@@ -19,7 +19,7 @@ from tilecast.cache_store.files import Header, check_writable, read_header, regu
 from tilecast.cache_store.layout import COLUMNS, EXPORT_FORMAT, EXPORT_FORMATS, export_columns
 from tilecast.cache_store.measurement_rows import storable
 from tilecast.cache_store.plain import plain_rows, reading_untrusted, single_row
-from tilecast.cache_store.queries import read_measurements, read_table
+from tilecast.cache_store.queries import no_configs, read_measurements, read_table
 from tilecast.cache_store.revision import check_store_revision
 from tilecast.cache_store.seal import check_measurements, check_table
 from tilecast.errors import CacheError, InputError, SchemaError
@@ -147,9 +147,11 @@ def open_evidence(where: str | Path) -> Iterator[Evidence]:
             _check_schema(connection, header, str(path))
             found = _read(connection, header, str(path), measurements=False, counted=False)
 
+        known = no_configs()
+
         def read(**filters: Any) -> list[Measurement]:
             with _naming(path):
-                return read_measurements(connection, **filters)
+                return read_measurements(connection, known=known, **filters)
 
         yield Evidence(found.table, read)
 

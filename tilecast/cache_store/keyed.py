@@ -43,6 +43,10 @@ class Lookup(dict[str, T], Generic[T]):
         self._parse = parse
         self._texts: dict[object, object] = dict(rows)
 
+    def learn(self, other: Lookup[T]) -> None:
+        """Take another's entries in; those parsed already are kept, since their digests say what they are."""
+        self._texts |= other._texts
+
     def __missing__(self, digest: str) -> T:
         """Parse an entry; raises CacheError when it is absent, not canonical or not what its digest says."""
         if digest not in self._texts:

@@ -57,8 +57,12 @@ def read_measurements(
     tokens: int | None = None,
     routing: str | None = None,
     run: int | None = None,
+    known: Lookup[TileConfig] | None = None,
 ) -> list[Measurement]:
-    """Return matching measurements in the order they were added. Raises InputError."""
+    """Return matching measurements in the order they were added. Raises InputError.
+
+    Configs that are `known` from earlier calls on this connection are not parsed again, and new ones are added.
+    """
     filters: dict[str, str | int | None] = {"environment": environment, "tokens": tokens, "routing": routing}
     if gemm is not None:
         filters |= {"layer": gemm.layer.digest, "gemm": gemm.name}
@@ -67,6 +71,9 @@ def read_measurements(
     rows = plain_rows(connection, f"SELECT {columns} FROM measurement{where} ORDER BY id", values)
     layers = layers_in(connection)
     configs = configs_in(connection, f" WHERE digest IN (SELECT config FROM measurement{where})", values)
+    if known is not None:
+        known.learn(configs)
+        configs = known
     with _keeping_all():
         return [measurement_from_row(row, layers, configs) for row in rows]
 
@@ -143,6 +150,11 @@ def layers_in(connection: Connection) -> Lookup[ExpertLayer]:
 def configs_in(connection: Connection, where: str = "", values: Mapping[str, Any] | None = None) -> Lookup[TileConfig]:
     """Return the configs by digest; those that an SQL condition names."""
     return Lookup("config", TileConfig.from_json, _keyed_rows(connection, "config", where, values))
+
+
+def no_configs() -> Lookup[TileConfig]:
+    """Return what `read_measurements` keeps the configs in that it came to know."""
+    return Lookup("config", TileConfig.from_json, ())
 
 
 def _keyed_rows(
