@@ -20,6 +20,9 @@ from tilecast.errors import (
     UsageError,
 )
 
+LONGEST_WORD = 300
+"""Characters of a word, such as a path, beyond which an error shows its two ends alone."""
+
 _PARSER_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """What Typer raises for a bad command line; its home differs between Typer releases, its descendants do not."""
 
@@ -66,8 +69,10 @@ def exit_code(error: TilecastError) -> ExitCode:
 
 
 def complain(message: str) -> None:
-    """Write `tilecast: <message>` to standard error as one line."""
-    line = " ".join(message.split()) or "failed without a message"
+    """Write `tilecast: <message>` to standard error as one line, of words that a terminal has room for."""
+    half = LONGEST_WORD // 2
+    words = (w if len(w) <= LONGEST_WORD else f"{w[:half]}…{w[-8:]}" for w in message.split())
+    line = " ".join(words) or "failed without a message"
     # A closed standard error must not hide the exit code.
     with suppress(OSError):
         sys.stderr.write(f"tilecast: {line}\n")

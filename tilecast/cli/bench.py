@@ -137,7 +137,9 @@ def bench(
 
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
-    return [] if names in ([], ["none"]) else names
+    if not names:
+        raise UsageError(f"--peers is {text!r:.40}, expected names with commas between them, or none")
+    return [] if names == ["none"] else names
 
 
 def _layers(spec: str, tp: int, ep: int, dtype: str | None, *, default: bool) -> tuple[ExpertLayer, ...]:

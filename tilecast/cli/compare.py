@@ -144,7 +144,7 @@ def compare(
         reproducible=reproducible, seed=seed, checks=_checks(check), edges=parse_token_option(tokens, EDGES),
     )  # fmt: skip
     default = () if request.against is None else ("close",)
-    expected = default if expect is None else _names(expect, "nothing")
+    expected = default if expect is None else _names("--expect", expect, "nothing")
     check_expected(request, expected)
     if picture is not None:
         check_writable(picture.expanduser())
@@ -210,10 +210,12 @@ def _checks(text: str | None) -> tuple[str, ...]:
     from tilecast.settings import launcher
 
     if text is not None:
-        return _names(text, "none")
+        return _names("--check", text, "none")
     return tuple(name for name in CHECKS if name != ("ranks" if launcher() is None else "restart"))
 
 
-def _names(text: str, nothing: str) -> tuple[str, ...]:
+def _names(option: str, text: str, nothing: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
+    if not names:
+        raise UsageError(f"{option} is {text!r:.40}, expected names with commas between them, or {nothing}")
     return () if names == (nothing,) else names

@@ -80,7 +80,7 @@ def generate(
     gpu_experts: GpuExpertsOption = None,
     expert_counts: ExpertCountsOption = None,
     experts_only: Annotated[
-        bool, typer.Option("--experts-only", help="Leave linears and attention around the experts to torch.")
+        bool, typer.Option("--experts-only", help="Leave linears, norms and attention around the experts to torch.")
     ] = False,
     threads: ThreadsOption = None,
     json_: JsonOption = False,
@@ -118,6 +118,7 @@ def generate(
 
     from tilecast.engine.agreement import process_group
     from tilecast.engine.checkpoint import inspect_checkpoint
+    from tilecast.engine.generate import parse_ids
     from tilecast.engine.load import leave, load_model
 
     group = process_group()
@@ -125,6 +126,7 @@ def generate(
         if rank == 0:
             # Before prompts are waited for; `load_model` has all ranks look at theirs.
             inspect_checkpoint(folder)
+            parse_ids(ids or "")
         lines = _lines(prompt, prompts, ids) if rank == 0 else []
     with _logged(output):
         loaded = load_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def inspect_checkpoint(folder: Path | str) -> Checkpoint:
     Raises ModelError that names the file. Only safetensors are read: other formats are unpickled, which runs code.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path's own raises for names that are too long
         raise ModelError(f"{folder} is not a folder, expected one with {CONFIG} and *.safetensors")
     config = _json(folder / CONFIG)
     _check_config(folder, config)

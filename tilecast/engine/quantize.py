@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def quantize_checkpoint(
         raise UsageError(f"format is {form!r:.20} in groups of {group}, expected {' or '.join(FORMATS)} and {GROUPS}")
     if calibration is not None and form != "awq":
         raise UsageError("fp8 rounds in proportion, so scales gain nothing; leave out the calibration text")
-    if out.exists():
+    if os.path.lexists(out):  # a link that leads nowhere is something, too
         raise UsageError(f"{out} exists already; name a new folder")
     checkpoint = inspect_checkpoint(folder)
     if recipe_of(checkpoint.config) is not None or checkpoint.config.get("quantization_config"):

@@ -30,7 +30,7 @@ def read_spec(spec: str, *, dtype: str | None = None, weights: str | None = None
             hidden=_integer(spec, "H", given["h"]),
             intermediate=_integer(spec, "I", given["i"]),
             top_k=_integer(spec, "k", given["k"]),
-            dtype=dtype_name(dtype or given.get("dtype", "bf16"), f"spec {spec!r}"),
+            dtype=dtype_name(given.get("dtype", "bf16") if dtype is None else dtype, f"spec {spec!r}"),
             weight_format=weights or given.get("w", "dense").lower(),
             activation=activation,
             gated=_flag(spec, "gated", given.get("gated", "1")),
