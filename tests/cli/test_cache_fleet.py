@@ -278,3 +278,8 @@ def test_export_takes_the_measurements_of_its_part_along(cli: Command, tmp_path:
     none = tmp_path / "none.db"
     cli("cache", "export", both, none, "--measurements", "--policy", "fastest").failed(4, "nothing was written")
     assert not none.exists()
+
+
+def test_measurements_are_not_left_out_of_another_engines_files_in_silence(cli: Command, tmp_path: Path) -> None:
+    done = cli("cache", "export", tmp_path / "a.db", tmp_path / "out", "--format", "vllm", "--measurements")
+    done.failed(2, "--measurements", "--format vllm")

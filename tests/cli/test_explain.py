@@ -15,6 +15,7 @@ from tilecast.autotune.decide import decide
 from tilecast.autotune.explain import table_costs
 from tilecast.autotune.plan import make_plan
 from tilecast.autotune.prescreen import anchors, prescreen
+from tilecast.autotune.timing import moments_apart
 from tilecast.cache_store.bundle import export_table, read_bundle
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.cli import cache_explain
@@ -67,6 +68,8 @@ def test_the_race_is_printed_and_recomputable_from_the_file(cli: Command, raced:
     bundle = read_bundle(raced, measurements=True)
     for race in document["races"]:
         assert race["as_stored"] and race["rounds"] == 3
+        mine = [m for m in bundle.measurements if (m.gemm.name, m.tokens) == (race["gemm"], 4)]
+        assert race["drift"] == pytest.approx(moments_apart(mine)) and race["drift"] >= 0
         for entrant in race["entrants"]:
             samples = [
                 us for m in bundle.measurements for us in m.samples_us
@@ -137,6 +140,7 @@ def test_wrong_questions_are_one_line(cli: Command, table: Path, tmp_path: Path)
     cli(*ask, table, "1", "1", "--policy", "fastest").failed(4, "no decision of this layer")
     cli(*ask, table, "1", "1", "--policy", "best").failed(2, "--policy", "reproducible, fastest")
     cli(*ask, table, "1", "1", "--weights", "1:3").failed(2, "--weights", "1:3")
+    cli(*ask, table, "1", "1", "--environment", "").failed(2, "--environment", "''")
     cli(*ask, tmp_path / "none.db", "1", "1").failed(3, "none.db")
     both = tmp_path / "both.db"
     other = table_of(LAYER.__class__(hidden=64, intermediate=128, experts=4, top_k=2))

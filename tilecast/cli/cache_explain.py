@@ -104,6 +104,8 @@ def explain(
 
     if policy is not None and policy not in POLICIES:
         raise UsageError(f"--policy is {policy!r:.40}, expected one of {', '.join(POLICIES)}")
+    if environment == "":
+        raise UsageError("--environment is '', expected the start of an environment's digest")
     shares = parse_weights(weights)
     output = Output(json_wanted=json_)
     where = store_location(None, Settings.from_environment()) if table == DEFAULT_STORE else table
@@ -172,10 +174,11 @@ def _series(
 ) -> list[Decision]:
     """Return the decisions of one policy, routing profile and environment. Raises InputError, CoverageError."""
     policy, routing, digest = wanted
+    start = (digest or "").lower()
     fits = {e.digest for e in table.environments if here.accepts(e)}
     kept = [
         d for d in decisions
-        if policy in (None, d.policy) and routing in (None, d.routing) and d.environment.startswith(digest or "")
+        if policy in (None, d.policy) and routing in (None, d.routing) and d.environment.startswith(start)
     ]  # fmt: skip
     if not kept:
         raise CoverageError(f"{source} has no decision of this layer with these options; see `tilecast cache show`")

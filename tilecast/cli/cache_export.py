@@ -50,6 +50,8 @@ def export(
     if policy is not None and policy not in POLICIES:
         raise UsageError(f"--policy is {policy!r:.40}, expected one of {', '.join(POLICIES)}")
     check_format(format_)
+    if measurements and format_ != OWN_FORMAT:
+        raise UsageError(f"--measurements is given with --format {format_}, whose files hold none")
     output = Output(json_wanted=json_)
     if format_ == OWN_FORMAT:
         check_writable("OUT", out)
