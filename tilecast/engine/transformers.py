@@ -81,8 +81,8 @@ def register_transformers(
     `TM_GEMM_*` variables say, by all ranks together, and its experts are packed as the table wants. `release` gives
     the memory of the weights as they were loaded back, where the packed ones replace them. `float32_router` keeps
     router logits in float32 where the model's own code rounds them to its dtype, which changes who is routed where.
-    On a CPU linears and attention in 16 bits run on Tilecast's kernels, too (`engine/around.py`), with their bits;
-    `experts_only` leaves them to torch.
+    On a CPU linears, norms and attention in 16 bits run on Tilecast's kernels, too (`engine/around.py`), with their
+    bits; `experts_only` leaves them to torch.
     `settings` replace the environment's, and then a table that is in use already, too.
     Raises UsageError where transformers is missing or too old.
     """

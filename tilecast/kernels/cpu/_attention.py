@@ -12,65 +12,15 @@ No step depends on where the row's first key lies in the cache, on other rows, o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from llvmlite import ir
 
+from tilecast.kernels.cpu._attention_variant import ARGS, ENTRY, POINTERS, VALUE_CHAIN, Variant
 from tilecast.kernels.cpu._build import F32, I8, I32, I64, PTR, VOID, Emit, Value, i32, i64, load_one, vector
 from tilecast.kernels.cpu._math import const, exp
-from tilecast.kernels.cpu._micro import Micro, emit_micro
+from tilecast.kernels.cpu._micro import emit_micro
 from tilecast.kernels.cpu._stage import emit_stage_plain
 from tilecast.problem import DTYPES
-
-VALUE_CHAIN = 256
-"""Keys of one accumulation chain of the values' weighted sum; the chains' sums are added in ascending order."""
-
-ENTRY = "tilecast_attention"
-
-ARGS = (
-    # a counter that the threads share, and one that numbers them
-    "job", "thread",
-    # operands; first and stop: int32 [B, 1 or H, Tq]; mask: bytes, bias: float32, both [B, 1 or H, Tq, Tk]
-    "query", "key", "value", "out", "first", "stop", "mask", "bias", "sinks",
-    # strides in bytes over sequences, heads and tokens
-    "query_b", "query_h", "query_t", "key_b", "key_h", "key_t", "value_b", "value_h", "value_t",
-    "out_b", "out_h", "out_t", "range_b", "range_h", "mask_b", "mask_h", "mask_t", "bias_b", "bias_h", "bias_t",
-    # sizes; block: queries of one job; pitch: floats of one row of scores
-    "batch", "heads", "groups", "queries", "depth", "width", "block", "pitch",
-    # float32 bits
-    "scale", "softcap",
-    # scratch of one thread, and byte offsets of its parts
-    "scratch", "scratch_stride", "at_pointers", "at_staged", "at_queries", "at_scores", "at_sums", "at_rows",
-)  # fmt: skip
-"""The 64-bit words of the argument block, in order."""
-
-POINTERS = frozenset({"query", "key", "value", "out", "first", "stop", "mask", "bias", "sinks", "scratch"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """Everything that the generated code depends on. mr rows and key_vectors or value_vectors are held in registers."""
-
-    dtype: str
-    mask: bool
-    bias: bool
-    sinks: bool
-    softcap: bool
-    mr: int
-    key_vectors: int
-    value_vectors: int
-    lanes: int
-    fma: bool
-
-    @property
-    def keys(self) -> int:
-        """Keys of one panel of scores."""
-        return self.key_vectors * self.lanes
-
-    @property
-    def micro(self) -> Micro:
-        """The micro-kernel of the scores."""
-        return Micro(nv=self.key_vectors, unroll=2, source="f32", panel=self.keys, lanes=self.lanes)
 
 
 class Attention:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from tilecast.errors import InputError
-from tilecast.kernels.cpu._attention import ARGS, ENTRY, VALUE_CHAIN, Attention, Variant
+from tilecast.kernels.cpu._attention import Attention
+from tilecast.kernels.cpu._attention_variant import ARGS, ENTRY, VALUE_CHAIN, Variant
 from tilecast.kernels.cpu.isa import host_isa
 from tilecast.kernels.cpu.jit import available_threads, load, run
 from tilecast.kernels.cpu.moe_launch import take_scratch
