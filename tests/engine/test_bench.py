@@ -9,12 +9,14 @@ from functools import partial
 import pytest
 import torch
 
-from tilecast.engine.bench import bench_layer, make_operands, make_weights, work
+from tilecast.engine.bench import bench_layer, left_to_do, make_operands, make_weights, work
 from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timing
 from tilecast.engine.peers import PEERS, LayerWeights, OneDnnGemms, Peer, Prepared, TransformersExperts, find_peers
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError, UsageError
+from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.peak import Peaks
+from tilecast.kernels.cpu.sparse import SparseExperts
 from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import sort_slots
@@ -188,6 +190,21 @@ def test_work_counts_present_slots_and_each_active_expert_once() -> None:
 
 def test_work_of_nothing_is_moving_the_rows() -> None:
     assert work(LAYER, torch.full((3, 2), -1)) == (0.0, 0.0, 2.0 * 2 * 3 * 64)
+
+
+def test_what_sparse_configs_leave_out_is_not_counted() -> None:
+    layer = dataclasses.replace(LAYER, intermediate=128, activation="drelu")
+    ids, here = torch.tensor([[0, 1], [0, 2]]), cpu_environment()
+    dense, sparse = MoeGemm(), SparseExperts()
+    both = [(kernel.default(layer.up, 2, here), kernel.default(layer.down, 2, here)) for kernel in (dense, sparse)]
+    assert left_to_do(layer, ids, both[0], here) == work(layer, ids)
+    active, flops, size = left_to_do(layer, ids, both[1], here)
+    neuron = 2 * layer.hidden
+    # Of expert 0, with two rows, what is alive in one of them; of experts 1 and 2 what is alive in one.
+    up, down = (1 - 0.5**2) + 2 * 0.5, (1 - 0.75**2) + 2 * 0.25
+    saved = (6 - up - down) * layer.intermediate * neuron
+    assert active == 3 and size == pytest.approx(work(layer, ids)[2] - saved)
+    assert flops == pytest.approx(2 * 4 * layer.intermediate * layer.hidden * (1 + 0.5 + 0.25))
 
 
 def point_of(tokens: int, **p50_us: float) -> Point:

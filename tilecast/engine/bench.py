@@ -34,7 +34,8 @@ from tilecast.kernels.cpu.peak import Peaks, measure_peaks
 from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import ordered_sum, sort_slots
-from tilecast.problem import DTYPES, ExpertLayer, check_int, tokens_text
+from tilecast.kernels.work import UNKNOWN_SPARSITY, SkipsZeros
+from tilecast.problem import DTYPES, ExpertLayer, TileConfig, check_int, tokens_text
 
 __all__ = [
     "DEFAULT",
@@ -238,7 +239,8 @@ class _Bench:
             if turn >= MIN_ROUNDS and time.monotonic() > deadline:
                 break
             operands = make_operands(self.layer, tokens, hash_seed(self.seed, tokens, turn), self.device)
-            routed.append(work(self.layer, operands.ids))
+            entry = self.runtime.lookup(self.layer, tokens)
+            routed.append(left_to_do(self.layer, operands.ids, (entry.up, entry.down), self.runtime.environment))
             start = turn % len(contestants)
             for contestant in contestants[start:] + contestants[:start]:
                 if contestant.racing and not _hopeless(contestant, contestants):
@@ -301,6 +303,26 @@ def work(layer: ExpertLayer, ids: torch.Tensor) -> tuple[float, float, float]:
     elements = 2 * ids.shape[0] * layer.hidden + rows * layer.intermediate
     size = sum(gemm.weight_bytes(active) for gemm in layer.gemms) + elements * DTYPES[layer.dtype]
     return float(active), float(sum(gemm.flops(rows) for gemm in layer.gemms)), float(size)
+
+
+def left_to_do(
+    layer: ExpertLayer, ids: torch.Tensor, configs: tuple[TileConfig, TileConfig], environment: Environment
+) -> tuple[float, float, float]:
+    """Return `work`, less the weights and products that configs of up and down leave out.
+
+    Random operands leave half of the gates dead; with dReLU half of the other factor is, too.
+    """
+    active, flops, size = work(layer, ids)
+    present = ids[(ids >= 0) & (ids < layer.experts)].long()
+    counts = torch.bincount(present, minlength=layer.experts).tolist()
+    for gemm, config in zip(layer.gemms, configs, strict=True):
+        kernel = default_registry()[config.kernel]
+        if isinstance(kernel, SkipsZeros):
+            alive = (1 - UNKNOWN_SPARSITY) ** (2 if gemm.name == "down" and layer.activation == "drelu" else 1)
+            done = kernel.work(gemm, config, environment, counts, 1 - alive)
+            size -= gemm.weight_bytes(int(active)) - done.weight_bytes
+            flops -= gemm.flops(present.numel()) - done.useful_flops
+    return active, flops, size
 
 
 def _binder(experts: PreparedExperts) -> Prepared:

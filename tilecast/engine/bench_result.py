@@ -59,7 +59,8 @@ class Point:
     """One layer at one token count.
 
     `up` and `down` are the configs that Tilecast ran, `hit` whether the table decided them; `flops` and
-    `bytes` (active experts' weights, activations once) are means over the routings drawn; `dot` whether the
+    `bytes` (active experts' weights, activations once) are means over the routings drawn, both without what the configs
+    leave out because random operands make it zero; `dot` whether the
     configs use bf16 dot products; `limit_us` is the least time that this machine needs by its measured peaks,
     bound by `memory` or `compute`.
     """
