@@ -5,7 +5,8 @@ For every effort and run, in an empty cache folder: `tilecast tune --dry-run`, t
 processes that are timed from start to end; a tuning that waits for another one has that in its time, so let nothing
 else run. Prints JSON: forecast and real seconds and real ÷ forecast of each run, and what limits the forecast went by;
 then, for each layer, bucket and GEMM, the time of every run's chosen config, how far apart they are, and the largest
-noise that the decisions state.
+noise that the decisions state. Those times were taken minutes apart: where the runs chose otherwise, `head_to_head` has
+all choices and the default measured side by side afterwards.
 """
 
 from __future__ import annotations
@@ -17,12 +18,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+
+from benchmarks.head_to_head import head_to_head
+from tilecast.autotune.measure import DeviceMeasurer
+from tilecast.cache_store.store import open_store
 from tilecast.canonical import Json
 from tilecast.environment import here
+from tilecast.evidence import TuningTable
+from tilecast.kernels import registry
 from tilecast.settings import child_environment
 
 Document = dict[str, Any]
@@ -30,12 +39,13 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One forecast and the tuning that followed it: seconds, the limits' source, and what `tune --json` printed."""
+    """A forecast and the tuning that followed: seconds, the limits' source, what `tune --json` printed and kept."""
 
     forecast_s: float
     limits: str
     real_s: float
     tuned: Document
+    table: TuningTable | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return the seconds and their ratio."""
@@ -49,8 +59,10 @@ def run_once(arguments: Sequence[str], effort: str) -> Run:
         line = [*arguments, "--effort", effort]
         forecast, _ = tilecast([*line, "--dry-run"], Path(folder))
         tuned, real_s = tilecast([*line, "--fresh"], Path(folder))
+        with closing(open_store(Path(folder) / "store.db", read_only=True)) as store:
+            table = store.table()
     source = forecast["calibration"]["source"]
-    return Run(forecast_s=forecast["seconds"], limits=source, real_s=real_s, tuned=tuned)
+    return Run(forecast_s=forecast["seconds"], limits=source, real_s=real_s, tuned=tuned, table=table)
 
 
 def tilecast(arguments: Sequence[str], cache: Path) -> tuple[Document, float]:
@@ -87,6 +99,8 @@ def compared(documents: Sequence[Document]) -> list[Json]:
 def measure(arguments: Sequence[str], efforts: Sequence[str], runs: int) -> dict[str, Json]:
     """Return the report on all efforts, each run as often."""
     environment = here()
+    if "--threads" in arguments:
+        torch.set_num_threads(int(arguments[arguments.index("--threads") + 1]))
     document: dict[str, Json] = {
         "command": ["python", "-m", "benchmarks.tune", *sys.argv[1:]],
         "environment": environment.to_json(),
@@ -96,8 +110,10 @@ def measure(arguments: Sequence[str], efforts: Sequence[str], runs: int) -> dict
         for number in range(runs):
             made.append(run_once(arguments, effort))
             print(f"{effort} {number + 1} of {runs}: {made[-1].real_s:.1f} s", file=sys.stderr, flush=True)
+        tables = [run.table for run in made if run.table is not None]
         document[effort] = {
             "runs": [run.to_json() for run in made], "choices": compared([run.tuned for run in made]),
+            "head_to_head": cast(Json, head_to_head(tables, DeviceMeasurer(environment, registry))),
         }  # fmt: skip
     return document
 

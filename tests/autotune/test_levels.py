@@ -8,8 +8,9 @@ from statistics import median
 
 import pytest
 
-from tilecast.autotune.levels import levelled
+from tilecast.autotune.levels import drift, levelled
 from tilecast.autotune.timing import centre
+from tilecast.evidence import percentile
 
 
 def drawn(
@@ -34,6 +35,15 @@ def test_a_common_drift_vanishes() -> None:
     for config, values in found.items():
         assert spread(values) < 1e-3
         assert median(values) / median(found[0]) == pytest.approx((100 + 10 * config) / 100, rel=1e-3)
+
+
+def test_drift_is_how_far_the_moments_levels_are_apart() -> None:
+    samples = drawn(6, 20, drift=0.1, noise=0.0)
+    # Without noise any config's times are the levels.
+    times = list(samples[0].values())
+    assert drift(samples) == pytest.approx(percentile(times, 90) / percentile(times, 10) - 1, rel=1e-3)
+    assert drift(drawn(6, 20, drift=0.0, noise=0.0)) == pytest.approx(0, abs=1e-3)
+    assert drift({0: {(0, 0): 3.0}, 1: {(1, 0): 9.0}}) == 0, "nothing ran at the same moment"
 
 
 def test_of_noise_that_is_not_common_only_what_was_fitted_is_gone() -> None:

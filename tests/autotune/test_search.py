@@ -12,7 +12,7 @@ from tests.autotune.shared import HERE, LAYER
 from tilecast.autotune.prescreen import Candidate
 from tilecast.autotune.search import EFFORTS, STRATEGIES, Halving, Strategy, View, strategy_for
 from tilecast.autotune.search.elimination import survivors
-from tilecast.autotune.search.ranked import Ranked
+from tilecast.autotune.search.ranked import Ranked, expected_loss
 from tilecast.autotune.timing import Timing, fastest, pool
 from tilecast.errors import UsageError
 from tilecast.evidence import Measurement
@@ -151,3 +151,17 @@ def test_more_effort_finds_no_worse_ones() -> None:
     quick, standard = ([regret(name, seed) for seed in range(20)] for name in ("quick", "standard"))
     assert median(standard) <= median(quick) + 0.021
     assert median(quick) < 0.1
+
+
+def timing(us: float, error: float) -> Timing:
+    return Timing(config=config(0), p50_us=us, error=error, samples=9)
+
+
+def test_what_a_choice_is_expected_to_lose() -> None:
+    generator = random.Random(5)
+    for gap, error in ((0.0, 0.02), (0.03, 0.01), (-0.03, 0.02)):
+        drawn = [max(0.0, generator.gauss(gap, error)) for _ in range(20_000)]
+        found = expected_loss(timing(100 * (1 + gap), error), timing(100, 0.0))
+        assert found == pytest.approx(sum(drawn) / len(drawn), rel=0.05), (gap, error)
+    assert expected_loss(timing(103, 0), timing(100, 0)) == pytest.approx(0.03)
+    assert expected_loss(timing(100, 0), timing(103, 0)) == 0

@@ -13,7 +13,7 @@ from tilecast.autotune.fates import Entrant, Standing, entrants
 from tilecast.autotune.prescreen import Candidate, describe
 from tilecast.autotune.reproducibility import ReproducibilityCost, reproducibility_cost
 from tilecast.autotune.select import Evidence, Group, bucket_weights, choose_pair, group_call_us
-from tilecast.autotune.timing import Timing, breaks_class, pool
+from tilecast.autotune.timing import Timing, breaks_class, moments_apart, pool
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, CoverageError, DeviceError, InputError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable
@@ -33,7 +33,8 @@ class GemmRace:
 
     `rounds` is the number of rounds that any config ran in, `ranks` how many measured; the entrants are in the
     order of their times, failures last. `as_stored`: whether the times stored with the choice are the ones that
-    these measurements give. `groups` are the times of a call of each layout and class over all buckets.
+    these measurements give. `groups` are the times of a call of each layout and class over all buckets. `drift` is how
+    far apart the levels of moments were, which were taken out of all samples.
     """
 
     gemm: ExpertGemm
@@ -42,6 +43,7 @@ class GemmRace:
     ranks: int
     rounds: int
     entrants: tuple[Entrant, ...]
+    drift: float
     as_stored: bool
     groups: Mapping[Group, float]
     group: Group | None
@@ -240,6 +242,7 @@ class _Side:
             ranks=len({m.rank for m in measured}),
             rounds=len({m.round for m in measured}),
             entrants=entrants(measured, standing),
+            drift=moments_apart(measured),
             as_stored=_as_stored(e, choice),
             groups=self._groups(decision.policy, shares) if whole else {},
             group=standing.group,

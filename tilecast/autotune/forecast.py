@@ -26,7 +26,7 @@ from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertGemm, TileConfig
 from tilecast.store import Store
 
-NOISE = 0.06
+NOISE = 0.04
 """Relative noise of the rehearsal's samples, that of recorded sweeps: with less, less would be in doubt."""
 AGAIN = 1.25
 """Samples taken over samples kept: stretches in which others used the cores are taken again, a few even when quiet."""

@@ -9,6 +9,7 @@ average. Configs that ran in different rounds become comparable, and the noise t
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from itertools import islice
 from statistics import median
@@ -16,6 +17,8 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tilecast.evidence import percentile
 
 Config = TypeVar("Config", bound=Hashable)
 Moment = tuple[int, ...]
@@ -56,6 +59,22 @@ def levelled(samples: Mapping[Config, Mapping[Moment, float]]) -> dict[Config, l
         ]
     )
     return {config: list(islice(values, len(mine))) for config, mine in zip(configs, ordered, strict=True)}
+
+
+def drift(samples: Mapping[Config, Mapping[Moment, float]]) -> float:
+    """Return by how much the slow moments exceed the fast ones: the 90th over the 10th percentile of levels, minus one.
+
+    That is what a time of now may be off from one of another minute, whatever is compared within one; 0 without levels.
+    """
+    together = Counter(moment for of_config in samples.values() for moment in of_config)
+    level: dict[Moment, float] = {}
+    for config, values in levelled(samples).items():
+        for moment, value in zip(sorted(samples[config]), values, strict=True):
+            if together[moment] >= MIN_TOGETHER:
+                level[moment] = samples[config][moment] / value
+    if not level:
+        return 0.0
+    return percentile(list(level.values()), 90) / percentile(list(level.values()), 10) - 1
 
 
 Floats = NDArray[np.float64]

@@ -35,7 +35,7 @@ TRIES = 60
 """How often a contended stretch is measured again before its samples are kept as they are."""
 PAUSE_S = 1.0
 """Wait before that."""
-HOPELESS = 4.0
+HOPELESS = 2.0
 FEW_ROUNDS = 3
 """Configs that are slower than the best by this factor after so many rounds run no longer: their times are known."""
 SLICE_S = 0.4

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tilecast.autotune.levels import Moment, levelled
+from tilecast.autotune.levels import Moment, drift, levelled
 from tilecast.evidence import Measurement
 from tilecast.problem import TileConfig
 
@@ -157,6 +157,21 @@ def pooled_samples(measurements: Iterable[Measurement]) -> dict[TileConfig, tupl
     samples, _, _, _ = _by_rank(measurements)
     slowest = {config: _slowest(by_rank) for config, by_rank in samples.items()}
     return {config: (rank, tuple(samples[config][rank])) for config, rank in slowest.items()}
+
+
+def moments_apart(measurements: Iterable[Measurement]) -> float:
+    """Return `drift` of the rank on which it was largest: what is taken out of the samples before they are compared."""
+    return max((drift(of_rank) for of_rank in _timed(measurements).values()), default=0.0)
+
+
+def _timed(measurements: Iterable[Measurement]) -> dict[int, dict[TileConfig, dict[Moment, float]]]:
+    """Return the samples of what ran, by rank, config and moment."""
+    timed: dict[int, dict[TileConfig, dict[Moment, float]]] = {}
+    for m in measurements:
+        if m.status == "ok":
+            moments = timed.setdefault(m.rank, {}).setdefault(m.config, {})
+            moments.update({(m.rank, m.round, number): us for number, us in enumerate(m.samples_us)})
+    return timed
 
 
 def _by_rank(

@@ -44,6 +44,10 @@ def show_explanation(
     for race in explanation.races:
         output.heading(_race_title(race, decision))
         output.show(*_choice_lines(race.gemm.name, race.choice), *peer_lines(peers, race.gemm.name))
+        output.show(
+            f"  meanwhile the machine's own speed varied by {percent(race.drift)} (10th to 90th percentile of the "
+            "moments), which is taken out of what is compared and not in its noise"
+        )
         shown = _shown(race, entrants)
         output.show(_entrant_table(race, shown))
         if len(shown) < len(race.entrants):
@@ -176,6 +180,7 @@ def _race_json(race: GemmRace) -> dict[str, Json]:
         "run": race.run,
         "ranks": race.ranks,
         "rounds": race.rounds,
+        "drift": race.drift,
         "as_stored": race.as_stored,
         "entrants": [_entrant_json(e) for e in race.entrants],
         "groups": [

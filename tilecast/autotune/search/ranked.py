@@ -12,7 +12,8 @@ from itertools import islice
 
 from tilecast.autotune.search.base import Turn, View
 from tilecast.autotune.search.elimination import GROUP_WITHIN, survivors
-from tilecast.autotune.timing import NOISE_FLOOR, fastest, noise
+from tilecast.autotune.select import pick
+from tilecast.autotune.timing import NOISE_FLOOR, Timing, fastest
 from tilecast.problem import TileConfig
 
 LITTLE_DOUBT = 0.1
@@ -20,9 +21,10 @@ LITTLE_DOUBT = 0.1
 LAST_GROUP_WITHIN = 1.06
 """In the last rounds, groups whose best is farther behind are known well enough."""
 
-
 SETTLED_SAMPLES = 6
 """Before so many, nothing is settled: a burst that hit two samples of one config looks like a fact."""
+LITTLE_LOSS = NOISE_FLOOR
+"""Part of the time that a choice may be expected to lose: no more than what counts as a difference."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class Ranked:
     at most, round by round. rounds: the most rounds.
     """
 
-    samples_each: float = 1.15
+    samples_each: float = 1.25
     least: int = 24
     most: int = 150
     start: float = 0.2
     joining: tuple[int, ...] = (2, 2, 2)
-    finalists: tuple[int, ...] = (4, 3, 2, 2)
+    finalists: tuple[int, ...] = (5, 4, 3, 2, 1)
     rounds: int = 16
     explore: int = 1
 
@@ -86,12 +88,24 @@ class Ranked:
 
 
 def _settled(view: View, kept: list[TileConfig]) -> bool:
-    """Whether more samples would decide nothing: all that is left is well known to be as fast, or slower."""
+    """Whether more samples would win little: what the choice of now is expected to lose against any other left."""
     timings = [view.timings[config] for config in kept if config in view.timings]
-    best = fastest(timings)
-    others = [t for t in timings if t.config != best.config]
     if any(t.samples < SETTLED_SAMPLES for t in timings):
         return False
-    known = all(2 * math.hypot(t.error, best.error) <= 2 * NOISE_FLOOR for t in others)
-    apart = all(t.p50_us > best.p50_us * (1 + noise(t, best)) for t in others)
-    return known or apart
+    chosen = pick(timings, view.candidates[0].config)
+    return all(expected_loss(chosen, t) <= LITTLE_LOSS for t in timings if t.config != chosen.config)
+
+
+def expected_loss(chosen: Timing, other: Timing) -> float:
+    """Return the mean of how much slower than `other` `chosen` is, where it is, for normal errors.
+
+    That is the "expected opportunity cost" of Chick and Inoue, "New two-stage and sequential procedures for selecting
+    the best simulated system", Operations Research 49 (2001).
+    """
+    error = math.hypot(chosen.error, other.error)
+    slower = chosen.p50_us / other.p50_us - 1
+    if error == 0:
+        return max(0.0, slower)
+    z = slower / error
+    below = 0.5 * math.erfc(-z / math.sqrt(2))
+    return error * (math.exp(-z * z / 2) / math.sqrt(2 * math.pi) + z * below)
