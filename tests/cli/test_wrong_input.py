@@ -49,8 +49,8 @@ SEED: Cases = (("x", 2), ("-1", 2), ("", 2), ("1.5", 2))
 LAYER: Cases = (("", 3), ("E=4", 3), ("E=x,H=1,I=1,k=1", 3), ("E=-1,H=64,I=96,k=1", 3), (f"E={HUGE},H=1,I=1,k=1", 3))
 MODEL: Cases = (*LAYER, *UNREADABLE, ("no-such-model", 3), (BROKEN, 3), (LIST, 3), (DEEP, 3), (LONG, 3), ("\0", 3))
 TABLE: Cases = (*UNREADABLE, (BROKEN, 3), ("redis://host/x", 3), (LONG, 3))
-STORE: Cases = ((FOLDER, 3), (LOOP, 3), (GARBAGE, 3), ("absent/file", 3), ("redis://host/x", 3), ("a://", 3))
-CHECKPOINT: Cases = ((ABSENT, 3), (FOLDER, 3), (LOOP, 3), (GARBAGE, 3), ("", 3), (LONG, 3), ("\0", 3))
+STORE: Cases = ((FOLDER, 3), (LOOP, 3), (GARBAGE, 3), ("redis://host/x", 3), ("a://", 3))
+CHECKPOINT: Cases = ((ABSENT, 3), (FOLDER, 3), (LOOP, 3), (GARBAGE, 3), ("", 3), (LONG, 3))
 PLACED: Cases = (
     ("x", 2), ("-1", 2), ("", 2), ("1.5", 2), (HUGE, 2), (FOLDER, 2), (LOOP, 2), (BROKEN, 3), (LIST, 3), (DEEP, 3)
 )  # fmt: skip
@@ -74,7 +74,7 @@ OPTIONS: dict[str, Cases] = {
     "--target": (("x", 3), ("", 3), ("cuda", 3), ("cuda:x", 3), ("cuda:-1", 3), ("hip:", 3)),
     "--workers": (*COUNT, (HUGE, 2)), "--inputs": (*COUNT, (HUGE, 2)), "--members": COUNT,
     "--check": CHOICE, "--expect": CHOICE, "--device": CHOICE, "--format": CHOICE, "--group": (*COUNT, ("48", 2)),
-    "out": ((FOLDER, 2), (LOOP, 2), (GARBAGE, 2), ("absent/file", 3), ("/proc/file", 3)), "--calibration": UNREADABLE,
+    "out": ((FOLDER, 2), (LOOP, 2), (GARBAGE, 2), ("/proc/file", 3)), "--calibration": UNREADABLE,
     "--environment": (("x", 3),), "--relax": CHOICE, "--reach": (("x", 2), ("-1", 2), ("0", 2), ("", 2), ("nan", 2)),
 }  # fmt: skip
 """What no command takes for an option of that name, and how each value ends."""
@@ -337,40 +337,3 @@ def test_ctrl_c_and_closed_pipes_end_every_command_alike(
     monkeypatch.setattr(_output.Output, "__init__", fail)
     done = cli(*_line(command, "nothing", None))
     assert (done.code, done.out, done.err) == (code, "", text)
-
-
-WORKING = {
-    "tune": ["--tokens", "1,2,4,8,16,32,64", "--export", "written.db", "--store", "written-store.db"],
-    "bench": ["--tokens", "1,2,4", "--rounds", "10000", "--no-tune", "--save", "written.json"],
-    "certify": ["--tokens", "1,64", "--inputs", "100000", "--save", "written.json"],
-    "generate": ["--ids", "1,2", "--max-new-tokens", "500", "--experts", "eager", "--json"],
-    "compare": ["--ids", "1,2", "--picture", "written.svg"],
-    "quantize": ["--group", "32"],
-    "prescreen": ["--tokens", "1,64"],
-    "demo": ["--out", "written.db", "--store", "written-store.db"],
-}
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.parametrize("command", WORKING)
-def test_ctrl_c_at_work_leaves_nothing_half_written(
-    cli: Command, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(made / "checkpoint", tmp_path / "checkpoint")
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for after_s in (0.05, 1.0):
-            signal.setitimer(signal.ITIMER_REAL, after_s)
-            done = cli(*command.split(), *ARGUMENTS.get(command, {"model": SPEC}).values(), *WORKING[command])
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            if done.code == 0:
-                continue  # faster than that
-            assert done.code == 130, (done.code, done.err[-800:])
-            assert done.err.splitlines()[-1].startswith("tilecast: interrupted") and "Traceback" not in done.err
-            left = {path.name for path in tmp_path.iterdir()} - {"checkpoint"}
-            assert all(name.startswith("written-store") for name in left), left
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -263,7 +263,10 @@ def _write(
     experts = {key for layer in layers.values() for key in layer.keys.values()}
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made: {error.strerror or error}") from error
     start = 0.5 if factors.columns else 0.0
     shards = _Shards(partial)
     before = after = 0
