@@ -152,15 +152,9 @@ def break_evens(
 
 def break_even_lines(found: list[tuple[Shares, BreakEven]]) -> list[str]:
     """Return a line for each layer."""
-    lines = []
-    for shares, one in found:
-        if one.bytes_per_second is None:
-            lines.append(f"{shares.layer.label}: the table has no times of both shares, so there is no break-even")
-            continue
-        sent = f"{one.bytes / 2**20:.1f} MiB of far experts at {one.bytes_per_second / 1e9:.1f} GB/s"
-        when = "at no tuned token count" if one.tokens is None else f"from {one.tokens} tokens on"
-        lines.append(f"{shares.layer.label}: sending {sent} to the near device is faster {when}")
-    return lines
+    from tilecast.engine.streaming import break_even_line
+
+    return [break_even_line(shares, one) for shares, one in found]
 
 
 def break_even_json(found: list[tuple[Shares, BreakEven]]) -> list[Json]:

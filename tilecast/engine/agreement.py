@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tilecast.autotune.routing_profiles import RoutingProfile, load_profile
@@ -29,6 +30,7 @@ from tilecast.store import Store
 if TYPE_CHECKING:
     from tilecast.autotune.measure import Measurer
     from tilecast.autotune.race import Progress
+    from tilecast.engine.placed_choice import Shares
 
 _group: Group | None = None
 
@@ -127,14 +129,17 @@ def startup(
     measurer: Measurer | None = None,
     budget_s: float | None = None,
     progress: Callable[[Progress], None] | None = None,
+    placed: Sequence[Shares] | None = None,
 ) -> Runtime:
     """Do what the environment variables ask for and return the runtime that is then in use on all ranks.
 
     Imports (TM_GEMM_IMPORT, read by rank 0), tunes what `layers` (this rank's, in model order) miss
     (TM_GEMM_TUNE, or TM_GEMM_MISS=tune), exports what was agreed on (TM_GEMM_EXPORT, written by rank 0). In
     one process it does the same without others. Every rank must call it. `store` keeps rank 0's measurements,
-    by default a file in the cache folder. Errors of any rank are raised, with one message, on all: CacheError,
-    ConfigError, CoverageError, AgreementError, DeviceError.
+    by default a file in the cache folder. `placed`, on all ranks or none, are layers with experts on two devices: the
+    far shares are tuned for the CPU, and both for the near device, as far experts' weights may be sent there; then
+    the near device is the environment's even where the table is for CPUs alone. Errors of any rank are raised, with
+    one message, on all: CacheError, ConfigError, CoverageError, AgreementError, DeviceError.
     """
     mine = group or process_group()
     with mine.guard():
@@ -143,18 +148,23 @@ def startup(
         orders = _agree_on_orders(mine, chosen)
         kernels = registry or default_registry()
         table = agree_on_table(mine, _read(chosen) if mine.rank == 0 else None)
-        if environment is None and device.device_kind != "cpu" and not may_run(table, device.device_kind):
+        stays = placed is not None or may_run(table, device.device_kind)
+        if environment is None and device.device_kind != "cpu" and not stays:
             # All ranks come here or none, as the table and the kind of device are agreed on.
             device = agree_on_environment(mine, cpu_environment())
-        own = tuple(dict.fromkeys(layers))
-        runtime = _build(table, device, kernels, chosen, orders)
+        two_kinds = placed is not None and device.device_kind != "cpu"
+        build = partial(_build, registry=kernels, settings=chosen, orders=orders, optional=two_kinds)
+        runtime = build(table, device)
+        parts = _parts(mine, device, layers, placed)
         if orders.tokens is not None:
-            everyone = [layer for theirs in gather_layers(mine, own) for layer in theirs]
-            missing = {layer: missing_buckets(runtime, layer, orders.tokens) for layer in dict.fromkeys(everyone)}
-            if any(missing.values()):
-                table = _tune(mine, runtime, missing, chosen, orders, store, measurer, budget_s, progress)
-                runtime = _build(table, device, kernels, chosen, orders)
-        check_coverage(mine, runtime, own)
+            wanted = orders.for_shares(placed or ())
+            tune = partial(
+                _tune, mine, settings=chosen, orders=wanted, store=store, measurer=measurer, progress=progress
+            )
+            table = _with_missing(mine, runtime, parts, orders.tokens, build, tune, budget_s)
+            runtime = runtime if table is runtime.table else build(table, device)
+        for place, own in parts:
+            check_coverage(mine, runtime if place == device else build(table, place), own)
         others = _other_kinds(mine, runtime)
         if mine.rank == 0 and chosen.export_to is not None:
             # Imported here, as in _read: most processes neither import nor export.
@@ -183,6 +193,15 @@ class _Orders:
     tokens: tuple[int, ...] | None
     routing: str | None = None
     profile: RoutingProfile | None = None
+
+    def for_shares(self, placed: Sequence[Shares]) -> _Orders:
+        """Return them with a profile that knows the shares of layers on two devices."""
+        if not placed or self.profile is None:
+            return self
+        # Imported here: that module builds on this one.
+        from tilecast.engine.placed_choice import profile_of_shares
+
+        return replace(self, profile=profile_of_shares(self.profile, placed))
 
 
 def _agree_on_orders(group: Group, settings: Settings) -> _Orders:
@@ -228,7 +247,54 @@ def _other_kinds(group: Group, runtime: Runtime) -> dict[str, Runtime | Tilecast
         return {"cpu": error}
 
 
-def _build(table: TuningTable, here: Environment, registry: Registry, settings: Settings, orders: _Orders) -> Runtime:
+def _parts(
+    group: Group, device: Environment, layers: Iterable[ExpertLayer], placed: Sequence[Shares] | None
+) -> list[tuple[Environment, tuple[ExpertLayer, ...]]]:
+    """Return this rank's layers by the device that they are tuned for; where all are placed on CPUs that is one."""
+    near = dict.fromkeys(layers)
+    if placed is None:
+        return [(device, tuple(near))]
+    far = dict.fromkeys(part.far for part in placed if part.far is not None)
+    near.update(dict.fromkeys(own for part in placed for own in part[1:] if own is not None))
+    parts = [(device, tuple(near))]
+    if device.device_kind != "cpu":
+        parts.append((agree_on_environment(group, cpu_environment()), tuple(far)))
+    return parts
+
+
+def _with_missing(
+    group: Group,
+    runtime: Runtime,
+    parts: Sequence[tuple[Environment, tuple[ExpertLayer, ...]]],
+    tokens: tuple[int, ...],
+    build: Callable[[TuningTable, Environment], Runtime],
+    tune: Callable[..., TuningTable],
+    budget_s: float | None,
+) -> TuningTable:
+    """Return the runtime's table with what it lacks of all ranks' layers, tuned on one device after the other."""
+    table = runtime.table
+    lacking = []
+    for place, own in parts:
+        everyone = dict.fromkeys(layer for theirs in gather_layers(group, own) for layer in theirs)
+        there = runtime if place == runtime.environment else build(table, place)
+        lacking.append((place, {layer: missing_buckets(there, layer, tokens) for layer in everyone}))
+    counts = [sum(map(len, missing.values())) for _, missing in lacking]
+    for (place, missing), count in zip(lacking, counts, strict=True):
+        if count:
+            share = None if budget_s is None else budget_s * count / sum(counts)
+            table = tune(build(table, place), missing, budget_s=share)
+    return table
+
+
+def _build(
+    table: TuningTable,
+    here: Environment,
+    registry: Registry,
+    settings: Settings,
+    orders: _Orders,
+    *,
+    optional: bool = False,
+) -> Runtime:
     return Runtime(
         table,
         environment=here,
@@ -237,6 +303,7 @@ def _build(table: TuningTable, here: Environment, registry: Registry, settings: 
         routing=orders.routing,
         miss=orders.miss,
         warn_miss=settings.warn_cache_miss,
+        optional=optional,
     )
 
 
@@ -256,6 +323,7 @@ def _tune(
     group: Group,
     runtime: Runtime,
     missing: dict[ExpertLayer, tuple[Bucket, ...]],
+    *,
     settings: Settings,
     orders: _Orders,
     store: Store | None,

@@ -22,11 +22,11 @@ from tilecast.engine.expert_module import Form, Plain, local, plain_weights
 from tilecast.engine.group import Group
 from tilecast.engine.placed_choice import Candidate, Choice, Shares, near_ids, shares_of
 from tilecast.engine.placement import AUTO, PlacedExperts, place_experts
-from tilecast.engine.placement_part import PlainExperts, classes_of
+from tilecast.engine.placement_part import PlainExperts
 from tilecast.engine.quantized_loading import LAYER
 from tilecast.engine.quantized_module import STACKS, detach
 from tilecast.engine.runtime import Runtime
-from tilecast.engine.streaming import break_even_of
+from tilecast.engine.streaming import break_even_in, break_even_line, may_stream, stream_from
 from tilecast.errors import DeviceError, InputError, UsageError
 from tilecast.problem import ExpertLayer
 
@@ -72,7 +72,7 @@ class PlacedAdapted(Adapted):
         super().__init__(module, place.form, None)
         self.place = place
         self.runtimes = runtimes
-        self.stream_from = _stream_from(place, *runtimes)
+        self.stream_from = stream_from(*runtimes, place.shares, place.near)
 
     def prepare(
         self, module: torch.nn.Module, runtime: Runtime, top_k: int, *, release: bool = True, summed: bool = True
@@ -266,21 +266,16 @@ def announce_placement(places: Mapping[str, PlacedModule], choice: Choice) -> No
     )  # fmt: skip
 
 
-def _stream_from(place: PlacedModule, near: Runtime, far: Runtime) -> int | None:
-    """Return from how many tokens on far experts' weights are sent near, by the table in use; None: never.
-
-    Under `reproducible` never between two numerics classes: bits must not depend on the number of tokens.
-    """
-    shares = place.shares
-    if shares.far is None:
-        return None
-    alike = classes_of(near, shares.near or shares.far) == classes_of(far, shares.far)
-    if "reproducible" in (near.policy, far.policy) and not alike:
-        return None
-    return break_even_of(
-        near.table, shares, near=near.environment, far=far.environment, policy=near.policy, routing=near.routing,
-        device=place.near,
-    ).tokens  # fmt: skip
+def announce_break_evens(model: torch.nn.Module) -> None:
+    """Say, in a line for each distinct layer whose shares the table has times of, when sending weights is faster."""
+    for shares, state in {state.place.shares: state for state in placed_modules(model)}.items():
+        if shares.far is None:
+            continue
+        found = break_even_in(*state.runtimes, shares, state.place.near)
+        if found.bytes_per_second is not None:
+            kept = found.tokens is not None and not may_stream(*state.runtimes, shares)
+            why = "; they stay far, as under reproducible bits must not depend on the number of tokens" if kept else ""
+            announce(logger, "%s%s", break_even_line(shares, found), why)
 
 
 def _joined(experts: PlacedExperts) -> PlainExperts:

@@ -10,6 +10,8 @@ import torch
 
 from tilecast.engine.placed_choice import Shares
 from tilecast.engine.placement import break_even
+from tilecast.engine.placement_part import classes_of
+from tilecast.engine.runtime import Runtime
 from tilecast.environment import Environment
 from tilecast.evidence import TuningTable
 from tilecast.problem import ExpertLayer
@@ -79,6 +81,41 @@ def break_even_of(
     rate = copy_rate(device)
     found = break_even(layer, near_times=whole, far_times=alone, bytes_to_stream=size, bytes_per_second=rate)
     return BreakEven(tokens=found, bytes=size, bytes_per_second=rate)
+
+
+def break_even_in(near: Runtime, far: Runtime, shares: Shares, device: torch.device) -> BreakEven:
+    """Return the break-even of a layer by the table in use, which is that of both devices; `device` is the near one."""
+    return break_even_of(
+        near.table, shares, near=near.environment, far=far.environment, policy=near.policy, routing=near.routing,
+        device=device,
+    )  # fmt: skip
+
+
+def may_stream(near: Runtime, far: Runtime, shares: Shares) -> bool:
+    """Whether far experts' weights may be sent near at all.
+
+    Under `reproducible` not between two numerics classes: bits must not depend on the number of tokens.
+    """
+    if shares.far is None:
+        return False
+    if "reproducible" not in (near.policy, far.policy):
+        return True
+    return classes_of(near, shares.near or shares.far) == classes_of(far, shares.far)
+
+
+def stream_from(near: Runtime, far: Runtime, shares: Shares, device: torch.device) -> int | None:
+    """Return from how many tokens on far experts' weights are sent near, by the table in use; None: never."""
+    return break_even_in(near, far, shares, device).tokens if may_stream(near, far, shares) else None
+
+
+def break_even_line(shares: Shares, found: BreakEven) -> str:
+    """Return what was found for one layer in a line."""
+    label = shares.layer.label
+    if found.bytes_per_second is None:
+        return f"{label}: the table has no times of both shares, so there is no break-even"
+    sent = f"{found.bytes / 2**20:.1f} MiB of far experts at {found.bytes_per_second / 1e9:.1f} GB/s"
+    when = "at no tuned token count" if found.tokens is None else f"from {found.tokens} tokens on"
+    return f"{label}: sending {sent} to the near device is faster {when}"
 
 
 @cache

@@ -27,10 +27,11 @@ from tilecast.engine.expert_module import Form, Unsupported, form_of, local, pla
 from tilecast.engine.float32_routers import keep_router_in_float32
 from tilecast.engine.group import Group
 from tilecast.engine.late_fallbacks import remember_models, warn_late
-from tilecast.engine.placed_choice import Asked, Choice, as_choice
+from tilecast.engine.placed_choice import Asked, Choice, Shares, as_choice
 from tilecast.engine.placed_model import (
     PlacedAdapted,
     adapt_placed,
+    announce_break_evens,
     announce_placement,
     kind_of,
     made_whole,
@@ -164,8 +165,14 @@ def prepare_model(
             places[name].near_layers if name in places else own
             for (name, _), (_, own, _) in zip(found, forms, strict=True)
         ]
-        layers = [layer for own, reason in zip(runs, reasons, strict=True) if not reason for layer in own]
-        runtime = _start(group, layers, kind_of(places) or _kind(found[0][1])) if places or layers else None
+        layers = [
+            layer
+            for (name, _), own, reason in zip(found, runs, reasons, strict=True)
+            if not reason and name not in places
+            for layer in own
+        ]
+        shares = None if choice is None else [place.shares for place in places.values()]
+        runtime = _start(group, layers, kind_of(places) or _kind(found[0][1]), shares) if places or layers else None
         for (name, module), (form, own, _), reason in zip(found, forms, reasons, strict=True):
             if name in places:
                 adapt_placed(module, places[name])
@@ -200,6 +207,7 @@ def prepare_model(
         log_adapted(adapted, OTHERWISE)
         if choice is not None:
             announce_placement(places, choice)
+            announce_break_evens(model)
     return adapted
 
 
@@ -310,7 +318,7 @@ def _kind(module: torch.nn.Module) -> str:
     return local(next(module.parameters())).device.type
 
 
-def _start(group: Group, layers: list[ExpertLayer], kind: str) -> Runtime:
+def _start(group: Group, layers: list[ExpertLayer], kind: str, shares: list[Shares] | None) -> Runtime:
     """Do what the environment variables ask for, or take the table that is in use already."""
     if _options.settings is None:
         runtime_module.own_again()
@@ -320,7 +328,7 @@ def _start(group: Group, layers: list[ExpertLayer], kind: str) -> Runtime:
         check_coverage(group, found, layers)
         return found
     environment: Environment | None = cpu_environment() if kind == "cpu" else None
-    return startup(layers, settings, group=group, environment=environment)
+    return startup(layers, settings, group=group, environment=environment, placed=shares)
 
 
 def _top_k_of(model: torch.nn.Module, name: str, module: torch.nn.Module) -> int:
