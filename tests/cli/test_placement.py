@@ -13,8 +13,9 @@ from tests.cli.conftest import LAYER, SPEC, Command
 from tests.tiny_models import save_tiny
 from tests.torchrun.launch import ROOT, environment
 from tilecast.cache_store.bundle import import_table
-from tilecast.cli._placement import break_even_lines
-from tilecast.engine.placed_choice import shares_of
+from tilecast.cli._layers import sharded
+from tilecast.cli._placement import benched_layers, break_even_lines
+from tilecast.engine.placed_choice import read_choice, shares_of
 from tilecast.engine.streaming import BreakEven
 
 QUICK = ("--tokens", "1,4", "--effort", "quick", "--threads", "1", "--budget", "8s")
@@ -164,3 +165,53 @@ def test_compare_runs_placed_experts(cli: Command, mixtral: Path, files: Path) -
     wrong = cli("compare", mixtral, "--gpu-experts", "9", *options)
     assert wrong.code == 3 and "number of near experts is 9" in wrong.err.splitlines()[-1]
     cli("compare", mixtral, "--gpu-experts", "2", "--experts", "eager", *options).failed(2, "needs --experts tilecast")
+
+
+def test_bench_times_two_devices_beside_one(cli: Command) -> None:
+    options = ("--dtype", "fp32", "--tokens", "4", "--rounds", "2", "--peers", "none", "--threads", "1", "--json")
+    done = cli("bench", SPEC, "--gpu-experts", "1", *options, "--budget", "2s")
+    assert done.code == 0, done.err
+    assert "both parts are tuned for the CPU" in done.err
+    document = json.loads(done.out)
+    assert document["table"]["buckets_tuned_now"] == document["table"]["decisions"] == 3
+    expert = 3 * 64 * 96 * 4
+    (even,) = document["break_even"]
+    assert (even["near"], even["far"]) == ("E1/4 H64 I96 top2 fp32", "E3/4 H64 I96 top2 fp32")
+    assert even["bytes"] == 3 * expert and even["bytes_per_second"] > 0
+    (placed,) = document["points"][0]["placed"]
+    assert (placed["near_bytes"], placed["far_bytes"]) == (expert, 3 * expert)
+    for name in ("alone", "both", "near_share", "far_share"):
+        assert placed[name]["status"] == "ok" and placed[name]["p50_us"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--gpu-experts", "5"), 3, "gpu_experts is 5, but a layer has 4 experts"),
+        (("--gpu-experts=-1",), 2, "gpu_experts is -1, expected 0 or above"),
+        (("--gpu-experts", "most"), 2, "'most', expected a number of experts, auto, or a file"),
+        (("--gpu-experts", "ids.json"), 3, "has ids for 2 layers, the model has 1"),
+        (("--gpu-experts", "broken.json"), 3, "broken.json is not JSON"),
+        (("--gpu-experts", "record.json"), 3, "record.json has no counts of E4"),
+        (("--gpu-experts", "2", "--tp", "2"), 2, "--gpu-experts is for one process"),
+    ],
+)
+def test_bench_tells_wrong_input_in_one_line(
+    cli: Command, files: Path, options: tuple[str, ...], code: int, words: str
+) -> None:
+    given = [str(files / option) if option.endswith(".json") else option for option in options]
+    cli("bench", SPEC, *given).failed(code, words)
+
+
+def test_bench_places_as_many_as_fit(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [sharded(SPEC, dtype=dtype) for dtype in ("bf16", "fp32")]
+    expert = 3 * 64 * 96 * 2
+    monkeypatch.setattr("tilecast.engine.placed_model.free_bytes", lambda device: (1 << 30) + 2 * expert)
+    found = benched_layers(models, read_choice("auto"))
+    assert [shares.near and shares.near.experts for shares in found.shares] == [2, 1]
+    path = tmp_path / "ids.json"
+    path.write_text('{"0": [1, 2, 3]}')
+    for asked in (3, path):
+        assert benched_layers(models, read_choice(asked)).shares == tuple(
+            shares_of(model.layers[0], 3) for model in models
+        )

@@ -10,7 +10,9 @@ from tilecast.cli._tables import config_text
 from tilecast.evidence import TuningTable
 
 if TYPE_CHECKING:
-    from tilecast.engine.bench_result import BenchResult, Point, Timing
+    from collections.abc import Sequence
+
+    from tilecast.engine.bench_result import BenchResult, PlacedPoint, Point, Timing
     from tilecast.problem import ExpertLayer
 
 
@@ -48,6 +50,40 @@ def show_bench(output: Output, result: BenchResult) -> None:
         _show_layer(output, points, result)
     _show_absent(output, result)
     _show_summaries(output, result)
+
+
+def show_placed(output: Output, result: BenchResult, break_evens: Sequence[str]) -> None:
+    """Print for each placement of each layer its times beside those of one device, then from when weights are sent."""
+    placements: dict[tuple[str, int], list[tuple[int, PlacedPoint]]] = {}
+    for point in result.points:
+        for placed in point.placed:
+            key = f"{point.layer.label}, {point.policy}", placed.near_experts
+            placements.setdefault(key, []).append((point.tokens, placed))
+    for (label, near), points in placements.items():
+        held = points[0][1]
+        shown = table(
+            f"{label}: {near} experts near ({held.near}, {_mib(held.near_bytes)}), the others far ({held.far}, "
+            f"{_mib(held.far_bytes)}): median µs",
+            ("tokens", "one device", "two devices", "near share", "far share", "KiB across"),
+        )
+        for tokens, placed in points:
+            shares = (placed.near_share, placed.far_share)
+            add_row(
+                shown, str(tokens), _time(placed.alone), f"{_time(placed.both)} ({ratio(placed.ratio)})",
+                *map(_time, shares), f"{placed.crossing_bytes / 1024:.1f}",
+            )  # fmt: skip
+        output.show(shown)
+        for timing in dict.fromkeys((t.name, t.detail) for _, placed in points for t in placed.timings if t.detail):
+            output.warn(": ".join(timing))
+    output.show(*break_evens)
+
+
+def _time(timing: Timing | None) -> str:
+    return "—" if timing is None or timing.p50_us is None else microseconds(timing.p50_us)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _show_layer(output: Output, points: list[Point], result: BenchResult) -> None:

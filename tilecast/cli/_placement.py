@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -129,6 +130,34 @@ def placed_layers(split: ShardedModel, choice: Choice, near: Environment | None 
     numbers = near_numbers(choice, layers)
     shares = dict.fromkeys(shares_of(layer, number) for layer, _ in layers for number in numbers)
     return PlacedLayers(shares=tuple(shares), near=near or environment.here())
+
+
+def benched_layers(splits: Sequence[ShardedModel], choice: Choice) -> PlacedLayers:
+    """Return models' layers as `choice` places them, for one layer at a time on this device and the CPU.
+
+    Where memory decides it is what is free now: nothing else of the models is loaded. Raises UsageError and InputError.
+    """
+    if not isinstance(choice.experts, str):
+        found = [shares for split in splits for shares in placed_layers(split, choice).shares]
+    else:
+        found = [shares for split in splits for shares in _fitting(split, choice)]
+    from tilecast import environment
+
+    return PlacedLayers(shares=tuple(dict.fromkeys(found)), near=environment.here())
+
+
+def _fitting(split: ShardedModel, choice: Choice) -> list[Shares]:
+    """Return a model's layers with as many experts near as fit, the layers numbered as if all of them had experts."""
+    from tilecast.engine.placed_choice import Candidate, near_ids, shares_of
+    from tilecast.engine.placed_model import free_bytes, near_device, room
+
+    layers = [group.shards[0].layer for group in split.groups for _ in range(group.count)]
+    candidates = [
+        Candidate(index=place, name=layer.label, layer=layer, expert_bytes=sum(g.weight_bytes(1) for g in layer.gemms))
+        for place, layer in enumerate(layers)
+    ]
+    chosen = near_ids(choice, candidates, room(free_bytes(near_device())))
+    return [shares_of(layer, len(ids)) for layer, ids in zip(layers, chosen, strict=True)]
 
 
 def break_evens(

@@ -9,11 +9,12 @@ other layers ran in between, and activations are warm, as their producer has jus
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,12 +23,15 @@ from tilecast.autotune.clock import Clock, clock_for
 from tilecast.autotune.draws import uniform_ids
 from tilecast.autotune.gate import MAX_ERROR_RATIO, error_ratio
 from tilecast.autotune.seeds import hash_seed
-from tilecast.autotune.workload import device_of, normal_stack, weight_stack
+from tilecast.autotune.workload import device_of, normal_stack, synchronise, weight_stack
+from tilecast.engine.bench_contestant import MIN_ROUNDS, Contestant, hopeless, reporting
+from tilecast.engine.bench_placed import BenchedPlacement
 from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timing, best_peaks
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.peers import PEERS, Bound, LayerWeights, Peer, Prepared, refused
+from tilecast.engine.placed_choice import Shares
 from tilecast.engine.runtime import Runtime, default_registry
-from tilecast.environment import Environment, here
+from tilecast.environment import Environment, cpu_environment, here
 from tilecast.errors import UsageError
 from tilecast.evidence import TuningTable
 from tilecast.kernels.cpu.peak import Peaks, measure_peaks
@@ -53,9 +57,6 @@ __all__ = [
 FLUSH_FACTOR = 4
 MIN_FLUSH_BYTES = 64 << 20
 """The flush reads this many times the last-level cache, and at least so much where its size is unknown."""
-MIN_ROUNDS = 3
-HOPELESS = 10.0
-"""A contestant this many times slower than the fastest gets the least number of samples only."""
 CHECKED_TOKENS = 16
 
 
@@ -66,31 +67,6 @@ class Operands:
     hidden: torch.Tensor
     ids: torch.Tensor
     scale: torch.Tensor
-
-
-@dataclass(kw_only=True)
-class _Contestant:
-    name: str
-    bind: Prepared | None = None
-    gemms_only: bool = False
-    status: str = "ok"
-    detail: str = ""
-    error_ratio: float | None = None
-    samples_us: list[float] = field(default_factory=list)
-
-    @property
-    def racing(self) -> bool:
-        return self.status == "ok" and self.bind is not None
-
-    def fail(self, status: str, detail: str) -> None:
-        self.status, self.detail, self.bind = status, detail, None
-        self.samples_us.clear()
-
-    def timing(self) -> Timing:
-        return Timing(
-            name=self.name, status=self.status, samples_us=tuple(self.samples_us), error_ratio=self.error_ratio,
-            gemms_only=self.gemms_only, detail=self.detail,
-        )  # fmt: skip
 
 
 Progress = Callable[[str], None]
@@ -110,6 +86,7 @@ def bench_layer(
     seed: int = 0,
     peaks: Peaks | None = None,
     progress: Progress | None = None,
+    placed: Sequence[Shares] = (),
 ) -> BenchResult:
     """Time one layer at some token counts on `threads` threads (0: as many as torch uses now).
 
@@ -118,7 +95,8 @@ def bench_layer(
     `MIN_ROUNDS` samples. A contestant that cannot run, fails, or is wrong against float64 gets no time and
     says why. `peaks` None: the machine's limits are read before, between and after the points, about a second
     each time, and the best readings count. Memory: the plain weights, and one more copy for each contestant that
-    packs them.
+    packs them. `placed` are placements of the layer's experts on this device and the CPU, timed beside it, each with
+    one more copy.
     Raises InputError for token counts or rounds below 1, and what validating a table raises.
     """
     for count in tokens:
@@ -130,6 +108,7 @@ def bench_layer(
         environment = here()
         readings = [peaks or _fresh_peaks(used)]
         bench = _Bench(layer, environment, table or TuningTable(), policy, readings[0], seed)
+        bench.place(placed)
         deadline = time.monotonic() + budget_s
         points = []
         for place, count in enumerate(tokens):
@@ -162,8 +141,13 @@ class _Bench:
         self.runtime = Runtime(table, environment=environment, registry=default_registry(), policy=policy)
         without = Runtime(TuningTable(), environment=environment, registry=default_registry(), policy=policy)
         self.ours = {OURS: self._prepared(self.runtime), DEFAULT: self._prepared(without)}
-        flush_bytes = max(FLUSH_FACTOR * environment.llc_bytes, MIN_FLUSH_BYTES)
-        self.flushed = torch.ones(flush_bytes // 8, dtype=torch.int64)
+        places = [environment] if self.device.type == "cpu" else [environment, cpu_environment()]
+        self.flushed = [_flushed(place.llc_bytes, device_of(place)) for place in places]
+        self.placements: tuple[BenchedPlacement, ...] = ()
+
+    def place(self, placed: Sequence[Shares]) -> None:
+        """Have the layer timed with its experts on two devices, too."""
+        self.placements = tuple(BenchedPlacement(shares, self.weights, self.runtime, self.device) for shares in placed)
 
     def _prepared(self, runtime: Runtime) -> PreparedExperts:
         layer, weights = self.layer, self.weights
@@ -176,10 +160,13 @@ class _Bench:
     def point(self, tokens: int, peers: Sequence[Peer], rounds: int, share_s: float) -> Point:
         """Check and time every contestant at one token count."""
         deadline = time.monotonic() + share_s
-        contestants = [_Contestant(name=name, bind=_binder(experts)) for name, experts in self.ours.items()]
+        contestants = [Contestant(name=name, bind=_binder(experts)) for name, experts in self.ours.items()]
         contestants += [self._enter(peer, tokens) for peer in peers]
-        self._check(contestants, tokens)
-        routed = self._race(contestants, tokens, rounds, deadline)
+        groups = [placement.enter(_binder(self.ours[OURS])) for placement in self.placements]
+        everyone = [*contestants, *itertools.chain(*groups)]
+        self._check(everyone, tokens)
+        routed = self._race(everyone, tokens, rounds, deadline)
+        ids = [uniform_ids(self.layer, tokens, hash_seed(self.seed, tokens, turn)) for turn in range(len(routed))]
         active, flops, size = (sum(values) / len(values) for values in zip(*routed, strict=True))
         entry = self.runtime.lookup(self.layer, tokens)
         dot = "bf16" in (dict(entry.up.params).get("dot"), dict(entry.down.params).get("dot"))
@@ -197,19 +184,22 @@ class _Bench:
             limit_us=math.inf,
             bound="memory",
             timings=tuple(contestant.timing() for contestant in contestants),
+            placed=tuple(
+                placement.point(group, tokens, ids) for placement, group in zip(self.placements, groups, strict=True)
+            ),
         ).with_peaks(self.peaks)
 
-    def _enter(self, peer: Peer, tokens: int) -> _Contestant:
-        contestant = _Contestant(name=peer.name, gemms_only=peer.gemms_only)
+    def _enter(self, peer: Peer, tokens: int) -> Contestant:
+        contestant = Contestant(name=peer.name, gemms_only=peer.gemms_only)
         reason = refused(peer, self.layer, tokens, self.device.type)
         if reason is not None:
             contestant.fail("unavailable", reason)
             return contestant
-        with _reporting(contestant):
+        with reporting(contestant):
             contestant.bind = peer.prepare(self.layer, self.weights, tokens)
         return contestant
 
-    def _check(self, contestants: list[_Contestant], tokens: int) -> None:
+    def _check(self, contestants: list[Contestant], tokens: int) -> None:
         """Run every contestant once; whole layers are compared with float64 on some tokens."""
         operands = make_operands(self.layer, tokens, hash_seed(self.seed, tokens, 1 << 20), self.device)
         count = min(tokens, CHECKED_TOKENS)
@@ -218,9 +208,9 @@ class _Bench:
         exact, torch_values = _expected(self.layer, self.weights, operands, rows)
         longest = max(self.layer.hidden, self.layer.intermediate)
         for contestant in [c for c in contestants if c.racing]:
-            with _reporting(contestant):
+            with reporting(contestant):
                 out = _call(contestant, operands)()
-                if contestant.gemms_only:
+                if contestant.gemms_only or contestant.share:
                     continue
                 if out.shape != operands.hidden.shape or not bool(torch.isfinite(out).all()):
                     contestant.fail("wrong_result", f"output {tuple(out.shape)} has the wrong shape or is not finite")
@@ -231,7 +221,7 @@ class _Bench:
                     contestant.fail("wrong_result", detail)
 
     def _race(
-        self, contestants: list[_Contestant], tokens: int, rounds: int, deadline: float
+        self, contestants: list[Contestant], tokens: int, rounds: int, deadline: float
     ) -> list[tuple[float, float, float]]:
         """Sample in interleaved rounds; returns (active experts, FLOPs, bytes) of each round's routing."""
         routed = []
@@ -243,23 +233,25 @@ class _Bench:
             routed.append(left_to_do(self.layer, operands.ids, (entry.up, entry.down), self.runtime.environment))
             start = turn % len(contestants)
             for contestant in contestants[start:] + contestants[:start]:
-                if contestant.racing and not _hopeless(contestant, contestants):
-                    with _reporting(contestant):
-                        contestant.samples_us.append(self._sample(_call(contestant, operands), operands))
+                if contestant.racing and not hopeless(contestant, contestants):
+                    with reporting(contestant):
+                        contestant.samples_us.append(self._sample(contestant, operands))
         return routed
 
-    def _sample(self, call: Bound, operands: Operands) -> float:
+    def _sample(self, contestant: Contestant, operands: Operands) -> float:
         """Return the µs of one call on cold weights and, on the CPU, warm activations."""
-        if self.clock is not None:
+        call = _call(contestant, operands)
+        if self.clock is not None and not contestant.by_host:
             return self.clock.time([lambda: _discard(call)])
-        self.flushed.sum()
-        for tensor in (operands.hidden, operands.ids, operands.scale):
+        for tensor in (*self.flushed, operands.hidden, operands.ids, operands.scale):
             tensor.sum()
+        synchronise(self.device)
         enabled = gc.isenabled()
         gc.disable()
         try:
             start = time.perf_counter_ns()
             call()
+            synchronise(self.device)
             return (time.perf_counter_ns() - start) / 1e3
         finally:
             if enabled:
@@ -325,11 +317,16 @@ def left_to_do(
     return active, flops, size
 
 
+def _flushed(llc_bytes: int, device: torch.device) -> torch.Tensor:
+    """Return what is read through so that a cache of this size holds nothing else."""
+    return torch.ones(max(FLUSH_FACTOR * llc_bytes, MIN_FLUSH_BYTES) // 8, dtype=torch.int64, device=device)
+
+
 def _binder(experts: PreparedExperts) -> Prepared:
     return lambda hidden, ids, scale: partial(experts, hidden, ids, scale)
 
 
-def _call(contestant: _Contestant, operands: Operands) -> Bound:
+def _call(contestant: Contestant, operands: Operands) -> Bound:
     assert contestant.bind is not None, "only what races is called"
     return contestant.bind(operands.hidden, operands.ids, operands.scale)
 
@@ -351,21 +348,6 @@ def _expected(
         for dtype in (torch.float64, TORCH_DTYPES[layer.dtype])
     )  # fmt: skip
     return exact, torch_values
-
-
-def _hopeless(contestant: _Contestant, contestants: list[_Contestant]) -> bool:
-    best = min(min(other.samples_us) for other in contestants if other.samples_us) if contestant.samples_us else 0.0
-    return len(contestant.samples_us) >= MIN_ROUNDS and min(contestant.samples_us) > HOPELESS * best
-
-
-@contextmanager
-def _reporting(contestant: _Contestant) -> Iterator[None]:
-    """Turn what a contestant raises into its status: one that fails must not end the others' race."""
-    try:
-        yield
-    except Exception as error:  # whatever another library raises; an interrupt is none of these
-        lines = str(error).strip().splitlines() or [""]
-        contestant.fail("runtime_error", f"{type(error).__name__}: {lines[0]}")
 
 
 def _fresh_peaks(threads: int) -> Peaks:

@@ -55,6 +55,51 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacedPoint:
+    """One layer at one token count with `near_experts` of its experts on the device `near` and the others on `far`.
+
+    `alone` is the layer on the near device, by the same clock. A share is the same call without the other's slots; None
+    where a device has no experts. `near_bytes` and `far_bytes` are the weights held there; `crossing_bytes` what goes
+    between the devices in a call, the mean over the routings drawn. From `stream_from` tokens on the far experts'
+    weights are sent near; None: never.
+    """
+
+    near_experts: int
+    near: str
+    far: str
+    near_bytes: int
+    far_bytes: int
+    crossing_bytes: float
+    stream_from: int | None
+    alone: Timing
+    both: Timing
+    near_share: Timing | None
+    far_share: Timing | None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as long as on one device the layer takes on two; None where one of both has no time."""
+        if self.alone.p50_us is None or self.both.p50_us is None:
+            return None
+        return self.both.p50_us / self.alone.p50_us
+
+    @property
+    def timings(self) -> tuple[Timing, ...]:
+        """All that was timed."""
+        shares = (self.near_share, self.far_share)
+        return (self.alone, self.both, *(timing for timing in shares if timing is not None))
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON form, with the ratio worked out."""
+        kept = ("near_experts", "near", "far", "near_bytes", "far_bytes", "crossing_bytes", "stream_from", "ratio")
+        timed = {name: getattr(self, name) for name in ("alone", "both", "near_share", "far_share")}
+        return {
+            **{name: getattr(self, name) for name in kept},
+            **{name: None if timing is None else timing.to_json() for name, timing in timed.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """One layer at one token count.
 
@@ -62,7 +107,7 @@ class Point:
     `bytes` (active experts' weights, activations once) are means over the routings drawn, both without what the configs
     leave out because random operands make it zero; `dot` whether the
     configs use bf16 dot products; `limit_us` is the least time that this machine needs by its measured peaks,
-    bound by `memory` or `compute`.
+    bound by `memory` or `compute`. `placed` is the layer with its experts on two devices, for each placement asked for.
     """
 
     layer: ExpertLayer
@@ -78,6 +123,7 @@ class Point:
     limit_us: float
     bound: str
     timings: tuple[Timing, ...]
+    placed: tuple[PlacedPoint, ...] = ()
 
     def with_peaks(self, peaks: Peaks) -> Point:
         """Return this point with its limit worked out from other peaks."""
@@ -154,6 +200,7 @@ class Point:
             "limit_exceeded": self.limit_exceeded,
             "speedup_over_best_peer": self.speedup(),
             "contestants": contestants,
+            "placed": [placed.to_json() for placed in self.placed],
         }
 
 

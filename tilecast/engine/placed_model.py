@@ -185,7 +185,7 @@ def place_model(model: torch.nn.Module, found: Sequence[Inspected], choice: Choi
     with _experts_held_back([(module, form) for _, module, form, _ in found]):
         model.to(near)
     free = free_bytes(near)
-    ids = near_ids(choice, candidates, None if free is None else free - max(RESERVE_BYTES, int(free * RESERVE_SHARE)))
+    ids = near_ids(choice, candidates, room(free))
     _check_room(candidates, ids, near, free)
     return {
         name: PlacedModule(name=name, index=candidate.index, form=form, layer=layer, near_experts=chosen, near=near)
@@ -244,6 +244,11 @@ def free_bytes(device: torch.device) -> int | None:
     from tilecast.engine.load import available_memory
 
     return available_memory()
+
+
+def room(free: int | None) -> int | None:
+    """Return how many of the bytes that are free near `auto` takes for experts."""
+    return None if free is None else free - max(RESERVE_BYTES, int(free * RESERVE_SHARE))
 
 
 def announce_placement(places: Mapping[str, PlacedModule], choice: Choice) -> None:
