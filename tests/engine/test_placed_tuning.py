@@ -11,6 +11,7 @@ import torch
 
 from tests.engine.tables import LAYER, decided
 from tests.engine.test_devices import registry
+from tests.engine.test_group import Ranks
 from tests.fake_gpus import H200, Gpus, fresh
 from tilecast.autotune.gate import Verdict
 from tilecast.cache_store.bundle import export_table, import_table
@@ -129,6 +130,24 @@ def test_shares_are_tuned_with_their_own_counts(gpu: Gpus, tmp_path: Path, monke
     for profile in seen:
         assert profile.probabilities(ONE).tolist() == pytest.approx([0.9, *[0.1 / 3] * 3])  # type: ignore[attr-defined]
         assert profile.probabilities(THREE).tolist() == pytest.approx([0.01, 0, 0.09, 0.9])  # type: ignore[attr-defined]
+
+
+def test_ranks_tune_the_shares_of_all_of_them(gpu: Gpus, tmp_path: Path) -> None:
+    uneven = (SHARES, shares_of(LAYER, 3))
+    settings = Settings(cache_dir=tmp_path / "cache", policy="fastest", tune=TuneSettings(tokens=(4,)))
+
+    def begin(group: Group) -> tuple[str, set[tuple[str, ExpertLayer, int]]]:
+        found = startup(
+            [], settings, group=group, registry=kernels(), store=MemoryStore(), measurer=Constant(), budget_s=4,
+            placed=[uneven[group.rank]],
+        )  # fmt: skip
+        return found.table.digest, tuned(found.table)
+
+    first, second = Ranks(2).run(begin)
+    assert first == second and isinstance(first, tuple)
+    layers = [layer for shares in uneven for layer in shares[1:] if layer is not None]
+    far = [shares.far for shares in uneven]
+    assert first[1] == {("cuda", layer, 4) for layer in layers} | {("cpu", layer, 4) for layer in far}
 
 
 # Sending weights ------------------------------------------------------------------------------------------------
