@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import LAYER, SPEC, Command
+from tests.cli.conftest import LAYER, SPEC, Command, table_of
 from tests.tiny_models import save_tiny
 from tests.torchrun.launch import ROOT, environment
-from tilecast.cache_store.bundle import import_table
+from tilecast.cache_store.bundle import export_table, import_table
 from tilecast.cli._layers import sharded
-from tilecast.cli._placement import benched_layers, break_even_lines
+from tilecast.cli._output import Output
+from tilecast.cli._placement import PlacedLayers, benched_layers, break_even_lines
+from tilecast.cli.bench import _parts, _tuned
 from tilecast.engine.placed_choice import read_choice, shares_of
+from tilecast.engine.runtime import Runtime
 from tilecast.engine.streaming import BreakEven
+from tilecast.environment import cpu_environment
+from tilecast.evidence import TuningTable
+from tilecast.problem import ExpertLayer
 
 QUICK = ("--tokens", "1,4", "--effort", "quick", "--threads", "1", "--budget", "8s")
 
@@ -167,13 +174,19 @@ def test_compare_runs_placed_experts(cli: Command, mixtral: Path, files: Path) -
     cli("compare", mixtral, "--gpu-experts", "2", "--experts", "eager", *options).failed(2, "needs --experts tilecast")
 
 
-def test_bench_times_two_devices_beside_one(cli: Command) -> None:
+def test_bench_times_two_devices_beside_one(cli: Command, tmp_path: Path) -> None:
+    path = tmp_path / "table.db"
+    whole, near, _ = shares_of(replace(LAYER, dtype="fp32"), 1)
+    assert near is not None
+    export_table(table_of(whole, (4,)).merged(table_of(near, (4,))), path)
     options = ("--dtype", "fp32", "--tokens", "4", "--rounds", "2", "--peers", "none", "--threads", "1", "--json")
-    done = cli("bench", SPEC, "--gpu-experts", "1", *options, "--budget", "2s")
+    done = cli("bench", SPEC, "--gpu-experts", "1", "--table", path, *options, "--budget", "2s")
     assert done.code == 0, done.err
     assert "both parts are tuned for the CPU" in done.err
     document = json.loads(done.out)
-    assert document["table"]["buckets_tuned_now"] == document["table"]["decisions"] == 3
+    assert (document["table"]["buckets_tuned_now"], document["table"]["decisions"]) == (1, 3), (
+        "the far share is lacking"
+    )
     expert = 3 * 64 * 96 * 4
     (even,) = document["break_even"]
     assert (even["near"], even["far"]) == ("E1/4 H64 I96 top2 fp32", "E3/4 H64 I96 top2 fp32")
@@ -215,3 +228,21 @@ def test_bench_places_as_many_as_fit(files: Path, tmp_path: Path, monkeypatch: p
         assert benched_layers(models, read_choice(asked)).shares == tuple(
             shares_of(model.layers[0], 3) for model in models
         )
+
+
+def test_bench_tunes_each_share_where_it_may_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = replace(cpu_environment(), device_kind="cuda", device="a GPU")
+    shares = shares_of(LAYER, 1)
+    asked: list[object] = []
+
+    def tune(runtime: Runtime, missing: dict[ExpertLayer, object], *given: object, **options: object) -> TuningTable:
+        asked.append((runtime.environment, tuple(missing), options["budget_s"]))
+        return TuningTable()
+
+    monkeypatch.setattr("tilecast.engine.tuning.tune_missing", tune)
+    parts = _parts((LAYER,), PlacedLayers(shares=(shares,), near=gpu))
+    where = str(tmp_path / "store.db")
+    _, number, _ = _tuned(Output(), TuningTable(), parts, (1, 4), "reproducible", where, 100.0)
+    # 60% of the budget, by what each device lacks.
+    assert asked == [(gpu, (LAYER, *shares[1:]), 45.0), (cpu_environment(), (shares.far,), 15.0)]
+    assert number == 8
