@@ -10,7 +10,7 @@ from statistics import median
 import pytest
 
 from tests.autotune.shared import HERE, LAYER
-from tilecast.autotune.timing import centre, pool
+from tilecast.autotune.timing import MANY, _centred, centre, pool
 from tilecast.evidence import Measurement
 from tilecast.problem import TileConfig
 
@@ -57,3 +57,18 @@ def test_a_centre_is_the_median_of_the_means_of_all_pairs(count: int) -> None:
     rng = random.Random(count)
     samples = [rng.choice([5.0, rng.random()]) for _ in range(count)]
     assert centre(samples) == median((a + b) / 2 for a, b in combinations_with_replacement(samples, 2))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 11, 12, 13, 64, 65])
+def test_many_configs_at_once_have_the_times_of_each_alone(count: int) -> None:
+    generator = random.Random(count)
+    samples = {
+        TileConfig("fake.kernel", {"block": k}): [generator.lognormvariate(3.0, 0.2) for _ in range(count)]
+        for k in range(2 * MANY)
+    }
+    together = _centred(samples)
+    assert list(together) == list(samples)
+    for one, values in samples.items():
+        (alone,) = _centred({one: values}).values()
+        assert together[one] == alone
+        assert alone.centre == centre(values)

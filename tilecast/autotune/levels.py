@@ -35,30 +35,30 @@ def levelled(samples: Mapping[Config, Mapping[Moment, float]]) -> dict[Config, l
     With few configs in a moment its level takes over a part of their noise: the spread that is left is too small by
     what was estimated, as any residual's is, while the centres are as sharp as those of differences between configs.
     """
-    configs = list(samples)
     moments = sorted({moment for of_config in samples.values() for moment in of_config})
     place = {moment: i for i, moment in enumerate(moments)}
     # Flat, config after config and in the order of moments. Not NumPy's logarithm: it depends on the CPU it runs on.
-    ordered = [sorted(samples[config]) for config in configs]
-    logs = np.array([math.log(samples[c][m]) for c, mine in zip(configs, ordered, strict=True) for m in mine])
-    of_config = np.repeat(np.arange(len(configs)), [len(mine) for mine in ordered])
-    of_moment = np.array([place[moment] for mine in ordered for moment in mine], dtype=np.int64)
+    ordered = [sorted(of_config.items()) for of_config in samples.values()]
+    flat = [us for mine in ordered for _, us in mine]
+    logs = np.array(list(map(math.log, flat)))
+    of_config = np.repeat(np.arange(len(ordered)), [len(mine) for mine in ordered])
+    of_moment = np.array([place[moment] for mine in ordered for moment, _ in mine], dtype=np.int64)
     together = np.bincount(of_moment, minlength=len(moments))
     shared = together >= MIN_TOGETHER
     if not shared.any():
-        return {c: [samples[c][m] for m in mine] for c, mine in zip(configs, ordered, strict=True)}
+        return {config: [us for _, us in mine] for config, mine in zip(samples, ordered, strict=True)}
     level, own = _polished(logs, of_config, of_moment, shared)
     # The level to compare at: that of the median moment, so that times stay those of this device.
     usual = median(level[shared].tolist())
     rest = logs - level[of_moment] - own[of_config]
-    plain = (us for c, mine in zip(configs, ordered, strict=True) for us in map(samples[c].__getitem__, mine))
+    at_level = (own[of_config] + usual + rest).tolist()
     values = iter(
         [
             math.exp(log) if among else us
-            for log, among, us in zip((own[of_config] + usual + rest).tolist(), shared[of_moment], plain, strict=True)
+            for log, among, us in zip(at_level, shared[of_moment].tolist(), flat, strict=True)
         ]
     )
-    return {config: list(islice(values, len(mine))) for config, mine in zip(configs, ordered, strict=True)}
+    return {config: list(islice(values, len(mine))) for config, mine in zip(samples, ordered, strict=True)}
 
 
 def drift(samples: Mapping[Config, Mapping[Moment, float]]) -> float:

@@ -98,6 +98,7 @@ def explain(
     from tilecast.autotune.explain import explain as explained
     from tilecast.autotune.explain import series_of
     from tilecast.cache_store.bundle import open_evidence
+    from tilecast.cache_store.queries import keeping_all
     from tilecast.cli._explained import explanation_json, show_explanation
     from tilecast.cli._peers import peer_times_or_warning, peers_json
     from tilecast.kernels import registry
@@ -110,7 +111,7 @@ def explain(
     output = Output(json_wanted=json_)
     where = store_location(None, Settings.from_environment()) if table == DEFAULT_STORE else table
     here = environments.seen()
-    with open_evidence(where) as evidence:
+    with keeping_all(), open_evidence(where) as evidence:
         found = evidence.table
         series = _series(
             _of_layer(found, layer, where, tp=tp, ep=ep), found, where, here, (policy, routing, environment)
@@ -119,9 +120,10 @@ def explain(
         measurements = evidence.of(decision)
     made = next(e for e in found.environments if e.digest == decision.environment)
     ours = environments.kernel_source_digest(made.device_kind) == made.kernel_source
-    explanation = explained(
-        decision, series_of(decision, found), measurements, made, registry if ours else None, weights=shares
-    )
+    with keeping_all():
+        explanation = explained(
+            decision, series_of(decision, found), measurements, made, registry if ours else None, weights=shares
+        )
     alone = TuningTable((made,), (decision,))
     peers = peer_times_or_warning(output, alone, measurements, Settings.from_environment())
     origin = next(o for o in origins(found.for_environment(made.digest), here))
