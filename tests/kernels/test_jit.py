@@ -145,9 +145,12 @@ class Counting:
         return 100.0
 
 
-@pytest.mark.parametrize(("gate_us", "before"), [(0.0, [1, 1]), (10_000.0, [1, 1]), (20_000.0, [])])
+@pytest.mark.parametrize(
+    ("gate_us", "before", "repeats"),
+    [(0.0, [1, 1], MAX_REPEATS), (6_000.0, [1, 1], MAX_REPEATS), (8_000.0, [], 3), (40_000.0, [], 1)],
+)
 def test_what_took_long_in_the_gate_is_not_launched_again_to_see_how_long_it_takes(
-    gate_us: float, before: list[int], monkeypatch: pytest.MonkeyPatch
+    gate_us: float, before: list[int], repeats: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, here = Counting(), cpu_environment()
     measurer = DeviceMeasurer(here, Registry((KERNEL,)), clock=clock)
@@ -157,7 +160,6 @@ def test_what_took_long_in_the_gate_is_not_launched_again_to_see_how_long_it_tak
     assert measurer._gate.launch_us(LAYER.up, 5, config) == 0
     monkeypatch.setattr(measurer._gate, "launch_us", lambda *_: gate_us)
     assert measurer.sample(LAYER.up, 4, config, round=0, count=2) == (100.0, 100.0)
-    repeats = 1 if not before else 64
     assert clock.launches == [*before, repeats, repeats]
     measurer.sample(LAYER.up, 4, config, round=1, count=1)
     assert clock.launches == [*before, repeats, repeats, repeats], "asked once"
