@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.cases import operands
-from tilecast.autotune.measure import DeviceMeasurer, Prepared
+from tilecast.autotune.measure import MAX_REPEATS, DeviceMeasurer, Prepared
 from tilecast.environment import cpu_environment
 from tilecast.kernels.cpu import jit
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
