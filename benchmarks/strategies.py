@@ -250,7 +250,7 @@ def compare(
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for path in sweep_files(folder):
-        sweeps = load_sweeps(path)
+        sweeps = [sweep.at_rounds_levels() for sweep in load_sweeps(path)]
         truth = {(sweep.gemm, sweep.tokens): true_times(sweep) for sweep in sweeps}
         ranker = _Remembered(ranker_for(sweeps[0].environment, registry) if ranker_for else NoRanker())
         for name in names:

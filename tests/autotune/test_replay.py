@@ -142,9 +142,8 @@ def test_playing_back_repeats_itself_and_only_itself(sweeps: list[Sweep]) -> Non
 
 def test_configs_of_one_round_share_its_disturbance() -> None:
     """Recorded rounds have levels; in each round of the replay all configs are of the same recorded one."""
-    configs = [
-        r.config for r in record_sweep(LAYER.up, 4, HERE, REGISTRY, FakeTimes(by_block), samples=1).recorded[:20]
-    ]
+    sweep = record_sweep(LAYER.up, 4, HERE, REGISTRY, FakeTimes(by_block), samples=1, watch=Silent())
+    configs = [r.config for r in sweep.recorded[:20]]
     recorded = tuple(
         Recorded(config=c, samples_us=tuple((1.0 + r) * (10 + i) for r in range(9))) for i, c in enumerate(configs)
     )
@@ -228,3 +227,54 @@ def test_a_real_sweep_can_be_tuned_over() -> None:
     plan, store = make_plan([LAYER], [3], here), MemoryStore()
     measure_plan(plan, store, REGISTRY, measurer=ReplayMeasurer(layer_sweeps), strategy="quick")
     assert {m.status for m in store.measurements()} == {"ok"}
+
+
+def in_stretches(levels: list[float], *, configs: int = 20) -> Sweep:
+    """Configs of 100, 101, … µs over six rounds of two stretches; round r's second stretch is slower by `levels[r]`."""
+    space = [TileConfig("fake.kernel", {"block": place}) for place in range(configs)]
+    # Whoever is drawn into the second stretch differs from round to round.
+    drawn = [random.Random(number).sample(range(configs), configs // 2) for number in range(6)]
+    recorded = []
+    for place, config in enumerate(space):
+        stretches = tuple(int(place in second) for second in drawn)
+        samples = tuple((100.0 + place) * (levels[number] if second else 1) for number, second in enumerate(stretches))
+        recorded.append(Recorded(config=config, samples_us=samples, stretches=stretches))
+    return Sweep(environment=HERE, gemm=LAYER.up, tokens=4, recorded=tuple(recorded))
+
+
+def test_stretches_of_a_round_are_put_at_one_level() -> None:
+    sweep = in_stretches([1.3, 1.0, 1.2, 0.9, 1.1, 1.25])
+    found = sweep.at_rounds_levels()
+    for number in range(6):
+        ratios = [r.samples_us[number] / (100 + place) for place, r in enumerate(found.recorded)]
+        assert max(ratios) / min(ratios) == pytest.approx(1, abs=5e-3), "within a round all differ by their own times"
+    assert {r.stretches for r in found.recorded} == {()}
+    assert found.at_rounds_levels() == found, "and that is done once"
+    # What is played back has it done.
+    measurer = ReplayMeasurer([sweep])
+    first, second = (measurer.sample(LAYER.up, 4, r.config, round=3, count=2) for r in sweep.recorded[:2])
+    assert second[0] / first[0] == pytest.approx(101 / 100, rel=5e-3)
+
+
+def test_stretches_of_few_configs_keep_their_levels() -> None:
+    sweep = in_stretches([1.3] * 6, configs=6)
+    assert [r.samples_us for r in sweep.at_rounds_levels().recorded] == [r.samples_us for r in sweep.recorded]
+
+
+def test_stretches_are_recorded_and_kept_in_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tilecast.autotune.replay.MIN_STRETCH_S", 0.0)
+
+    def slow(gemm: ExpertGemm, tokens: int, config: TileConfig) -> float:
+        return 1e3 * by_block(gemm, tokens, config)
+
+    sweep = record_sweep(LAYER.up, 4, HERE, REGISTRY, FakeTimes(slow), samples=2, watch=Silent())
+    assert all(len(r.stretches) == len(r.samples_us) for r in sweep.recorded)
+    assert {n for r in sweep.recorded for n in r.stretches} > {0}, "no round was longer than a stretch"
+    save_sweeps(tmp_path / "layer.json", [sweep])
+    assert [r.stretches for r in load_sweeps(tmp_path / "layer.json")[0].recorded] == [
+        r.stretches for r in sweep.recorded
+    ]
+    text = (tmp_path / "layer.json").read_text()
+    (tmp_path / "layer.json").write_text(text.replace('"stretches":[', '"stretches":[7,', 1))
+    with pytest.raises(InputError, match="stretches are 3 numbers from 0, expected 2"):
+        load_sweeps(tmp_path / "layer.json")

@@ -163,4 +163,6 @@ def overhead_s(plan: Plan, ranker: ModelRanker) -> float:
     checks = 0.0
     if plan.policy == "reproducible":
         checks = sum(expected_check_s(gemm, b.tokens, 0.0, calibration, first=True) for gemm, b in plan.tasks)
+        # Weights of its own, and once more with K reversed.
+        checks += sum(expected_pack_s(gemm, calibration, copies=2) for gemm in plan.gemms)
     return WORKER_S + checks

@@ -61,20 +61,24 @@ def levelled(samples: Mapping[Config, Mapping[Moment, float]]) -> dict[Config, l
     return {config: list(islice(values, len(mine))) for config, mine in zip(samples, ordered, strict=True)}
 
 
-def drift(samples: Mapping[Config, Mapping[Moment, float]]) -> float:
-    """Return by how much the slow moments exceed the fast ones: the 90th over the 10th percentile of levels, minus one.
-
-    That is what a time of now may be off from one of another minute, whatever is compared within one; 0 without levels.
-    """
+def moment_levels(samples: Mapping[Config, Mapping[Moment, float]]) -> dict[Moment, float]:
+    """Return by how much each moment with several configs was slower than the median one, as a factor."""
     together = Counter(moment for of_config in samples.values() for moment in of_config)
     level: dict[Moment, float] = {}
     for config, values in levelled(samples).items():
         for moment, value in zip(sorted(samples[config]), values, strict=True):
             if together[moment] >= MIN_TOGETHER:
                 level[moment] = samples[config][moment] / value
-    if not level:
-        return 0.0
-    return percentile(list(level.values()), 90) / percentile(list(level.values()), 10) - 1
+    return level
+
+
+def drift(samples: Mapping[Config, Mapping[Moment, float]]) -> float:
+    """Return by how much the slow moments exceed the fast ones: the 90th over the 10th percentile of levels, minus one.
+
+    That is what a time of now may be off from one of another minute, whatever is compared within one; 0 without levels.
+    """
+    level = list(moment_levels(samples).values())
+    return percentile(level, 90) / percentile(level, 10) - 1 if level else 0.0
 
 
 Floats = NDArray[np.float64]

@@ -11,14 +11,16 @@ import math
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import cast
 
 from tilecast.autotune.contention import MIN_STRETCH_S, CpuWatch, contended
 from tilecast.autotune.gate import Verdict
+from tilecast.autotune.levels import Moment, moment_levels
 from tilecast.autotune.measure import SAMPLE_US, Measurer, Together, failure
 from tilecast.autotune.prescreen import anchors, prescreen
 from tilecast.autotune.seeds import hash_seed
@@ -38,18 +40,24 @@ PAUSE_S = 1.0
 HOPELESS = 2.0
 FEW_ROUNDS = 3
 """Configs that are slower than the best by this factor after so many rounds run no longer: their times are known."""
+FEWEST_TOGETHER = 8
+"""Configs in a stretch, on average, that it takes to tell its level."""
 SLICE_S = 0.4
 """Stretches of measuring between two looks at the CPUs' counters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """One config of a sweep: its samples in µs, in the order of rounds, or why there are none."""
+    """One config of a sweep: its samples in µs, in the order of rounds, or why there are none.
+
+    `stretches` number the stretch of its round that each sample was taken in; () where all of a round is one.
+    """
 
     config: TileConfig
     status: str = "ok"
     samples_us: tuple[float, ...] = ()
     detail: str = ""
+    stretches: tuple[int, ...] = ()
 
     @property
     def p50_us(self) -> float:
@@ -77,6 +85,42 @@ class Sweep:
     def ok(self) -> dict[TileConfig, Recorded]:
         """What can be chosen, by config."""
         return {r.config: r for r in self.recorded if r.status == "ok"}
+
+    def at_rounds_levels(self) -> Sweep:
+        """Return the sweep with what tells the stretches of a round apart taken out, as if a round were one stretch.
+
+        A tuning's rounds are shorter, mostly one stretch. Stretches of few configs are left as they are: their levels
+        would take a part of the configs' noise with them.
+        """
+        moments: dict[TileConfig, dict[Moment, float]] = {
+            r.config: {
+                (number, stretch): us
+                for number, (stretch, us) in enumerate(zip(r.stretches, r.samples_us, strict=True))
+            }
+            for r in self.recorded
+            if r.stretches
+        }
+        sizes = Counter(moment for of_config in moments.values() for moment in of_config)
+        if not sizes or sum(sizes.values()) < FEWEST_TOGETHER * len(sizes):
+            return replace(self, recorded=tuple(replace(r, stretches=()) for r in self.recorded))
+        level = moment_levels(moments)
+        of_round: dict[int, list[float]] = {}
+        for moment, factor in level.items():
+            of_round.setdefault(moment[0], []).append(factor)
+        usual = {number: median(factors) for number, factors in of_round.items()}
+        return replace(
+            self,
+            recorded=tuple(
+                replace(
+                    r, stretches=(),
+                    samples_us=tuple(
+                        us * usual[moment[0]] / level[moment] if moment in level else us
+                        for moment, us in moments.get(r.config, {}).items()
+                    ),
+                )
+                for r in self.recorded
+            ),
+        )  # fmt: skip
 
     def best(self) -> Recorded:
         """Return the config with the smallest median. Raises InputError where none ran."""
@@ -118,16 +162,19 @@ def record_sweep(
             status[config] = failure(error)
     running = [config for config in candidates if status[config][0] == "ok"]
     found: dict[TileConfig, list[float]] = {config: [] for config in running}
+    stretches: dict[TileConfig, list[int]] = {config: [] for config in running}
     shares, retried = [], 0
     least_us = SAMPLE_US[environment.device_kind]
     for number in range(samples):
         order = random.Random(number).sample(running, len(running))
-        for group in _groups(order, [max(least_us, expected_us[config]) / 1e6 for config in order]):
+        groups = _groups(order, [max(least_us, expected_us[config]) / 1e6 for config in order])
+        for place, group in enumerate(groups):
             values, stolen, again = _stretch(gemm, tokens, group, number, measurer, watch)
             retried += again
             shares += [] if stolen is None else [stolen]
             for config, value in zip(group, values, strict=True):
                 found[config].append(value)
+                stretches[config].append(place)
                 expected_us[config] = value
         if running and number + 1 == FEW_ROUNDS:
             best = min(median(found[config]) for config in running)
@@ -137,7 +184,10 @@ def record_sweep(
     return Sweep(
         environment=environment, gemm=gemm, tokens=tokens, routing=routing,
         recorded=tuple(
-            Recorded(config=c, status=status[c][0], samples_us=tuple(found.get(c, ())), detail=status[c][1])
+            Recorded(
+                config=c, status=status[c][0], samples_us=tuple(found.get(c, ())), detail=status[c][1],
+                stretches=tuple(stretches.get(c, ())),
+            )
             for c in candidates
         ),
         stolen=sum(shares) / len(shares) if shares else 0.0, retried=retried,
@@ -213,6 +263,7 @@ def _to_json(sweep: Sweep) -> Json:
             {
                 "config": r.config.to_json(), "status": r.status, "detail": r.detail,
                 "samples_us": [round(value, 2) for value in r.samples_us],
+                **({"stretches": list(r.stretches)} if r.stretches else {}),
             }
             for r in sweep.recorded
         ],
@@ -245,14 +296,20 @@ def _from_json(value: object, environment: Environment, where: str) -> Sweep:
     gemm = ExpertGemm(layer=ExpertLayer.from_json(parsed["layer"]), name=parsed["gemm"])
     recorded = []
     for item in cast(list[object], parsed["recorded"]):
-        one = fields_of(item, {"config": dict, "status": str, "detail": str, "samples_us": list}, where)
+        fields: dict[str, type] = {"config": dict, "status": str, "detail": str, "samples_us": list}
+        if isinstance(item, dict) and "stretches" in item:
+            fields["stretches"] = list
+        one = fields_of(item, fields, where)
         samples = tuple(float(sample) for sample in cast(list[float], one["samples_us"]))
         if one["status"] == "ok" and not (samples and all(sample > 0 for sample in samples)):
             raise InputError(f"{where}: a config with status ok needs times above 0")
+        stretches = tuple(cast(list[int], one.get("stretches", [])))
+        if stretches and (len(stretches) != len(samples) or not all(type(n) is int and n >= 0 for n in stretches)):
+            raise InputError(f"{where}: stretches are {len(stretches)} numbers from 0, expected {len(samples)}")
         recorded.append(
             Recorded(
                 config=TileConfig.from_json(one["config"]), status=cast(str, one["status"]), samples_us=samples,
-                detail=cast(str, one["detail"]),
+                detail=cast(str, one["detail"]), stretches=stretches,
             )
         )  # fmt: skip
     return Sweep(
@@ -274,7 +331,8 @@ class ReplayMeasurer:
     """
 
     def __init__(self, sweeps: Iterable[Sweep], *, seed: int = 0) -> None:
-        """Play back `sweeps`, one for each (GEMM, tokens)."""
+        """Play back `sweeps`, one for each (GEMM, tokens), a round as if it were one stretch."""
+        sweeps = [sweep.at_rounds_levels() for sweep in sweeps]
         self._recorded = {(s.gemm, s.tokens): {r.config: r for r in s.recorded} for s in sweeps}
         self._rounds = {key: max(len(r.samples_us) for r in of.values()) for key, of in self._recorded.items()}
         self._seed = seed
