@@ -62,7 +62,9 @@ def test_a_family_computes_what_its_own_code_does(family: str, tmp_path: Path) -
     save_tiny(family, tmp_path)
     eager, ours = load(tmp_path, "eager"), load(tmp_path, "tilecast")
     found, wanted = logits(ours), logits(eager)
-    assert (found - wanted).abs().max() < 2e-5
+    # Norms and experts sum in other orders than torch, which recurrences amplify: as exact as eager, not equal to it.
+    exact = logits(eager.double()).float()
+    assert (found - exact).abs().max() <= max(2 * float((wanted - exact).abs().max()), 2e-5)
     states = [adapted_of(module) for _, module in experts_modules(ours)]
     assert all(state is not None and state.reason is None for state in states)
     assert states or family not in NAMED_FAMILIES
@@ -170,6 +172,11 @@ def test_a_model_that_was_not_loaded_is_prepared_at_its_first_call() -> None:
 
 
 def test_gradients_are_refused_only_where_they_are_asked_for(mixtral: Any) -> None:
+    out = mixtral(IDS).logits
+    # Where gradients are recorded, norms and linears are torch's.
+    assert (out - logits(mixtral)).abs().max() < 2e-5 and out.requires_grad
+    restore_model(mixtral)
+    prepare_model(mixtral, experts_only=True)
     out = mixtral(IDS).logits
     assert torch.equal(out, logits(mixtral)) and out.requires_grad
     with pytest.raises(UsageError, match="forward only; train with another experts_implementation"):

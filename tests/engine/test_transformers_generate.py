@@ -49,7 +49,8 @@ def test_a_whole_forward_is_one_graph_with_one_operator(family: str, changes: di
     for tokens in (12, 7):
         with torch.no_grad():
             found, wanted = compiled(IDS[:, :tokens]).logits, model(IDS[:, :tokens]).logits
-        assert (found - wanted).abs().max() < 1e-5
+        # Norms are the compiler's within a graph, Tilecast's outside.
+        assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max()
     # transformers compiles what prepares its masks apart.
     found_in = [[str(node.target) for node in graph.graph.nodes].count(OPERATOR) for graph in counter.graphs]
     assert max(found_in) == 1 and len(counter.graphs[found_in.index(1)].graph.nodes) > 40
