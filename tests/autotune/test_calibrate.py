@@ -170,7 +170,8 @@ def test_the_library_has_a_rate() -> None:
 
 def test_costs_of_tuning_grow_with_what_causes_them() -> None:
     found = calibrate(HERE, probe=FixedProbe())
-    assert expected_sample_s(10_000, found) == pytest.approx(0.01015)
+    assert expected_sample_s(40_000, found) == pytest.approx(0.04015)
+    assert expected_sample_s(10_000, found) == pytest.approx(2 * 0.01015), "24 ms of launches, nearly"
     assert expected_sample_s(10, found) == pytest.approx(64 * (10 + 150) / 1e6)
     first, later = (expected_check_s(LAYER.up, 64, 1000.0, found, first=flag) for flag in (True, False))
     assert first > later > 0.002
