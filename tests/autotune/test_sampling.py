@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,9 +63,9 @@ def together(bad: frozenset[TileConfig] = frozenset(), noise: float = 0.01) -> T
     return measurer
 
 
-def tuned(measurer: FakeTimes, store: MemoryStore | None = None, **options: object) -> MemoryStore:
+def tuned(measurer: FakeTimes, store: MemoryStore | None = None, **options: Any) -> MemoryStore:
     store = store or MemoryStore()
-    tuner.measure_plan(PLAN, store, REGISTRY, measurer=measurer, strategy="halving", **options)  # type: ignore[arg-type]
+    tuner.measure_plan(PLAN, store, REGISTRY, measurer=measurer, strategy="halving", **options)
     return store
 
 

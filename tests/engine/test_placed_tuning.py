@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.engine.test_devices import registry
 from tests.engine.test_group import Ranks
 from tests.fake_gpus import H200, Gpus, fresh
 from tilecast.autotune.gate import Verdict
+from tilecast.autotune.routing_profiles import RoutingProfile
 from tilecast.cache_store.bundle import export_table, import_table
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.engine import runtime, tuning
@@ -62,8 +64,8 @@ def kernels() -> Registry:
     return registry()
 
 
-def start(folder: Path, placed: list[Shares] | None, measurer: Constant, **options: object) -> runtime.Runtime:
-    settings = Settings(cache_dir=folder / "cache", policy="fastest", **options)  # type: ignore[arg-type]
+def start(folder: Path, placed: list[Shares] | None, measurer: Constant, **options: Any) -> runtime.Runtime:
+    settings = Settings(cache_dir=folder / "cache", policy="fastest", **options)
     return startup(
         [], settings, group=Group.alone(), registry=kernels(), store=MemoryStore(), measurer=measurer, budget_s=4,
         placed=placed,
@@ -116,20 +118,20 @@ def test_shares_are_tuned_with_their_own_counts(gpu: Gpus, tmp_path: Path, monke
     assert ONE is not None and THREE is not None
     counts = tmp_path / "counts.json"
     counts.write_text('{"counts": [1, 90, 0, 9]}')
-    seen = []
+    seen: list[RoutingProfile] = []
     before = tuning.tune_missing
 
-    def watched(*given: object, **options: object) -> TuningTable:
+    def watched(*given: Any, **options: Any) -> TuningTable:
         seen.append(options["profile"])
-        return before(*given, **options)  # type: ignore[arg-type]
+        return before(*given, **options)
 
     monkeypatch.setattr(tuning, "tune_missing", watched)
     found = start(tmp_path, [SHARES], Constant(), tune=TuneSettings(tokens=(4,)), routing=str(counts))
     assert {d.routing for d in found.table.decisions} == {found.routing} and found.routing.startswith("histogram:")
     assert len(seen) == 2
     for profile in seen:
-        assert profile.probabilities(ONE).tolist() == pytest.approx([0.9, *[0.1 / 3] * 3])  # type: ignore[attr-defined]
-        assert profile.probabilities(THREE).tolist() == pytest.approx([0.01, 0, 0.09, 0.9])  # type: ignore[attr-defined]
+        assert profile.probabilities(ONE).tolist() == pytest.approx([0.9, *[0.1 / 3] * 3])
+        assert profile.probabilities(THREE).tolist() == pytest.approx([0.01, 0, 0.09, 0.9])
 
 
 def test_ranks_tune_the_shares_of_all_of_them(gpu: Gpus, tmp_path: Path) -> None:
