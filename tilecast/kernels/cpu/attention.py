@@ -19,8 +19,8 @@ from tilecast.errors import InputError
 from tilecast.kernels.cpu._attention import Attention
 from tilecast.kernels.cpu._attention_variant import ARGS, ENTRY, VALUE_CHAIN, Variant
 from tilecast.kernels.cpu.isa import host_isa
-from tilecast.kernels.cpu.jit import available_threads, load, run
-from tilecast.kernels.cpu.moe_launch import take_scratch
+from tilecast.kernels.cpu.jit import load, run
+from tilecast.kernels.cpu.launch import aligned, take_scratch, threads_for
 from tilecast.kernels.dtypes import DTYPE_NAMES
 from tilecast.kernels.ranges import KeyRanges
 
@@ -91,7 +91,7 @@ def attend(
     parts = _scratch_parts(variant, sizes, queries * group, pitch)
     jobs = sizes.batch * sizes.heads * -(-sizes.queries // queries)
     work = sizes.batch * sizes.query_heads * sizes.queries * sizes.keys * (sizes.depth + sizes.width)
-    threads = min(available_threads(), jobs, max(1, work // WORK_OF_A_THREAD))
+    threads = min(jobs, threads_for(work, WORK_OF_A_THREAD))
     room = -(-parts[-1] // 4096) * 4096
     scratch = take_scratch("attention", threads * room)
     # In the order of ARGS, by place: decoding comes here once a layer, and naming them takes longer than the rest.
@@ -104,7 +104,7 @@ def attend(
         *(_NO_STRIDES if ranges.bias is None else _strides(ranges.bias)),
         sizes.batch, sizes.heads, group, sizes.queries, sizes.depth, sizes.width, queries, pitch,
         _bits(scale), _bits(softcap),
-        -(-scratch.data_ptr() // 64) * 64, room, *parts[:-1],
+        aligned(scratch), room, *parts[:-1],
     )  # fmt: skip
     run(address, ctypes.addressof(block), threads)
     return result

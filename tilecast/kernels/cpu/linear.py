@@ -6,7 +6,6 @@ a weight that changes in place needs no care.
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,11 +14,10 @@ import torch.nn.functional as F
 
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError
-from tilecast.kernels.cpu._variant import ARGS
 from tilecast.kernels.cpu.columns import padded_columns
-from tilecast.kernels.cpu.jit import available_threads, run
+from tilecast.kernels.cpu.launch import INDEX, Launch, threads_for
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
-from tilecast.kernels.cpu.moe_launch import Plan, take_scratch
+from tilecast.kernels.cpu.moe_launch import Plan
 from tilecast.kernels.dtypes import DTYPE_NAMES
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertLayer
@@ -27,12 +25,8 @@ from tilecast.problem import ExpertLayer
 WORK_OF_A_THREAD = 1 << 19
 """Multiply-adds below which waking another thread costs more than it gives; bits do not depend on it."""
 
-Block = ctypes.c_int64 * len(ARGS)
-"""The argument block of a launch."""
-INDEX = {name: index for index, name in enumerate(ARGS)}
 
-
-class _Launch(NamedTuple):
+class _Shape(NamedTuple):
     """What launches of one shape share: the plan, columns with padding, and the slots, one expert after another."""
 
     plan: Plan
@@ -42,7 +36,7 @@ class _Launch(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _launch(batch: int, rows: int, n: int, k: int, dtype: str, bias: bool) -> _Launch:
+def _shape(batch: int, rows: int, n: int, k: int, dtype: str, bias: bool) -> _Shape:
     layer = ExpertLayer(
         hidden=k, intermediate=n, experts=batch, top_k=1, dtype=dtype, activation="identity", gated=False, bias=bias
     )
@@ -57,7 +51,7 @@ def _launch(batch: int, rows: int, n: int, k: int, dtype: str, bias: bool) -> _L
     shape = torch.empty(batch, n, k, dtype=next(d for d, name in DTYPE_NAMES.items() if name == dtype))
     some_bias = shape.new_empty(batch, n) if bias else None
     plan = Plan(kernel.isa, config, GemmWeights(gemm=layer.up, layout=PLAIN, data=shape, bias=some_bias), dtype)
-    return _Launch(
+    return _Shape(
         plan=plan, columns=padded_columns(layer.up, kernel.isa.lanes),
         slots=torch.arange(batch * rows, dtype=torch.int32),
         offsets=torch.arange(0, batch * rows + 1, rows, dtype=torch.int32),
@@ -84,21 +78,18 @@ def multiply(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | Non
     if k == 0:
         return out.zero_() if bias is None else out.copy_(bias.unsqueeze(1))
     rows, weights = rows.contiguous(), weights.contiguous()
-    launch = _launch(batch, count, n, k, DTYPE_NAMES[rows.dtype], bias is not None)
-    plan = launch.plan
-    block = Block.from_buffer_copy(plan.template)
-    threads = min(available_threads(), max(1, batch * count * n * k // WORK_OF_A_THREAD))
-    scratch = take_scratch("threads", threads * plan.scratch_bytes)
-    padded = None if bias is None else F.pad(bias.float(), (0, launch.columns - n)).contiguous()
+    shared = _shape(batch, count, n, k, DTYPE_NAMES[rows.dtype], bias is not None)
+    launch = Launch(shared.plan, threads_for(batch * count * n * k, WORK_OF_A_THREAD))
+    padded = None if bias is None else F.pad(bias.float(), (0, shared.columns - n)).contiguous()
     words = {
-        "threads": threads, "tokens": batch * count, "top_k": 1, "rows": batch * count,
-        "slots": launch.slots.data_ptr(), "offsets": launch.offsets.data_ptr(),
+        "tokens": batch * count, "top_k": 1, "rows": batch * count,
+        "slots": shared.slots.data_ptr(), "offsets": shared.offsets.data_ptr(),
         "source": rows.data_ptr(), "weights": weights.data_ptr(), "out": out.data_ptr(),
-        "bias": 0 if padded is None else padded.data_ptr(), "scratch": -(-scratch.data_ptr() // 64) * 64,
+        "bias": 0 if padded is None else padded.data_ptr(),
     }  # fmt: skip
-    if plan.variant.widens:
-        words["widened"] = take_scratch("widened", 4 * batch * count * plan.depth).data_ptr()
+    if shared.plan.widens:
+        words["widened"] = launch.scratch("widened", batch * count * shared.plan.row_bytes)
     for name, word in words.items():
-        block[INDEX[name]] = word
-    run(plan.address, ctypes.addressof(block), threads)
+        launch.block[INDEX[name]] = word
+    launch.run()
     return out

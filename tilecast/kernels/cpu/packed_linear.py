@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Sequence
 
@@ -12,11 +11,11 @@ from tilecast.environment import cpu_environment
 from tilecast.errors import InputError
 from tilecast.kernels.cpu.columns import padded_columns
 from tilecast.kernels.cpu.isa import host_isa
-from tilecast.kernels.cpu.jit import available_threads, run
+from tilecast.kernels.cpu.jit import available_threads
+from tilecast.kernels.cpu.launch import INDEX, Launch, threads_for
 from tilecast.kernels.cpu.layouts import pack_bias
-from tilecast.kernels.cpu.linear import INDEX, Block
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
-from tilecast.kernels.cpu.moe_launch import Plan, take_scratch
+from tilecast.kernels.cpu.moe_launch import Plan
 from tilecast.kernels.dtypes import DTYPE_NAMES
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertGemm, ExpertLayer
@@ -27,11 +26,8 @@ WORK_OF_A_THREAD = 1 << 17
 MOST_PYTHON_THREADS = 64
 """Python threads for which what launches of one row share is kept."""
 
-_FIELDS = (
-    "job", "thread", "threads", "tokens", "top_k", "rows", "slots", "offsets", "source", "out", "bias", "scratch",
-    "widened",
-)  # fmt: skip
-_JOB, _THREAD, _THREADS, _TOKENS, _TOP_K, _ROWS, _SLOTS, _OFFSETS, _SOURCE, _OUT, _BIAS, _SCRATCH, _WIDENED = (
+_FIELDS = ("job", "thread", "tokens", "top_k", "rows", "slots", "offsets", "source", "out", "bias", "widened")
+_JOB, _THREAD, _TOKENS, _TOP_K, _ROWS, _SLOTS, _OFFSETS, _SOURCE, _OUT, _BIAS, _WIDENED = (
     INDEX[name] for name in _FIELDS
 )
 
@@ -98,19 +94,17 @@ class PackedLinear:
         if offsets is None:
             offsets = self._layout(count)
         slots = self._slots
-        block = Block.from_buffer_copy(plan.template)
-        threads = min(available_threads(), max(1, count * self.columns * self.depth // WORK_OF_A_THREAD))
-        scratch = take_scratch("threads", threads * plan.scratch_bytes)
-        block[_THREADS], block[_TOKENS], block[_TOP_K], block[_ROWS] = threads, count, 1, count
+        launch = Launch(plan, threads_for(count * self.columns * self.depth, WORK_OF_A_THREAD))
+        block = launch.block
+        block[_TOKENS], block[_TOP_K], block[_ROWS] = count, 1, count
         block[_SLOTS], block[_OFFSETS] = slots.data_ptr(), offsets.data_ptr()
         block[_SOURCE], block[_OUT] = rows.data_ptr(), out.data_ptr()
-        block[_SCRATCH] = -(-scratch.data_ptr() // 64) * 64
-        if plan.variant.widens:
-            block[_WIDENED] = take_scratch("widened", 4 * count * plan.depth).data_ptr()
+        if plan.widens:
+            block[_WIDENED] = launch.scratch("widened", count * plan.row_bytes)
         if bias is not None:
             padded = pack_bias(bias.detach().reshape(1, -1), self._stored[1].gemm, self._kernel.isa.lanes)
             block[_BIAS] = padded.data_ptr()
-        run(plan.address, ctypes.addressof(block), threads)
+        launch.run()
         return out
 
     def one_row(self, row: torch.Tensor, biases: Sequence[tuple[int, torch.Tensor]] = ()) -> torch.Tensor:
@@ -130,10 +124,10 @@ class PackedLinear:
             known = self._of_one_row[key] = _OneRow(self, bool(biases))
         for first, bias in biases:
             known.bias[first : first + len(bias)].copy_(bias)
-        block = known.block
+        block = known.launch.block
         block[_JOB] = block[_THREAD] = 0
         block[_SOURCE], block[_OUT] = row.data_ptr(), out.data_ptr()
-        run(known.address, known.at, known.threads)
+        known.launch.run()
         return out
 
     def _plan(self, count: int, bias: bool) -> Plan:
@@ -159,27 +153,22 @@ class PackedLinear:
 class _OneRow:
     """What the launches of one linear and one row share in one Python thread."""
 
-    __slots__ = ("_kept", "address", "at", "available", "bias", "block", "threads")
+    __slots__ = ("_kept", "available", "bias", "launch")
 
     def __init__(self, linear: PackedLinear, biased: bool) -> None:
         plan = linear._plan(1, biased)
         self.available = available_threads()
-        self.threads = min(self.available, max(1, linear.columns * linear.depth // WORK_OF_A_THREAD))
         self.bias = torch.zeros(padded_columns(linear._stored[0].gemm, linear._kernel.isa.lanes) if biased else 0)
         slots, offsets = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-        scratch = take_scratch("threads", self.threads * plan.scratch_bytes)
-        widened = take_scratch("widened", 4 * plan.depth)
-        # A buffer may make room for a larger one; this launch goes on with the one that it has.
-        self._kept = slots, offsets, scratch, widened
-        self.block = Block.from_buffer_copy(plan.template)
+        self._kept = slots, offsets
+        # A buffer may make room for a larger one; this launch goes on with the ones that it has.
+        self.launch = Launch(plan, threads_for(linear.columns * linear.depth, WORK_OF_A_THREAD))
         for field, word in (
-            (_THREADS, self.threads), (_TOKENS, 1), (_TOP_K, 1), (_ROWS, 1), (_SLOTS, slots.data_ptr()),
-            (_OFFSETS, offsets.data_ptr()), (_SCRATCH, -(-scratch.data_ptr() // 64) * 64),
-            (_WIDENED, widened.data_ptr() if plan.variant.widens else 0),
+            (_TOKENS, 1), (_TOP_K, 1), (_ROWS, 1), (_SLOTS, slots.data_ptr()), (_OFFSETS, offsets.data_ptr()),
+            (_WIDENED, self.launch.scratch("widened", plan.row_bytes) if plan.widens else 0),
             (_BIAS, self.bias.data_ptr() if biased else 0),
         ):  # fmt: skip
-            self.block[field] = word
-        self.address, self.at = plan.address, ctypes.addressof(self.block)
+            self.launch.block[field] = word
 
 
 def _gemm(columns: int, depth: int, dtype: str, *, bias: bool = False) -> ExpertGemm:

@@ -8,20 +8,21 @@ from functools import cache
 
 import torch
 
-from tilecast.errors import ConfigError, InputError
+from tilecast.errors import InputError
 from tilecast.kernels.cpu._sparse import MORE_ARGS, SparseUp, SparseVariant
 from tilecast.kernels.cpu._sparse_down import SparseDown
 from tilecast.kernels.cpu._variant import ARGS, ENTRY, FLUSH_K, Variant
 from tilecast.kernels.cpu.columns import gate_gemm, padded_columns, padded_k, pitch
 from tilecast.kernels.cpu.isa import Isa
-from tilecast.kernels.cpu.jit import available_threads, load, run
+from tilecast.kernels.cpu.jit import load
+from tilecast.kernels.cpu.launch import Plan as LaunchPlan
+from tilecast.kernels.cpu.launch import check_stored, kept_plan
 from tilecast.kernels.cpu.layouts import pack_bias
 from tilecast.kernels.cpu.moe_gemm import BLOCK_M
-from tilecast.kernels.cpu.moe_launch import take_scratch
 from tilecast.kernels.cpu.slots import Rows
 from tilecast.kernels.cpu.sparse import GATES, NAME, NEURONS
 from tilecast.kernels.cpu.sparse_layouts import SparseStack, pack_gated, pack_neurons, unpack_gated, unpack_neurons
-from tilecast.kernels.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import GemmWeights
 from tilecast.problem import DTYPES, TileConfig
@@ -42,12 +43,7 @@ def unpacked(isa: Isa, weights: GemmWeights) -> torch.Tensor:
 
 
 _WORDS = (*ARGS, *MORE_ARGS)
-(_THREADS, _TOKENS, _TOP_K, _ROWS, _IDS, _SLOTS, _OFFSETS) = (
-    _WORDS.index(name) for name in ("threads", "tokens", "top_k", "rows", "ids", "slots", "offsets")
-)
-(_SOURCE, _OUT, _SCRATCH, _WIDENED, _PARTIAL, _SCALE, _LIVE) = (
-    _WORDS.index(name) for name in ("source", "out", "scratch", "widened", "partial", "scale", "live")
-)
+_LIVE = _WORDS.index("live")
 _Block = ctypes.c_int64 * len(_WORDS)
 
 
@@ -58,11 +54,14 @@ def _load(variant: SparseVariant) -> int:
     return load(lambda module: kind(module, variant).build(), {"sparse": asdict(variant)}, ENTRY)
 
 
-class Plan:
+class Plan(LaunchPlan):
     """What stays the same between launches of one config on one stack of weights."""
+
+    kernel = NAME
 
     def __init__(self, isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: str) -> None:
         """Check the weights, and load the code; raises InputError for weights that are not what their layout says."""
+        super().__init__(isa, config, weights, out_dtype)
         gemm, layer = weights.gemm, weights.gemm.layer
         up = gemm.name == "up"
         self.columns = padded_columns(gate_gemm(gemm) if up else gemm, isa.lanes)
@@ -78,9 +77,6 @@ class Plan:
         )  # fmt: skip
         self.variant = SparseVariant(dense=dense, neurons=config.integer("neurons"), ahead=config.integer("ahead"))
         self.address = _load(self.variant)
-        self.k, self.dtype, self.experts = gemm.k, TORCH_DTYPES[layer.dtype], layer.experts
-        self.width = layer.intermediate if up else layer.hidden
-        self.threads = config.integer("threads")
         self.scratch_bytes = self.variant.scratch_bytes(BLOCK_M, block_n)
         self.list_bytes = 0 if up else self.variant.list_bytes(gemm.k)
         self.widens = up and dense.widens
@@ -117,42 +113,16 @@ def _biases(weights: GemmWeights, isa: Isa) -> list[torch.Tensor]:
 
 def plan_of(isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> Plan:
     """Return what launches into `out_dtype` share, made once a stack. Raises InputError, ConfigError."""
-    key = (config, out_dtype)
-    plan: Plan | None = weights.plans.get(key)
-    if plan is None:
-        if config["layout"] != weights.layout:
-            raise ConfigError(f"{NAME}: the config reads layout {config['layout']}, the weights are {weights.layout}")
-        plan = weights.plans[key] = Plan(isa, config, weights, DTYPE_NAMES[out_dtype])
-    return plan
+    return kept_plan(Plan, isa, config, weights, out_dtype)
 
 
 def launch(isa: Isa, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
     """Run one of the two GEMMs on a routing with at least one token. Raises InputError, ConfigError."""
-    source, rows, out, scale = operands.source, operands.rows, operands.out, operands.scale
-    plan = plan_of(isa, config, weights, out.dtype)
-    if route.experts != plan.experts:
-        raise InputError(f"{NAME}: slots are sorted over {route.experts} experts, the weights have {plan.experts}")
-    _check("input", source, (rows, plan.k), plan.dtype)
-    _check("output", out, (route.tokens if scale is not None else rows * route.top_k, plan.width), out.dtype)
-    threads = available_threads() if plan.threads == 0 else min(plan.threads, available_threads())
-    block = _Block.from_buffer_copy(plan.template)
-    block[_THREADS], block[_TOKENS], block[_TOP_K], block[_ROWS] = threads, route.tokens, route.top_k, rows
-    block[_IDS], block[_SLOTS] = route.ids.data_ptr(), route.slots.data_ptr()
-    block[_OFFSETS], block[_SOURCE], block[_OUT] = route.offsets.data_ptr(), source.data_ptr(), out.data_ptr()
-    block[_SCRATCH] = _aligned(take_scratch("threads", threads * plan.scratch_bytes))
-    if plan.widens:
-        block[_WIDENED] = take_scratch("widened", rows * plan.row_bytes).data_ptr()
-    if scale is not None:
-        _check("routing weights", scale, (route.tokens, route.top_k), torch.float32)
-        # A vector's width beyond the last row is read, though never used.
-        partial = take_scratch("partial", 4 * (rows * plan.width + isa.lanes))
-        block[_PARTIAL], block[_SCALE] = partial.data_ptr(), scale.data_ptr()
-        block[_LIVE] = _aligned(take_scratch("live", rows * plan.list_bytes))
-    run(plan.address, ctypes.addressof(block), threads)
-
-
-def _aligned(scratch: torch.Tensor) -> int:
-    return -(-scratch.data_ptr() // 64) * 64
+    plan = plan_of(isa, config, weights, operands.out.dtype)
+    ready = plan.launch(route, operands)
+    if plan.list_bytes:
+        ready.block[_LIVE] = ready.scratch("live", operands.rows * plan.list_bytes)
+    ready.run()
 
 
 def _check_weights(weights: GemmWeights, columns: int) -> None:
@@ -172,21 +142,4 @@ def _check_weights(weights: GemmWeights, columns: int) -> None:
             f"{NAME}: weights in layout {weights.layout} are {type(data).__name__}, expected a SparseStack"
         )
     for what, (tensor, count) in parts.items():
-        if (
-            tensor.dtype != dtype
-            or tensor.numel() != count
-            or not tensor.is_contiguous()
-            or tensor.device.type != "cpu"
-        ):
-            raise InputError(
-                f"{NAME}: {what} in layout {weights.layout} are {tensor.dtype} {tuple(tensor.shape)} on "
-                f"{tensor.device}, expected {count} contiguous elements of {dtype} for {gemm.layer.label} {gemm.name}"
-            )
-
-
-def _check(what: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-        raise InputError(
-            f"{NAME}: {what} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
-            f"expected contiguous {dtype} {shape}"
-        )
+        check_stored(NAME, what, tensor, count, weights)
