@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from tilecast.engine.invariant import invariant, outside
+from tilecast.engine.invariant_forms import REPLACEMENTS
+from tilecast.engine.invariant_operations import EXACT, MOVES
 from tilecast.errors import InputError
 
 COUNTS = (2, 3, 8, 17, 33, 100, 257)
@@ -164,6 +166,9 @@ def test_a_mask_changed_in_place_is_read_again() -> None:
         ("aten::pow", lambda: torch.ones(3) ** 0.3),
         ("aten::pow", lambda: 2.0 ** torch.ones(3)),
         ("aten::exp2", lambda: torch.ones(3).exp2()),
+        ("aten::sqrt", lambda: torch.ones(3).double().sqrt()),
+        ("aten::div", lambda: torch.ones(3, dtype=torch.complex64) / torch.ones(3, dtype=torch.complex64)),
+        ("aten::sgn", lambda: torch.sgn(torch.ones(3, dtype=torch.complex64))),
         ("aten::multinomial", lambda: torch.multinomial(torch.ones(3), 1)),
         ("scaled_dot_product_attention", lambda: F.scaled_dot_product_attention(*[ONES] * 3, dropout_p=0.5)),
     ],
@@ -175,6 +180,12 @@ def test_what_is_not_covered_is_named(
         operation()
     assert name in context.uncovered
     assert name in caplog.text
+
+
+def test_what_has_a_form_of_its_own_is_not_said_to_be_exact() -> None:
+    # Real numbers are multiplied exactly by torch, complex ones in two ways.
+    names = {packet.__name__.rstrip("_") for packet in REPLACEMENTS}
+    assert names & (MOVES | EXACT) == {"mul"}
 
 
 def test_moves_and_exact_arithmetic_are_covered() -> None:

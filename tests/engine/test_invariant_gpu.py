@@ -16,7 +16,7 @@ from tests.engine.test_invariant_models import PROMPTS, logits, model_of
 from tests.interpreter import patch_once
 from tests.tensor_core import tensor_core
 from tilecast.engine import invariant_attention
-from tilecast.engine import invariant_operations as operations
+from tilecast.engine import invariant_forms as forms
 from tilecast.engine.invariant import invariant
 from tilecast.kernels.gpu import rowwise
 
@@ -31,10 +31,10 @@ def as_if(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here, for tensors on the device alone")
     patch_once()
-    monkeypatch.setattr(operations, "_on_gpu", lambda tensor: True)
-    for module in (operations, invariant_attention):
+    monkeypatch.setattr(forms, "_on_gpu", lambda tensor: True)
+    for module in (forms, invariant_attention):
         monkeypatch.setattr(module, "attend", rowwise.attend)
-    monkeypatch.setattr(operations, "multiply", rowwise.multiply)
+    monkeypatch.setattr(forms, "multiply", rowwise.multiply)
     with tensor_core(16, 25):
         yield
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tilecast.engine import invariant_forms as forms
 from tilecast.engine import invariant_operations as operations
 from tilecast.engine.sampling import request_seed, sample_row
 from tilecast.errors import InputError
@@ -137,7 +138,7 @@ class _Functions(TorchFunctionMode):
         if self.paused:
             return func(*args, **given)
         if func is F.linear and _sound(args, given):
-            return operations.linear(*args, **given)
+            return forms.linear(*args, **given)
         if func is F.scaled_dot_product_attention:
             bound = _attention.bind(*args, **given)
             bound.apply_defaults()
@@ -146,7 +147,7 @@ class _Functions(TorchFunctionMode):
             chosen.pop("enable_gqa")
             operands = [chosen.pop(name) for name in ("query", "key", "value")]
             if dropout == 0 and _sound(tuple(operands), {}):
-                return operations.scaled_dot_product(*operands, **chosen)
+                return forms.scaled_dot_product(*operands, **chosen)
             self._uncovered["scaled_dot_product_attention"] += 1
         return func(*args, **given)
 
@@ -155,7 +156,7 @@ def _sound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the kernels take these operands and nothing is to be recorded for gradients."""
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return not graph and len({t.dtype for t in tensors}) == 1 and all(operations.multiplies(t) for t in tensors)
+    return not graph and len({t.dtype for t in tensors}) == 1 and all(forms.multiplies(t) for t in tensors)
 
 
 def _attention_signature(
@@ -190,7 +191,7 @@ class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func.decompose(*args, **given)
         result = NotImplemented
         if known == operations.REPLACED:
-            result = operations.REPLACEMENTS[func.overloadpacket](func, *args, **given)
+            result = forms.REPLACEMENTS[func.overloadpacket](func, *args, **given)
         if result is NotImplemented:
             if operations.matters(func, args, given):
                 self._uncovered[operations.name_of(func)] += 1

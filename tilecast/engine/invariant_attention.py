@@ -15,7 +15,7 @@ import torch
 
 from tilecast.engine.adapted import adapted_of
 from tilecast.engine.invariant import Invariant, invariant
-from tilecast.engine.invariant_operations import ranges_for
+from tilecast.engine.invariant_forms import ranges_for
 from tilecast.engine.invariant_recurrent import offer_recurrent, without_form
 from tilecast.errors import InputError
 from tilecast.kernels.attend import attend
