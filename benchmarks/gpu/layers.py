@@ -26,7 +26,8 @@ from tilecast.cache_store.store import open_store
 from tilecast.engine.bench import Operands, make_operands, make_weights, work
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.peers import LayerWeights
-from tilecast.engine.runtime import Runtime, default_registry
+from tilecast.engine.runtime import default_registry
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import environment_for
 from tilecast.evidence import TuningTable, percentile
 from tilecast.kernels import sort_slots

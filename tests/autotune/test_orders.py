@@ -23,7 +23,7 @@ from tilecast.autotune.tuner import measure_plan, tune
 from tilecast.autotune.workload import MAX_SORTED_BYTES, Workload, in_order, in_slot_order, present_slots
 from tilecast.cache_store.memory import MemoryStore
 from tilecast.engine.experts import prepare_experts
-from tilecast.engine.runtime import Runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.errors import DeviceError
 from tilecast.kernels.reference import reference_layer
 from tilecast.kernels.routing import sort_slots

@@ -17,7 +17,7 @@ from tilecast.cli._tables import config_text, decision_tables
 from tilecast.cli.check import Bits, _judge
 from tilecast.cli.demo import _run
 from tilecast.engine.bench_result import OURS, BenchResult, Point, Timing
-from tilecast.engine.runtime import Runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import cpu_environment
 from tilecast.errors import AgreementError, CoverageError
 from tilecast.kernels import registry

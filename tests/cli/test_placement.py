@@ -19,8 +19,8 @@ from tilecast.cli._output import Output
 from tilecast.cli._placement import PlacedLayers, benched_layers, break_even_lines
 from tilecast.cli.bench import _parts, _tuned
 from tilecast.engine.placed_choice import read_choice, shares_of
-from tilecast.engine.runtime import Runtime
 from tilecast.engine.streaming import BreakEven
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import cpu_environment
 from tilecast.evidence import TuningTable
 from tilecast.problem import ExpertLayer

@@ -17,6 +17,7 @@ from tilecast.cache_store.store import open_store
 from tilecast.engine import runtime
 from tilecast.engine.agreement import agree_on_table, startup
 from tilecast.engine.group import Group
+from tilecast.engine.table_runtime import Runtime
 from tilecast.engine.tuning import tune_together
 from tilecast.environment import cpu_environment
 from tilecast.errors import CacheError, CoverageError
@@ -29,7 +30,7 @@ from tilecast.settings import Settings, TuneSettings
 HERE = cpu_environment()
 
 
-def start(tmp_path: Path, store: MemoryStore | None = None, **options: object) -> runtime.Runtime:
+def start(tmp_path: Path, store: MemoryStore | None = None, **options: object) -> Runtime:
     settings = Settings(cache_dir=tmp_path / "cache", **options)  # type: ignore[arg-type]
     return startup([LAYER], settings, group=Group.alone(), registry=small_registry(), store=store, budget_s=4)
 

@@ -15,7 +15,8 @@ from tilecast.engine.bench import bench_layer, make_operands, make_weights
 from tilecast.engine.bench_placed import FAR_SHARE, NEAR_SHARE, BenchedPlacement, crossing_bytes
 from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult
 from tilecast.engine.placed_choice import shares_of
-from tilecast.engine.runtime import Runtime, default_registry
+from tilecast.engine.runtime import default_registry
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import cpu_environment
 from tilecast.errors import UsageError
 from tilecast.evidence import TuningTable

@@ -19,7 +19,8 @@ from tilecast.engine.experts import prepare_experts
 from tilecast.engine.functional import fused_experts
 from tilecast.engine.group import Group
 from tilecast.engine.operands import check_device
-from tilecast.engine.runtime import Runtime, use_table
+from tilecast.engine.runtime import use_table
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import Environment, cpu_environment, cuda_environment
 from tilecast.errors import ConfigError, CoverageError, DeviceError
 from tilecast.evidence import TuningTable

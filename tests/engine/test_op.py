@@ -17,7 +17,8 @@ from tests.torch_kernel import TorchKernel
 from tilecast.engine import op
 from tilecast.engine.experts import MoeBlock, PreparedExperts, prepare_experts
 from tilecast.engine.functional import fused_experts
-from tilecast.engine.runtime import Runtime, misses, use_table
+from tilecast.engine.runtime import misses, use_table
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import cpu_environment
 from tilecast.errors import InputError, UsageError
 from tilecast.evidence import TuningTable

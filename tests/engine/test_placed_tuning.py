@@ -23,6 +23,7 @@ from tilecast.engine.agreement import startup
 from tilecast.engine.group import Group
 from tilecast.engine.placed_choice import Shares, shares_of
 from tilecast.engine.streaming import BreakEven, break_even_line, may_stream, stream_from
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import cpu_environment, cuda_environment
 from tilecast.evidence import TuningTable
 from tilecast.kernels.spec import Registry
@@ -64,7 +65,7 @@ def kernels() -> Registry:
     return registry()
 
 
-def start(folder: Path, placed: list[Shares] | None, measurer: Constant, **options: Any) -> runtime.Runtime:
+def start(folder: Path, placed: list[Shares] | None, measurer: Constant, **options: Any) -> Runtime:
     settings = Settings(cache_dir=folder / "cache", policy="fastest", **options)
     return startup(
         [], settings, group=Group.alone(), registry=kernels(), store=MemoryStore(), measurer=measurer, budget_s=4,

@@ -22,7 +22,8 @@ from tilecast.engine import placement, placement_stream, recording
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.placement import PlacedExperts, break_even, choose_near, place_experts
 from tilecast.engine.placement_part import add_slots, launch_add
-from tilecast.engine.runtime import Runtime, misses, use_table
+from tilecast.engine.runtime import misses, use_table
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import cpu_environment
 from tilecast.errors import DeviceError, InputError, UsageError
 from tilecast.evidence import TuningTable

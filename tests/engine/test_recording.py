@@ -20,7 +20,8 @@ from tilecast.engine.experts import prepare_experts
 from tilecast.engine.functional import fused_experts
 from tilecast.engine.group import Group
 from tilecast.engine.recording import Recorder
-from tilecast.engine.runtime import Runtime, current, missing_buckets, use_table
+from tilecast.engine.runtime import current, use_table
+from tilecast.engine.table_runtime import Runtime, missing_buckets
 from tilecast.engine.tuning import tune_missing
 from tilecast.environment import cpu_environment
 from tilecast.errors import CoverageError, InputError

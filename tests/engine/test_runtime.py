@@ -9,7 +9,8 @@ import pytest
 from tests.engine.tables import LAYER, decided, default_config
 from tilecast.cache_store.bundle import export_table
 from tilecast.engine import runtime
-from tilecast.engine.runtime import Runtime, missing_buckets, use_table
+from tilecast.engine.runtime import use_table
+from tilecast.engine.table_runtime import Runtime, missing_buckets
 from tilecast.environment import cpu_environment
 from tilecast.errors import CacheError, ConfigError, CoverageError, InputError
 from tilecast.evidence import TuningTable

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.engine.tables import LAYER, default_config
 from tilecast.cache_store.match import match
-from tilecast.engine.runtime import Runtime
 from tilecast.engine.table_index import alike_under
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import cpu_environment
 from tilecast.evidence import Choice, Decision, TuningTable
 from tilecast.kernels import registry

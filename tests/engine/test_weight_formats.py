@@ -21,7 +21,8 @@ from tilecast.engine.functional import fused_experts
 from tilecast.engine.group import Group
 from tilecast.engine.operands import layer_of
 from tilecast.engine.parallel import TensorParallelExperts, local_ids, shard_experts
-from tilecast.engine.runtime import Runtime, use_runtime
+from tilecast.engine.runtime import use_runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import DeviceError, InputError, ModelError
 from tilecast.evidence import TuningTable

@@ -18,7 +18,7 @@ from tilecast.cache_store.memory import MemoryStore
 from tilecast.engine.agreement import process_group, startup
 from tilecast.engine.experts import prepare_experts
 from tilecast.engine.parallel import TensorParallelExperts, all_reduce_ordered, local_ids, shard_experts
-from tilecast.engine.runtime import Runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.evidence import TuningTable
 from tilecast.models.sharding import layer_for_rank
 from tilecast.problem import ExpertLayer

@@ -69,7 +69,8 @@ def tune_missed(
     from tilecast.autotune.record import edges_for
     from tilecast.cache_store.store import open_store
     from tilecast.engine.agreement import agree_on_environment, agree_on_table
-    from tilecast.engine.runtime import Runtime, default_registry, missing_buckets
+    from tilecast.engine.runtime import default_registry
+    from tilecast.engine.table_runtime import Runtime, missing_buckets
     from tilecast.engine.tuning import tune_missing
 
     with resumable("measurements made"), group.guard(), output.progress("tuning") as reporter:

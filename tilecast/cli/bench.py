@@ -189,7 +189,8 @@ def _parts(layers: tuple[ExpertLayer, ...], placed: PlacedLayers | None) -> Part
 
 
 def _break_evens(placed: PlacedLayers, table: TuningTable, policy: str) -> list[tuple[Shares, BreakEven]]:
-    from tilecast.engine.runtime import Runtime, default_registry
+    from tilecast.engine.runtime import default_registry
+    from tilecast.engine.table_runtime import Runtime
 
     runtime = Runtime(table, environment=placed.near, registry=default_registry(), policy=policy)
     return break_evens(placed, table, policy=policy, routing=runtime.routing)
@@ -217,7 +218,8 @@ def _tuned(
 
     from tilecast.cache_store.store import open_store
     from tilecast.engine.group import Group
-    from tilecast.engine.runtime import Runtime, default_registry, missing_buckets
+    from tilecast.engine.runtime import default_registry
+    from tilecast.engine.table_runtime import Runtime, missing_buckets
     from tilecast.engine.tuning import tune_missing
 
     (here, _), *_ = parts

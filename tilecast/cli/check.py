@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from tilecast.engine.group import Group
-    from tilecast.engine.runtime import Runtime
+    from tilecast.engine.table_runtime import Runtime
 
 TOKENS = (1, 4, 16, 64, 256)
 ALONE = 4

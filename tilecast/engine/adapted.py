@@ -18,8 +18,8 @@ from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.parallel import ordered_sum
 from tilecast.engine.placement import PlacedExperts
 from tilecast.engine.quantized_module import Stacks, dense_weights, detach, hand_back, make_dense
-from tilecast.engine.runtime import Runtime
 from tilecast.engine.split_experts import SplitExperts, prepare_split
+from tilecast.engine.table_runtime import Runtime
 from tilecast.errors import UsageError
 from tilecast.kernels.formats import QuantizedStack
 

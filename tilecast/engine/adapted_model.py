@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from tilecast.engine.announce import announce
-from tilecast.engine.runtime import Runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.problem import ExpertLayer
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from tilecast.autotune.routing_profiles import RoutingProfile, load_profile
 from tilecast.canonical import Json, canonical_json
 from tilecast.engine import recording
 from tilecast.engine.group import Group
-from tilecast.engine.runtime import Runtime, default_registry, may_run, missing_buckets, use_runtime
+from tilecast.engine.runtime import default_registry, may_run, use_runtime
 from tilecast.engine.table_index import spans
+from tilecast.engine.table_runtime import Runtime, missing_buckets
 from tilecast.environment import Environment, cpu_environment, here
 from tilecast.errors import AgreementError, TilecastError
 from tilecast.evidence import TuningTable

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from tilecast.canonical import Json
-from tilecast.engine.runtime import Runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import Environment
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel, Registry, numerics_class

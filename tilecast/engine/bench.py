@@ -30,7 +30,8 @@ from tilecast.engine.bench_result import DEFAULT, OURS, BenchResult, Point, Timi
 from tilecast.engine.experts import PreparedExperts, prepare_experts
 from tilecast.engine.peers import PEERS, Bound, LayerWeights, Peer, Prepared, refused
 from tilecast.engine.placed_choice import Shares
-from tilecast.engine.runtime import Runtime, default_registry
+from tilecast.engine.runtime import default_registry
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import Environment, cpu_environment, here
 from tilecast.errors import UsageError
 from tilecast.evidence import TuningTable

@@ -16,8 +16,8 @@ from tilecast.engine.bench_result import PlacedPoint
 from tilecast.engine.peers import Bound, LayerWeights, Prepared
 from tilecast.engine.placed_choice import Shares
 from tilecast.engine.placement import PlacedExperts, place_experts
-from tilecast.engine.runtime import Runtime
 from tilecast.engine.streaming import stream_from
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import cpu_environment
 from tilecast.errors import UsageError
 from tilecast.kernels.dtypes import TORCH_DTYPES

@@ -15,8 +15,8 @@ import torch
 from tilecast.engine import op, recording
 from tilecast.engine import runtime as runtime_module
 from tilecast.engine.operands import check_device, check_inputs, layer_of, place_of, seen
-from tilecast.engine.runtime import Runtime
 from tilecast.engine.table_index import Entry
+from tilecast.engine.table_runtime import Runtime
 from tilecast.errors import InputError
 from tilecast.kernels import route, sort_slots
 from tilecast.kernels.dtypes import TORCH_DTYPES

@@ -16,8 +16,8 @@ from tilecast.engine import op
 from tilecast.engine import runtime as runtime_module
 from tilecast.engine.experts import as_given, launch
 from tilecast.engine.operands import check_device, check_inputs, layer_of, seen
-from tilecast.engine.runtime import MAX_MISSES, Runtime
 from tilecast.engine.table_index import Entry
+from tilecast.engine.table_runtime import MAX_MISSES, Runtime
 from tilecast.errors import DeviceError, InputError
 from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel, numerics_class

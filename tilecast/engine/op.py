@@ -22,8 +22,8 @@ from tilecast.kernels.formats import QuantizedStack
 if TYPE_CHECKING:
     from tilecast.engine.experts import PreparedExperts
     from tilecast.engine.placement import PlacedExperts
-    from tilecast.engine.runtime import Runtime
     from tilecast.engine.split_experts import SplitExperts
+    from tilecast.engine.table_runtime import Runtime
 
     Owner: TypeAlias = PreparedExperts | SplitExperts | PlacedExperts | Runtime
 
@@ -101,7 +101,7 @@ def experts(
     """
     # Imported here: the layer builds on this module.
     from tilecast.engine.functional import run_plain
-    from tilecast.engine.runtime import Runtime
+    from tilecast.engine.table_runtime import Runtime
 
     owner = None if handle == IN_USE else _owners.get(handle)
     if w13 is not None and w2 is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tilecast.engine.runtime import Runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import environment_for
 from tilecast.errors import DeviceError, InputError
 from tilecast.kernels.dtypes import TORCH_DTYPES

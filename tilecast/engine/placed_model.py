@@ -25,8 +25,8 @@ from tilecast.engine.placement import AUTO, PlacedExperts, place_experts
 from tilecast.engine.placement_part import PlainExperts
 from tilecast.engine.quantized_loading import LAYER
 from tilecast.engine.quantized_module import STACKS, detach
-from tilecast.engine.runtime import Runtime
 from tilecast.engine.streaming import break_even_in, break_even_line, may_stream, stream_from
+from tilecast.engine.table_runtime import Runtime
 from tilecast.errors import DeviceError, InputError, UsageError
 from tilecast.problem import ExpertLayer
 

@@ -18,7 +18,7 @@ from tilecast.engine.operands import check_inputs, layer_of
 from tilecast.engine.placement_part import Part, PlainExperts, add_slots, classes_of
 from tilecast.engine.placement_stream import WeightStream
 from tilecast.engine.placement_transfer import Transfer
-from tilecast.engine.runtime import Runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.errors import DeviceError, InputError, UsageError
 from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.stacks import Weights

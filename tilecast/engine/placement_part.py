@@ -14,8 +14,8 @@ import torch
 from tilecast.engine import recording
 from tilecast.engine.experts import stored_weights
 from tilecast.engine.operands import check_device, place_of
-from tilecast.engine.runtime import Runtime
 from tilecast.engine.table_index import Entry
+from tilecast.engine.table_runtime import Runtime
 from tilecast.kernels import sort_slots
 from tilecast.kernels.gpu.checks import TRITON_TYPES
 from tilecast.kernels.gpu.launch import device_facts

@@ -18,7 +18,7 @@ import torch
 from tilecast.engine.functional import plain_entry
 from tilecast.engine.placement_part import PlainExperts, run_slots
 from tilecast.engine.placement_transfer import Transfer
-from tilecast.engine.runtime import Runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.kernels import sort_slots
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.problem import ExpertLayer

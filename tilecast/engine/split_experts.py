@@ -18,8 +18,8 @@ import torch
 from tilecast.engine import op, recording
 from tilecast.engine.experts import stored_weights
 from tilecast.engine.operands import check_device, check_inputs, place_of
-from tilecast.engine.runtime import Runtime
 from tilecast.engine.table_index import Entry
+from tilecast.engine.table_runtime import Runtime
 from tilecast.errors import UsageError
 from tilecast.kernels import sort_slots
 from tilecast.kernels.dtypes import TORCH_DTYPES

@@ -11,7 +11,7 @@ import torch
 from tilecast.engine.placed_choice import Shares
 from tilecast.engine.placement import break_even
 from tilecast.engine.placement_part import classes_of
-from tilecast.engine.runtime import Runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import Environment
 from tilecast.evidence import TuningTable
 from tilecast.problem import ExpertLayer

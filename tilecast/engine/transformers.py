@@ -41,7 +41,7 @@ from tilecast.engine.placed_model import (
 )
 from tilecast.engine.quantized_loading import load_quantized
 from tilecast.engine.quantized_module import make_dense
-from tilecast.engine.runtime import Runtime
+from tilecast.engine.table_runtime import Runtime
 from tilecast.engine.transformers_facts import import_part, is_experts, summed
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import InputError, UsageError

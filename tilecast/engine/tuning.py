@@ -29,7 +29,8 @@ from tilecast.canonical import Json, canonical_json
 from tilecast.engine.agreement import agree_on_environment, agree_on_table, gather_layers
 from tilecast.engine.anchored import anchored_registry
 from tilecast.engine.group import Group
-from tilecast.engine.runtime import Runtime, default_registry
+from tilecast.engine.runtime import default_registry
+from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import Environment
 from tilecast.errors import AgreementError, UsageError
 from tilecast.evidence import Measurement, TuningTable
