@@ -100,7 +100,7 @@ def test_coverage_lists_gaps_and_exits_with_4(cli: Command, table: Path) -> None
     assert done.code == 4
     line = done.err.splitlines()[-1]
     assert "lacks 1 of 3 points" in line
-    assert f"tilecast tune {SPEC} --tp 1" in line
+    assert f"tilecast tune {SPEC} --tokens 1,3,9 --policy reproducible" in line
     points = json.loads(done.out)["points"]
     assert [(p["tokens"], p["by"], p["bucket"]) for p in points] == [
         (1, "exact", [1, 1]), (3, "bucket", [2, 4]), (9, "default", None),
@@ -228,7 +228,9 @@ def test_explain_says_whether_the_decision_holds_here(cli: Command, table: Path,
     assert [text.split(":")[0] for text in document["hard"]] == ["device"]
 
 
-def test_import_refuses_measured_configs_outside_their_domain(cli: Command, tmp_path: Path) -> None:
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A table with a measured config outside of its kernel's domain."""
     base = table_of()
     config = base.decisions[0].up.config.with_params(mr=-3)
     made = Measurement(
@@ -236,23 +238,23 @@ def test_import_refuses_measured_configs_outside_their_domain(cli: Command, tmp_
     )  # fmt: skip
     path = tmp_path / "hostile.db"
     export_table(base, path, [made])
-    cli("cache", "import", path, "--store", tmp_path / "store.db").failed(3, "hostile.db", "impossible")
+    return path
 
 
-def test_merge_refuses_what_import_refuses(cli: Command, table: Path, impossible: Path, tmp_path: Path) -> None:
-    base, out = table_of(), tmp_path / "out.db"
-    config = base.decisions[0].up.config.with_params(mr=-3)
-    made = Measurement(
-        environment=base.environments[0].digest, gemm=LAYER.up, tokens=1, config=config, samples_us=(1.0,)
-    )  # fmt: skip
-    path = tmp_path / "hostile.db"
-    export_table(base, path, [made])
-    for sources in ((table, path), (path, table)):
+def test_import_refuses_measured_configs_outside_their_domain(cli: Command, hostile: Path, tmp_path: Path) -> None:
+    cli("cache", "import", hostile, "--store", tmp_path / "store.db").failed(3, "hostile.db", "impossible")
+
+
+def test_merge_refuses_what_import_refuses(
+    cli: Command, table: Path, impossible: Path, hostile: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.db"
+    for sources in ((table, hostile), (hostile, table)):
         cli("cache", "merge", *sources, "--out", out).failed(3, "hostile.db", "a measured config", "impossible")
     cli("cache", "merge", table, impossible, "--out", out).failed(3, impossible.name, "impossible")
     assert not out.exists()
     # Without its measurements the file is sound.
-    assert cli("cache", "merge", table, path, "--out", out, "--no-measurements").code == 0
+    assert cli("cache", "merge", table, hostile, "--out", out, "--no-measurements").code == 0
 
 
 def test_import_of_other_engines_files_takes_no_options_about_decisions(cli: Command, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import cpu_environment
 from tilecast.errors import AgreementError, CoverageError
 from tilecast.kernels import registry
+from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.problem import TileConfig
 
 
@@ -102,7 +103,20 @@ def test_doctor_describes_the_machine(cli: Command) -> None:
     assert document["machine"]["environment"]["digest"] == cpu_environment().digest
     assert {fact["kernel"] for fact in document["kernels"]} == {kernel.name for kernel in registry}
     assert document["table"] is None
-    assert "none" in cli("doctor").out
+    shown = cli("doctor").out
+    assert "none" in shown
+    # A kernel that runs all layers, or none for one reason, has one row; a reason that both GEMMs have stands once.
+    rows = [line for line in shown.splitlines() if "llvm." in line]
+    assert ["yes" in row for row in rows] == [True, False] and "up:" not in rows[1]
+    assert document["settings"].keys() >= {"import", "miss", "routing", "sandbox", "lock_dir"}
+    assert all(name in shown for name in ("TM_GEMM_IMPORT", "TM_GEMM_ROUTING", "TILECAST_LOCK_DIR"))
+
+
+def test_doctor_tells_kernels_that_run_some_layers_alone(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MoeGemm, "rejects", lambda self, gemm, here: "no" if gemm.layer.dtype == "fp16" else None)
+    rows = [line.split("│") for line in cli("doctor").out.splitlines() if "llvm.moe_gemm" in line]
+    assert [row[2].split()[-1] for row in rows] == ["fp32", "fp16"]
+    assert [row[3].strip() for row in rows] == ["yes", "no: no"]
 
 
 def test_doctor_tells_hits_and_misses(cli: Command, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +125,7 @@ def test_doctor_tells_hits_and_misses(cli: Command, table: Path, monkeypatch: py
     done = cli("doctor", SPEC, "--tokens", "1,3,9", "--json")
     assert done.code == 4
     assert "does not cover 1 point" in done.err.splitlines()[-1]
+    assert f"tilecast tune {SPEC} --tokens 1,3,9 --export FILE" in done.err.splitlines()[-1]
     points = json.loads(done.out)["coverage"]
     assert [(p["tokens"], p["hit"]) for p in points] == [(1, True), (3, True), (9, False)]
     assert "covers 9 tokens" in points[-1]["why"]

@@ -103,6 +103,8 @@ def kernel_facts(here: Environment, layers: Iterable[ExpertLayer] | None) -> lis
             else:
                 reasons = {gemm.name: kernel.rejects(gemm, here) for gemm in layer.gemms}
                 told = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
+                if len(set(reasons.values())) == 1:
+                    told = [reason for reason in set(reasons.values()) if reason is not None]
             facts.append(KernelFact(kernel=kernel.name, layer=layer.label, reason="; ".join(told) or None))
     return facts
 

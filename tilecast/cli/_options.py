@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -158,6 +159,16 @@ def parse_budget(text: str | None) -> float | None:
     if not 0 < seconds <= MAX_BUDGET_S:
         raise UsageError(f"--budget is {text!r:.40}, expected a time above 0 and up to 7 days such as 180s, 3m or 1h")
     return seconds
+
+
+def tune_command(model: str, **given: str | int | None) -> str:
+    """Return the command that tunes what a model was asked about with these options: `gpu_experts` is --gpu-experts."""
+    options = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name, value in given.items()
+        if value is not None and not (name in ("tp", "ep") and value == 1)
+    ]
+    return " ".join(["tilecast tune", shlex.quote(model), *options, "--export FILE"])
 
 
 def parse_policy(text: str | None, default: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tilecast.cli._exit import resumable
 from tilecast.cli._output import Output, plural
-from tilecast.cli._run import report_tuning
+from tilecast.cli._run import reported_tuning
 from tilecast.cli._stores import read_table
 from tilecast.problem import ExpertLayer
 from tilecast.settings import DEFAULT_TOKENS
@@ -73,7 +73,7 @@ def tune_missed(
     from tilecast.engine.table_runtime import Runtime, missing_buckets
     from tilecast.engine.tuning import tune_missing
 
-    with resumable("measurements made"), group.guard(), output.progress("tuning") as reporter:
+    with resumable("measurements made"), group.guard(), reported_tuning(output) as progress:
         here = agree_on_environment(group)
         table = agree_on_table(group, read_table(base) if base is not None and group.rank == 0 else None)
         runtime = Runtime(
@@ -88,7 +88,7 @@ def tune_missed(
         try:
             return tune_missing(
                 runtime, missing, store, group, profile=profile, search=search, budget_s=budget_s, fresh=fresh,
-                progress=report_tuning(reporter),
+                progress=progress,
             )  # fmt: skip
         finally:
             if store is not None:

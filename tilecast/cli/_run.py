@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tilecast.cli._exit import resumable
@@ -69,21 +70,37 @@ def tune_layers(
     from tilecast.engine.tuning import tune_together
 
     plan = make_plan(layers, tokens, on or environment.here(), policy=policy, routing=routing or "uniform")
-    with resumable("measurements made"), group.guard(), output.progress("tuning") as reporter:
+    with resumable("measurements made"), group.guard(), reported_tuning(output) as progress:
         store = open_store(where) if group.rank == 0 else None
         try:
-            return tune_together(
-                plan, store, group, search=search, budget_s=budget_s, fresh=fresh, progress=report_tuning(reporter)
-            )
+            return tune_together(plan, store, group, search=search, budget_s=budget_s, fresh=fresh, progress=progress)
         finally:
             if store is not None:
                 store.close()
 
 
-def report_tuning(reporter: Reporter) -> Callable[[Progress], None]:
-    """Return the tuner's progress callback that shows its events on `reporter`."""
+@contextmanager
+def reported_tuning(output: Output) -> Iterator[Callable[[Progress], None]]:
+    """Show a tuning: yields the tuner's progress callback, and says at the end what a budget cut short."""
+    cut: dict[str, int] = {}
+    with output.progress("tuning") as reporter:
+        yield _reporting(reporter, cut)
+    early = sum(count > 0 for count in cut.values())
+    if early:
+        output.note(
+            f"the budget ended the search early for {early} of {plural(len(cut), 'GEMM and token count', TASKS)}; "
+            f"the same command goes on from here"
+        )
+
+
+TASKS = "GEMMs and token counts"
+
+
+def _reporting(reporter: Reporter, cut: dict[str, int]) -> Callable[[Progress], None]:
+    """Return a progress callback that shows events on `reporter`, and notes in `cut` what the budget left out."""
 
     def report(event: Progress) -> None:
+        cut[event.label] = event.cut
         best = "" if event.best_us is None else f", best {microseconds(event.best_us)} µs"
         reporter.update(
             done=event.fraction,

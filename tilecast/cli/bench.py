@@ -38,7 +38,7 @@ from tilecast.cli._placement import (
     break_evens,
     parse_gpu_experts,
 )
-from tilecast.cli._run import report_tuning, use_threads
+from tilecast.cli._run import reported_tuning, use_threads
 from tilecast.cli._stores import check_configs, read_table, store_location
 from tilecast.errors import UsageError
 from tilecast.evidence import TuningTable
@@ -236,14 +236,12 @@ def _tuned(
     output.note(f"the table lacks {plural(lacking, 'bucket')}: tuning them first; measurements go to {where}")
     start = time.monotonic()
     share_s = None if budget_s is None else TUNING_SHARE * budget_s
-    with resumable("measurements made"), output.progress("tuning") as reporter, open_store(where) as opened:
+    with resumable("measurements made"), reported_tuning(output) as progress, open_store(where) as opened:
         for runtime, found, number in zip(runtimes, missing, numbers, strict=True):
             if number:
                 part_s = None if share_s is None else share_s * number / lacking
                 # What a runtime lacks of its own device does not depend on what was tuned for the other.
-                tuned = tune_missing(
-                    runtime, found, opened, Group.alone(), budget_s=part_s, progress=report_tuning(reporter)
-                )
+                tuned = tune_missing(runtime, found, opened, Group.alone(), budget_s=part_s, progress=progress)
                 table = table.merged(tuned)
     left = None if budget_s is None else max(1.0, budget_s - (time.monotonic() - start))
     return table, lacking, left

@@ -20,6 +20,7 @@ from tilecast.cli._options import (
     TpOption,
     parse_policy,
     parse_token_option,
+    tune_command,
 )
 from tilecast.cli._output import Output, add_row, plural, table
 from tilecast.cli._placement import GpuExpertsOption, parse_gpu_experts, placed_layers
@@ -140,11 +141,10 @@ def coverage(
     )
     _show(output, points)
     if gaps:
-        more = "" if tokens is None else f" --tokens {tokens}"
-        more += "" if gpu_experts is None else f" --gpu-experts {gpu_experts}"
+        command = tune_command(model, tp=tp, ep=ep, tokens=tokens, dtype=dtype, policy=chosen, gpu_experts=gpu_experts)
         raise CoverageError(
             f"{where} lacks {len(gaps)} of {plural(len(points), 'point')} of {model}; tune them on {place.device}: "
-            f"tilecast tune {model} --tp {tp} --ep {ep}{more} --policy {chosen} --export FILE"
+            f"{command}"
         )
 
 

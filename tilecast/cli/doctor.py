@@ -21,6 +21,7 @@ from tilecast.cli._options import (
     TpOption,
     parse_policy,
     parse_token_option,
+    tune_command,
 )
 from tilecast.cli._output import Output, add_row, plural, table
 from tilecast.cli._run import use_threads
@@ -29,7 +30,10 @@ from tilecast.cli._tables import weak
 from tilecast.environment import Environment
 from tilecast.errors import CoverageError
 from tilecast.evidence import TuningTable
-from tilecast.settings import DEFAULT_TOKENS, Settings
+from tilecast.settings import DEFAULT_TOKENS, Settings, lock_dir
+
+LAYERS_IN_TITLE = 3
+"""Most layers that a title names."""
 
 
 def doctor(
@@ -82,11 +86,9 @@ def doctor(
         document["model"] = split.to_json()
         document["coverage"], missing = _coverage(output, split, found, here, counts, chosen)
     output.emit(document)
-    if missing and found is not None:
-        raise CoverageError(
-            f"{source} does not cover {plural(missing, 'point')} of {model}; tune them: tilecast tune {model} "
-            f"--tp {tp} --export FILE"
-        )
+    if missing and found is not None and model is not None:
+        command = tune_command(model, tp=tp, ep=ep, tokens=tokens, dtype=dtype, policy=policy)
+        raise CoverageError(f"{source} does not cover {plural(missing, 'point')} of {model}; tune them: {command}")
 
 
 def _machine(output: Output, here: Environment, measure: bool) -> dict[str, Json]:
@@ -104,14 +106,22 @@ def _machine(output: Output, here: Environment, measure: bool) -> dict[str, Json
 
 def _kernels(output: Output, here: Environment, split: ShardedModel | None) -> list[Json]:
     found = diagnosis.kernel_facts(here, None if split is None else split.layers)
-    shown = table("Kernels", ("kernel", "layer", "runs here"), left=("kernel", "layer", "runs here"))
+    every = list(dict.fromkeys(fact.layer for fact in found))
+    asked = f" for {', '.join(every)}" if len(every) <= LAYERS_IN_TITLE else ""
+    shown = table(f"Kernels{asked}", ("kernel", "layers", "run here"), left=("kernel", "layers", "run here"))
+    by_kernel: dict[str, dict[str | None, list[str]]] = {}
     for fact in found:
-        add_row(shown, fact.kernel, fact.layer, "yes" if fact.reason is None else f"no: {fact.reason}")
+        by_kernel.setdefault(fact.kernel, {}).setdefault(fact.reason, []).append(fact.layer)
+    for kernel, by_reason in by_kernel.items():
+        for reason, layers in by_reason.items():
+            named = "all" if len(layers) == len(every) > 1 else "\n".join(layers)
+            add_row(shown, kernel, named, "yes" if reason is None else f"no: {reason}")
     output.show(shown)
     return [fact.to_json() for fact in found]
 
 
 def _settings(output: Output, settings: Settings, policy: str) -> dict[str, Json]:
+    locks = lock_dir()
     facts: dict[str, Json] = {
         "import": settings.import_from,
         "export": settings.export_to,
@@ -120,11 +130,15 @@ def _settings(output: Output, settings: Settings, policy: str) -> dict[str, Json
         "miss": settings.miss,
         "warn_cache_miss": settings.warn_cache_miss,
         "policy": policy,
+        "routing": settings.routing,
+        "sandbox": settings.sandbox,
         "cache_dir": str(settings.cache_dir),
+        "lock_dir": None if locks is None else str(locks),
     }
-    shown = table("Settings", ("setting", "value"), left=("setting", "value"))
+    shown = table("Settings", ("variable", "value"), left=("variable", "value"))
     for name, value in facts.items():
-        add_row(shown, name, "—" if value is None else str(value))
+        prefix = "TILECAST" if name.endswith("_dir") else "TM_GEMM"
+        add_row(shown, f"{prefix}_{name.upper()}", "—" if value is None else str(value))
     output.show(shown)
     return facts
 
