@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all check lint types layers bench versions gpu gpu-report clean
+.PHONY: install demo test test-all check lint types layers bench versions gpu gpu-report clean
 
 $(STAMP): requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
+
+install: $(STAMP)
 
 # Two files at a time: most of a test's time is Python's, and several start processes with threads of their own.
 test: $(STAMP)

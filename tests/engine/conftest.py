@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import tilecast
 from tilecast.engine import runtime
 
 
@@ -17,6 +18,15 @@ def no_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     runtime.forget_table()
     yield
     runtime.forget_table()
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Transformers knows Tilecast's experts, without options, and the empty table is in use."""
+    tilecast.register_transformers()
+    runtime.use_table(None)
+    yield
+    tilecast.register_transformers()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tilecast
 from tests.tiny_models import save_tiny, save_tokenizer
 from tilecast.engine import quantize as quantize_module
-from tilecast.engine import runtime
 from tilecast.engine.calibration import Seen, own_scales, sequences_of, shared_scales
 from tilecast.engine.checkpoint import inspect_checkpoint
 from tilecast.engine.load import load_model
@@ -27,17 +24,10 @@ from tilecast.errors import InputError, ModelError, UsageError
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 IDS = (torch.arange(1, 41).view(2, 20) * 7) % 97
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("TM_GEMM_IMPORT", raising=False)
-    runtime.use_table(None)
-    yield
-    tilecast.register_transformers()
-    runtime.forget_table()
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +224,13 @@ def test_texts_are_cut_into_sequences() -> None:
 def test_what_cannot_be_quantised_is_told_in_one_line(mixtral: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"w2\.weight has 64 outputs and 96 inputs.*groups of 32 would"):
         quantize_checkpoint(mixtral, tmp_path / "a", form="awq", group=64)
+    # Groups of 64 would fit the first weight that does not, but not the next ones.
+    with pytest.raises(ModelError, match=r"and 64 inputs.*; groups of 32 would"):
+        quantize_checkpoint(mixtral, tmp_path / "a", form="awq", group=128)
+    with pytest.raises(ModelError, match="no group fits all weights; fp8 would"):
+        quantize_checkpoint(
+            save_tiny("mixtral", tmp_path / "narrow", intermediate_size=48), tmp_path / "a", form="awq", group=64
+        )
     with pytest.raises(UsageError, match="exists already"):
         quantize_checkpoint(mixtral, mixtral, form="awq", group=32)
     with pytest.raises(UsageError, match="format is 'int3'"):

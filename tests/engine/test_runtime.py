@@ -9,13 +9,14 @@ import pytest
 from tests.engine.tables import LAYER, decided, default_config
 from tilecast.cache_store.bundle import export_table
 from tilecast.engine import runtime
+from tilecast.engine.adapted_model import AdaptedModel, AdaptedModule, log_adapted
 from tilecast.engine.runtime import use_table
 from tilecast.engine.table_runtime import Runtime, missing_buckets
 from tilecast.environment import cpu_environment
 from tilecast.errors import CacheError, ConfigError, CoverageError, InputError
 from tilecast.evidence import TuningTable
 from tilecast.kernels import registry
-from tilecast.problem import Bucket, ExpertGemm, TileConfig
+from tilecast.problem import Bucket, ExpertGemm, ExpertLayer, TileConfig
 
 HERE = cpu_environment()
 
@@ -220,3 +221,15 @@ def test_use_table_takes_policy_and_miss_from_the_environment(monkeypatch: pytes
     with pytest.raises(CoverageError):
         runtime.lookup(LAYER, 99)
     assert use_table(None, policy="reproducible", miss="default").lookup(LAYER, 1).hit is False
+
+
+@pytest.mark.parametrize(("layer", "warned"), [(LAYER, False), (replace(LAYER, intermediate=48), True)])
+def test_a_table_that_decides_nothing_of_a_model_is_warned_of(
+    layer: ExpertLayer, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = use_table(decided(LAYER))
+    modules = (AdaptedModule(name="experts", layers=(layer,), reason=None),)
+    log_adapted(AdaptedModel(modules=modules, runtime=used), "another way")
+    found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert bool(found) == warned
+    assert all("all are on default configs" in text and layer.label in text and LAYER.label in text for text in found)

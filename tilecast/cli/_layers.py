@@ -61,7 +61,8 @@ class ShardedModel:
         output.note(f"{self.model.name}{ranks}: {plural(self.model.moe_layers, 'MoE layer')}")
         for group in self.groups:
             for part in group.shards:
-                output.note(f"  layers {group.indices}, {_ranks(part.ranks)}: {part.layer.label}")
+                noun = "layer" if group.count == 1 else "layers"
+                output.note(f"  {noun} {group.indices}, {_ranks(part.ranks)}: {part.layer.label}")
             if group.uneven is not None:
                 output.note(f"  {group.uneven}")
         for note in self.model.notes:

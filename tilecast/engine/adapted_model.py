@@ -63,3 +63,8 @@ def log_adapted(adapted: AdaptedModel, otherwise: str) -> None:
         runtime.table.digest[:12] if runtime.table.decisions else "none", len(runtime.table.decisions), len(decided),
         len(adapted.layers), reach, runtime.policy, "/".join(kinds),
     )  # fmt: skip
+    if runtime.table.decisions and adapted.layers and not decided:
+        logger.warning(
+            "the table decides none of the layers that this model runs, so all are on default configs: %s",
+            runtime.reason(adapted.layers[0], 1),
+        )

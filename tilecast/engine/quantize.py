@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,19 +144,26 @@ def _layers(files: TensorFiles) -> dict[int, _Layer]:
 
 
 def _check_shapes(files: TensorFiles, layers: Mapping[int, _Layer], form: str, group: int) -> None:
-    for layer in layers.values():
-        for key in layer.keys.values():
-            place = files.place(key)
-            if len(place.shape) != 2 or not place.dtype.is_floating_point or place.dtype.itemsize < 2:
-                raise ModelError(f"{key} is {place.dtype} {place.shape}, expected a dense weight of two dimensions")
-            rows, width = place.shape
-            if form == "awq" and (width % group or rows % CODES_PER_WORD):
-                fits = [size for size in GROUPS if width % size == 0]
-                hint = f"groups of {', '.join(map(str, fits))} would" if fits else "no group does; fp8 would"
-                raise ModelError(
-                    f"{key} has {rows} outputs and {width} inputs, which do not fit words of {CODES_PER_WORD} and "
-                    f"groups of {group}; {hint}"
-                )
+    shapes = {}
+    for key in (key for layer in layers.values() for key in layer.keys.values()):
+        place = files.place(key)
+        if len(place.shape) != 2 or not place.dtype.is_floating_point or place.dtype.itemsize < 2:
+            raise ModelError(f"{key} is {place.dtype} {place.shape}, expected a dense weight of two dimensions")
+        shapes[key] = place.shape
+
+    def fits(shape: Sequence[int], size: int) -> bool:
+        rows, width = shape
+        return width % size == 0 and rows % CODES_PER_WORD == 0
+
+    wrong = next((key for key, shape in shapes.items() if not fits(shape, group)), None)
+    if form == "awq" and wrong is not None:
+        rows, width = shapes[wrong]
+        others = [str(size) for size in GROUPS if all(fits(shape, size) for shape in shapes.values())]
+        hint = f"groups of {', '.join(others)} would" if others else "no group fits all weights; fp8 would"
+        raise ModelError(
+            f"{wrong} has {rows} outputs and {width} inputs, which do not fit words of {CODES_PER_WORD} and "
+            f"groups of {group}; {hint}"
+        )
 
 
 # Scales ------------------------------------------------------------------------------------------------------------

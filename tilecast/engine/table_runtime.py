@@ -197,7 +197,7 @@ class Runtime:
         check_int("tokens", tokens, 1)
         # `like` keeps the layout the weights are stored in, and the class that the other buckets have.
         pair = default_pair(self.registry, self.environment, layer, tokens, like=self.anchor(layer))
-        entry = entry_of(self.registry, *pair, reason=self._reason(layer, tokens))
+        entry = entry_of(self.registry, *pair, reason=self.reason(layer, tokens))
         missed = _Missed(entry)
         if len(self._missed) < MAX_MISSES:
             self._missed[layer, tokens] = missed
@@ -207,7 +207,8 @@ class Runtime:
             self._forgotten_misses += 1
         return missed
 
-    def _reason(self, layer: ExpertLayer, tokens: int) -> str:
+    def reason(self, layer: ExpertLayer, tokens: int) -> str:
+        """Return why no decision is for (layer, tokens), which the table does not cover. Counts no miss."""
         if not self.table.decisions:
             return f"no table is in use, so nothing is decided for {layer.label} at {tokens_text(tokens)}"
         covered = self.buckets(layer)
