@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,10 @@ ENDINGS = ("kill in generate", "kill in load", "error in generate", "error in py
 
 @pytest.fixture(scope="module")
 def ended(prepared: Path) -> dict[str, list[Ended]]:
-    return {ending: processes("model_faults", prepared, RANKS, ENDING=ending) for ending in ENDINGS}
+    # Two at a time: each waits for signs of life that do not come.
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda ending: processes("model_faults", prepared, RANKS, ENDING=ending), ENDINGS)
+        return dict(zip(ENDINGS, found, strict=True))
 
 
 FAILURES = {

@@ -66,7 +66,7 @@ def test_a_miss_is_refused_on_demand(model: Path, table: Path) -> None:
     assert "TM_GEMM_MISS=default" in last
 
 
-@pytest.mark.parametrize("kind", ["garbage", "missing"])
+@pytest.mark.parametrize("kind", ["garbage", pytest.param("missing", marks=pytest.mark.long)])
 def test_a_wrong_table_is_one_clear_error(model: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bad.db"
     if kind == "garbage":
@@ -83,7 +83,7 @@ def test_a_wrong_variable_is_found_before_the_weights_are_read(model: Path) -> N
     assert found.stderr.strip().splitlines()[-1].startswith("tilecast.errors.UsageError: TM_GEMM_MISS")
 
 
-@pytest.mark.parametrize("variables", [{"TM_GEMM_TUNE": "seq=[4],max_iter=1,top_k=2"}], ids=["tune"])
+@pytest.mark.parametrize("variables", [{"TM_GEMM_TUNE": "seq=[1],max_iter=1,top_k=2"}], ids=["tune"])
 def test_the_first_start_tunes_and_the_second_does_not(model: Path, tmp_path: Path, variables: dict[str, str]) -> None:
     path = tmp_path / "tuned.db"
     quick = {"TM_GEMM_SANDBOX": "0", "TILECAST_CACHE_DIR": str(tmp_path / "cache"), **variables}

@@ -59,7 +59,7 @@ class Starts:
         )
         store = self.store if self.rank == 0 else None
         begin = time.monotonic()
-        started = startup([self.layer], settings, registry=small_registry(), store=store, budget_s=4)
+        started = startup([self.layer], settings, registry=small_registry(), store=store, budget_s=2)
         self.seconds.append(time.monotonic() - begin)
         return started
 

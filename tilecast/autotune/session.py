@@ -31,6 +31,8 @@ class Ahead(Protocol):
         ...
 
 
+TRIES = 5
+"""How often a disturbed stretch of measurements is made again at most (`stretch`)."""
 TaskKey = tuple[ExpertGemm, int]
 
 
@@ -39,8 +41,9 @@ class Session:
     """What all tasks of one tuning share.
 
     `known` holds this run's measurements of all ranks, by key; `broken` the configs that failed a class check.
-    `watch` sees what else uses the device, `disturbed` counts the stretches measured again for that; `ahead` compiles
-    what is measured next. With `split`, ranks share the configs of the first rounds out among themselves.
+    `watch` sees what else uses the device, `disturbed` counts the stretches measured again for that, `tries` is how
+    often the next one may be; `ahead` compiles what is measured next. With `split`, ranks share the configs of the
+    first rounds out among themselves.
     """
 
     plan: Plan
@@ -55,6 +58,7 @@ class Session:
     ahead: Ahead | None = None
     split: bool = False
     disturbed: int = 0
+    tries: int = TRIES
 
     def learn(self, measurements: Sequence[Measurement]) -> list[Measurement]:
         """Remember measurements of this run and return the ones that are new."""

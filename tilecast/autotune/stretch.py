@@ -8,15 +8,18 @@ from dataclasses import replace
 
 from tilecast.autotune.contention import MIN_STRETCH_S
 from tilecast.autotune.measure import device_lost
-from tilecast.autotune.session import Session
+from tilecast.autotune.session import TRIES, Session
 from tilecast.errors import DeviceError
 from tilecast.evidence import Measurement
 
 STRETCH_S = 0.4
 """Time between two looks at what else uses the device."""
-TRIES = 5
 PAUSE_S = 0.5
-"""How often a disturbed stretch is measured again, and the wait before."""
+"""The wait before a disturbed stretch is measured again.
+
+It is, up to TRIES times. Each stretch that this did not help halves how often the next one may be: a neighbour that
+stays would otherwise make a tuning many times as long and change nothing. The first quiet one gives all tries back.
+"""
 
 
 Take = Callable[[], list[Measurement]]
@@ -25,8 +28,8 @@ Take = Callable[[], list[Measurement]]
 class Stretch:
     """Measurements made one after the other: kept at once, or when a watch has seen that nothing disturbed them.
 
-    What was taken while something else used the device is taken again, a few times; then it is kept with the reason
-    as its detail.
+    What was taken while something else used the device is taken again, a few times, fewer where that has not helped
+    before; then it is kept with the reason as its detail.
     """
 
     def __init__(self, session: Session) -> None:
@@ -53,7 +56,7 @@ class Stretch:
         if self._watch is None or not self._held:
             return []
         reason = self._watch.disturbed(self._start, self._watch.read())
-        for _ in range(TRIES):
+        for _ in range(self._session.tries):
             if reason is None:
                 break
             self._session.disturbed += 1
@@ -65,6 +68,7 @@ class Stretch:
             # Without its gate a stretch may be too short for the counters to tell.
             time.sleep(max(0.0, MIN_STRETCH_S - (time.monotonic() - began)))
             reason = self._watch.disturbed(start, self._watch.read())
+        self._session.tries = TRIES if reason is None else self._session.tries // 2
         found = [
             m if reason is None or m.status != "ok" else replace(m, detail=reason)
             for _, taken in self._held

@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from math import prod
 
 import pytest
@@ -134,15 +133,10 @@ def sampled(target: Target) -> list[Case]:
     return list(found.values())[:SAMPLES]
 
 
-@cache
-def compiled(name: str) -> tuple[list[tuple[Case, Report]], list[tuple[Case, Report]]]:
-    """Return the defaults and the drawn configs of a target with their reports; both compile at once."""
-    target = parse_target(name)
-    first = thinned(defaults(target), DEFAULTS, target)
-    second = sampled(target) if name in SAMPLED_TARGETS else []
-    reports = analyse([case.build for case in (*first, *second)], target, workers=2, cache=None)
-    pairs = list(zip((*first, *second), reports, strict=True))
-    return pairs[: len(first)], pairs[len(first) :]
+def compiled(cases: list[Case], target: Target) -> list[tuple[Case, Report]]:
+    """Return cases with their reports."""
+    reports = analyse([case.build for case in cases], target, workers=2, cache=None)
+    return list(zip(cases, reports, strict=True))
 
 
 def unrolled(case: Case, report: Report, target: Target) -> bool:
@@ -199,16 +193,18 @@ def check(pairs: list[tuple[Case, Report]], target: Target, most_spill: Callable
 
 @pytest.mark.parametrize("name", [SHORT, *(pytest.param(t, marks=pytest.mark.long) for t in TARGETS if t != SHORT)])
 def test_defaults_compile_to_what_is_said_of_them(name: str) -> None:
-    pairs, _ = compiled(name)
+    target = parse_target(name)
+    pairs = compiled(thinned(defaults(target), DEFAULTS, target), target)
     assert len(pairs) == DEFAULTS
-    check(pairs, parse_target(name), default_spill)
+    check(pairs, target, default_spill)
 
 
 @pytest.mark.parametrize(
     "name", [t if t == "hip:gfx942" else pytest.param(t, marks=pytest.mark.long) for t in SAMPLED_TARGETS]
 )
 def test_valid_configs_compile_to_what_is_said_of_them(name: str) -> None:
-    _, pairs = compiled(name)
+    target = parse_target(name)
+    pairs = compiled(sampled(target), target)
     assert len(pairs) == SAMPLES
     assert {case.config.kernel for case, _ in pairs} >= {k.name for k in KERNELS if "tma" not in k.name}
-    check(pairs, parse_target(name), sampled_spill)
+    check(pairs, target, sampled_spill)
