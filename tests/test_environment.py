@@ -63,10 +63,21 @@ def test_a_gpu_driver_makes_torch_be_asked(present: bool, tmp_path: Path, monkey
     driver = tmp_path / "nvidiactl"
     if present:
         driver.touch()
-    monkeypatch.setattr(environment_module, "GPU_FILES", (driver,))
+    # One of several is enough.
+    monkeypatch.setattr(environment_module, "GPU_FILES", (tmp_path / "nvmap", driver, tmp_path / "kfd"))
     monkeypatch.setattr(environment_module, "here", lambda: HERE)
     monkeypatch.delitem(sys.modules, "torch")
     assert (environment_module.seen() == HERE) == present
+
+
+@pytest.mark.parametrize("asked", ["torch is there", "Windows", "no"])
+def test_torch_is_asked_where_it_is_there_or_drivers_leave_no_file(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_module, "GPU_FILES", (Path("/no such driver"), Path("/nor this one")))
+    monkeypatch.setattr(environment_module, "here", lambda: HERE)
+    if asked != "torch is there":
+        monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys, "platform", "win32" if asked == "Windows" else "linux")
+    assert (environment_module.seen() == HERE) == (asked != "no")
 
 
 def test_an_environment_accepts_itself() -> None:

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 
 import tilecast
 from tests.tiny_models import FAMILIES, NAMED_FAMILIES, save_tiny
-from tilecast.engine import around_linears, around_norms, runtime
+from tilecast.engine import around, around_linears, around_norms, runtime
+from tilecast.engine.adapted import Adapted
 from tilecast.engine.around import ATTENDS, as_before, give_back, take_over
 from tilecast.engine.around_linears import STATE, TilecastLinear
 from tilecast.engine.invariant import invariant
-from tilecast.engine.transformers import prepare_model, restore_model
+from tilecast.engine.transformers import experts_modules, prepare_model, restore_model
+from tilecast.kernels.cpu.rows import PreparedNorm
 
 transformers = pytest.importorskip("transformers")
 
@@ -66,15 +68,69 @@ def test_greedy_tokens_are_eagers(family: str, tmp_path: Path) -> None:
     assert torch.equal(ours.generate(IDS, **options), eager.generate(IDS, **options))
 
 
+Routing = list[list[torch.Tensor]]
+"""What each layer's experts are called with beside the hidden states."""
+
+
+def routed(model: Any, routing: Routing | None = None) -> tuple[torch.Tensor, Routing]:
+    """Return the logits [tokens, V] in float64, and the routing; with one given all layers route by that.
+
+    A token that a close call routes in another way differs by far more than by rounding, as do later ones that see it.
+    """
+    seen: Routing = []
+
+    def given(_: torch.nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> Any:
+        own = [*args[1:], *named.values()]
+        forced = own if routing is None else routing[len(seen)]
+        seen.append([new.to(old.dtype) for old, new in zip(own, forced, strict=True)])
+        return (args[0], *seen[-1][: len(args) - 1]), dict(zip(named, seen[-1][len(args) - 1 :], strict=True))
+
+    hooks = [experts.register_forward_pre_hook(given, with_kwargs=True) for _, experts in experts_modules(model)]
+    found = logits(model).double().flatten(0, 1)
+    for hook in hooks:
+        hook.remove()
+    return found, seen
+
+
+def beyond_eager(folder: Path, dtype: torch.dtype) -> list[int]:
+    """Return the tokens of which our error against float64 is beyond twice that of eager, all routed alike."""
+    eager, ours, exact = load(folder, "eager", dtype), load(folder, "tilecast", dtype), load(folder, "eager").double()
+    wanted, routing = routed(exact)
+    errors = [(routed(m, routing)[0] - wanted).square().mean(-1).sqrt() for m in (ours, eager)]
+    assert len(routing) == len(experts_modules(ours)) and bool((errors[1] > 0).all())
+    found: list[int] = (errors[0] > 2 * errors[1]).nonzero().flatten().tolist()
+    return found
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_errors_are_within_twice_those_of_eager(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    save_tiny(family, tmp_path, dtype)
-    eager, ours, exact = load(tmp_path, "eager", dtype), load(tmp_path, "tilecast", dtype), load(tmp_path, "eager")
-    wanted = logits(exact.double())
-    # By token, and their median: where a close call of the router falls the other way, a token differs by far more.
-    errors = [float((logits(m).double() - wanted).square().mean(-1).sqrt().median()) for m in (ours, eager)]
-    assert errors[0] <= 2 * errors[1], errors
+def test_every_tokens_error_is_within_twice_that_of_eager(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    assert beyond_eager(save_tiny(family, tmp_path, dtype), dtype) == []
+
+
+PARTS = [
+    (around_linears.PackedLinear, "__call__"), (PreparedNorm, "__call__"), (Adapted, "run"),
+    (around, "attention_forward"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("holder", "name"), PARTS, ids=["linears", "norms", "experts", "attention"])
+def test_a_fault_in_one_token_is_seen(holder: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the last token's row is lost, in the first call of the kernel alone."""
+    theirs, faults = getattr(holder, name), []
+
+    def faulty(first: Any, rows: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if not faults:
+            faults.append(name)
+            rows = rows.clone()
+            # The last token of the last prompt, which no other one sees.
+            lost = rows[-1, :, -1, -4:] if holder is around else rows.view(-1, rows.shape[-1])[-1, -16:]
+            lost.zero_()
+        return theirs(first, rows, *args, **options)
+
+    monkeypatch.setattr(holder, name, faulty)
+    assert beyond_eager(save_tiny("mixtral", tmp_path, torch.bfloat16), torch.bfloat16) == [IDS.numel() - 1]
+    assert faults
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,6 +206,9 @@ class Norm(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         wide = rows.float()
+        if self.form == "power":
+            # As Gemma 4 writes it.
+            return (wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + self.eps, -0.5) * self.weight).to(rows.dtype)
         if self.form == "centred":
             wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps * (2 if self.form == "eps" else 1))
@@ -161,7 +220,7 @@ class Norm(torch.nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [64, 100, 8])
-@pytest.mark.parametrize("form", ["rounded", "scaled", "one_more", "centred", "eps"])
+@pytest.mark.parametrize("form", ["rounded", "scaled", "one_more", "power", "centred", "eps"])
 def test_norms_are_known_by_their_bits(form: str, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     norm = Norm(form, width).to(dtype).requires_grad_(False)
@@ -190,6 +249,30 @@ def test_norms_are_known_by_their_bits(form: str, width: int, dtype: torch.dtype
     assert type(copied[0]) is type(norm)
     give_back(model)
     assert type(norm) is Norm and around_norms.STATE not in vars(norm)
+
+
+class Odd(Norm):
+    """A norm of the kernel's bits that is left: by an operation that may depend on the batch, or by its operands."""
+
+    def forward(self, rows: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        if self.form == "scaled":
+            assert gate is None
+            # One, by an operation that `invariant()` has no form of.
+            return super().forward(rows) * (0 * rows).exp2()
+        normed = super().forward(rows)
+        if gate is None:
+            raise {"rounded": TypeError, "one_more": AttributeError}[self.form]("the gate is missing")
+        return normed * gate
+
+
+@pytest.mark.parametrize("form", ["scaled", "rounded", "one_more"])
+def test_norms_that_may_depend_on_the_batch_or_want_more_are_left(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    norm = Odd(form, 64).requires_grad_(False)
+    before = norm._parameters["weight"]
+    take_over(torch.nn.Sequential(norm), [])
+    # Nobody asked for freedom of the batch.
+    assert not caplog.records
+    assert type(norm) is Odd and around_norms.STATE not in vars(norm) and norm._parameters["weight"] is before
 
 
 def test_norms_are_differentiated_and_saved(tmp_path: Path) -> None:

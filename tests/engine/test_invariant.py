@@ -53,7 +53,7 @@ ROW_WISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "erf": torch.erf,
     "sin": torch.sin,
     "cos": torch.cos,
-    "powers": lambda x: torch.cat([x.abs().pow(n) for n in (-2, -1, 0.5, 1, 2, 3)], -1),
+    "powers": lambda x: torch.cat([x.abs().pow(n) for n in (-2, -1, -0.5, 0.5, 1, 2, 3)], -1),
     "complex products": lambda x: torch.view_as_real(
         torch.polar(x[:, ::2].float().contiguous() / 8, x[:, ::2].float().contiguous())
         * torch.polar(torch.ones(()), x[:, :1].float().contiguous())

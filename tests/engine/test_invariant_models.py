@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.tiny_models import VOCABULARY, tiny_model
+from tilecast.engine import around_linears
+from tilecast.engine.around_linears import TilecastLinear
 from tilecast.engine.invariant import Invariant, invariant, request_seed, sample_row
 from tilecast.engine.invariant_attention import use_attention
 from tilecast.engine.transformers import register_transformers
@@ -26,10 +28,15 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
+def model_of(family: str, dtype: torch.dtype = torch.float32, *, packed: bool = False) -> Any:
+    """Return a tiny model on Tilecast's experts and norms; with `packed` its linears are packed as larger ones are."""
     register_transformers()
     model: Any = tiny_model(family, dtype)
-    model.set_experts_implementation("tilecast")
+    with pytest.MonkeyPatch.context() as patch:
+        if packed:
+            patch.setattr(around_linears, "LEAST_WEIGHTS", 1)
+        model.set_experts_implementation("tilecast")
+    assert packed == any(type(module) is TilecastLinear for module in model.modules())
     use_attention(model)
     return model
 
@@ -74,13 +81,13 @@ def differing(model: Any, context: Invariant | None, mixes: int = 4) -> list[str
     return found
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_a_request_has_the_same_logits_in_any_company(family: str) -> None:
-    model = model_of(family)
+@pytest.mark.parametrize(("family", "packed"), [("mixtral", False), ("qwen3_moe", True)])
+def test_a_request_has_the_same_logits_in_any_company(family: str, packed: bool) -> None:
+    model = model_of(family, packed=packed)
     with invariant() as context:
         assert differing(model, context) == []
-    # The negative control: without the context the same comparison fails.
-    assert differing(model, None) != []
+    # The negative control: without the context, and with torch's linears, the same comparison fails.
+    assert differing(model_of(family), None) != []
 
 
 def test_sinks_and_sliding_windows_too() -> None:
@@ -95,7 +102,7 @@ def test_sinks_and_sliding_windows_too() -> None:
     "family", ["mixtral", *(pytest.param(f, marks=pytest.mark.long) for f in ("qwen3_moe", "deepseek_v3", "olmoe"))]
 )
 def test_two_hundred_random_mixes(family: str, dtype: torch.dtype) -> None:
-    model = model_of(family, dtype)
+    model = model_of(family, dtype, packed=True)
     with invariant() as context:
         assert differing(model, context, mixes=200) == []
 

@@ -40,7 +40,7 @@ def test_a_request_has_the_same_logits_in_any_company_and_any_cut(family: str) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_hundred_random_mixes(family: str, dtype: torch.dtype) -> None:
-    model = model_of(family, dtype)
+    model = model_of(family, dtype, packed=True)
     with invariant() as context:
         assert differing(model, context, mixes=200) == []
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny_models import save_tiny, save_tokenizer, tiny_model
 from tilecast.engine.checkpoint import inspect_checkpoint
@@ -234,6 +235,18 @@ def test_ranks_that_would_cut_through_a_head_are_told(family: str, ranks: int) -
     check_heads(model, 4)
     with pytest.raises(ModelError, match=rf"num_\w+_heads is [48], which {ranks} ranks cannot share out"):
         check_heads(model, ranks)
+
+
+def test_heads_that_differ_from_layer_to_layer_are_all_looked_at() -> None:
+    options = {"layer_types": ["sliding_attention", "full_attention"], "vocab_size": 32}
+    options |= {"vocab_size_per_layer_input": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 2}
+    options |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = AutoConfig.for_model("gemma4_text", **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    check_heads(model, 2)
+    with pytest.raises(ModelError, match="num_key_value_heads is 2, which 4 ranks cannot share out"):
+        check_heads(model, 4)
 
 
 @pytest.mark.parametrize("family", ["jamba", "phimoe"])

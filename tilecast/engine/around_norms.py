@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tilecast.engine.around_operands import KERNEL_DTYPES, is_plain
-from tilecast.engine.invariant import invariant
+from tilecast.engine.invariant import Invariant
 from tilecast.errors import InputError
 from tilecast.kernels.cpu.rows import FORMS, PreparedNorm, rms_norm
 
@@ -104,7 +104,7 @@ def _form_of(module: torch.nn.Module, epsilon: float) -> str | None:
     probe = copy.copy(module)
     probe.__dict__["_parameters"] = {"weight": torch.nn.Parameter(factors, requires_grad=False)}
     try:
-        with torch.no_grad(), invariant() as context:
+        with torch.no_grad(), Invariant(quiet=True) as context:
             wanted = probe.forward(rows)
         if not context.covered or not isinstance(wanted, torch.Tensor) or wanted.dtype != rows.dtype:
             return None

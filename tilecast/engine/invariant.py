@@ -39,8 +39,9 @@ class Invariant:
     `uncovered` counts, by name, the operations that ran inside and are not known to be free of the batch's shape.
     """
 
-    def __init__(self) -> None:
-        """Start with an empty record; nothing changes until the context is entered."""
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Start with an empty record; nothing changes until the context is entered. `quiet`: nothing is logged."""
+        self._quiet = quiet
         self.uncovered: Counter[str] = Counter()
         self._functions = _Functions(self.uncovered)
         self._dispatch = _Dispatch(self.uncovered)
@@ -76,7 +77,7 @@ class Invariant:
         self._dispatch.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         _entered().remove(self)
         self._depth -= 1
-        if self.uncovered and self._depth == 0 and error is None:
+        if self.uncovered and self._depth == 0 and error is None and not self._quiet:
             names = ", ".join(sorted(self.uncovered))
             logger.warning("not known to be free of the batch: %s; results may depend on it", names)
 

@@ -276,6 +276,16 @@ def _softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> Any:
     return torch.where(scaled > threshold, x, scaled.clamp(max=threshold).exp().log1p() / beta)
 
 
+def _pow(func: Any, base: Any, exponent: Any) -> Any:
+    """Return base^-½ as `rsqrt` gives it; of other exponents `matters` says whether torch's own will do."""
+    if not isinstance(base, torch.Tensor) or isinstance(exponent, torch.Tensor) or exponent != -0.5:
+        return NotImplemented
+    return _rsqrt(func, base)
+
+
+_rsqrt = _elementwise(lambda x: 1 / _root(x))
+
+
 def _polar(func: Any, size: torch.Tensor, angle: torch.Tensor) -> Any:
     if not multiplies(angle):
         return NotImplemented
@@ -302,7 +312,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.sigmoid: _elementwise(_sigmoid), aten.sigmoid_: _elementwise(_sigmoid),
     aten.silu: _elementwise(_silu), aten.silu_: _elementwise(_silu),
     aten.gelu: _elementwise(_gelu), aten.gelu_: _elementwise(_gelu), aten.softplus: _elementwise(_softplus),
-    aten.rsqrt: _elementwise(lambda x: 1 / _root(x)), aten.rsqrt_: _elementwise(lambda x: 1 / _root(x)),
+    aten.rsqrt: _rsqrt, aten.rsqrt_: _rsqrt, aten.pow: _pow, aten.pow_: _pow,
     aten.sqrt: _elementwise(lambda x: _root(x)), aten.sqrt_: _elementwise(lambda x: _root(x)),
     aten.exp: _only_on_gpu("exp"), aten.cos: _only_on_gpu("cos"), aten.sin: _only_on_gpu("sin"),
 }  # fmt: skip

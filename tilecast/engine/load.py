@@ -31,6 +31,7 @@ from tilecast.engine.checkpoint import (
 from tilecast.engine.group import Group
 from tilecast.engine.placed_choice import Asked, Choice, as_choice
 from tilecast.engine.quantized import recipe_of
+from tilecast.engine.transformers_facts import values_of
 from tilecast.engine.watch import is_connection_error, together
 from tilecast.errors import DeviceError, ModelError, TilecastError, UsageError
 from tilecast.settings import Settings, launcher
@@ -332,10 +333,12 @@ def check_heads(model: Any, ranks: int) -> None:
     plan = getattr(model, "_tp_plan", None) or {}
     config = model.config.get_text_config(decoder=True)
     for projection, field in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-        heads = getattr(config, field, None)
         sharded = any(name.endswith(f".{projection}") and style.startswith("colwise") for name, style in plan.items())
-        if sharded and isinstance(heads, int) and heads % ranks:
-            raise ModelError(f"{field} is {heads}, which {ranks} ranks cannot share out; use a number that divides it")
+        for heads in values_of(config, field) if sharded else ():
+            if isinstance(heads, int) and heads % ranks:
+                raise ModelError(
+                    f"{field} is {heads}, which {ranks} ranks cannot share out; use a number that divides it"
+                )
 
 
 def _names(found: Iterable[Any]) -> list[str]:

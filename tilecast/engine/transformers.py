@@ -42,7 +42,7 @@ from tilecast.engine.placed_model import (
 from tilecast.engine.quantized_loading import load_quantized
 from tilecast.engine.quantized_module import make_dense
 from tilecast.engine.table_runtime import Runtime
-from tilecast.engine.transformers_facts import import_part, is_experts, summed
+from tilecast.engine.transformers_facts import import_part, is_experts, summed, values_of
 from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import InputError, UsageError
 from tilecast.problem import ExpertLayer
@@ -338,9 +338,9 @@ def _top_k_of(model: torch.nn.Module, name: str, module: torch.nn.Module) -> int
     configs = [getattr(module, "config", None), getattr(model, "config", None)]
     for holder in [*around, *configs]:
         for attribute in TOP_K_NAMES:
-            value = getattr(holder, attribute, None)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
+            for value in values_of(holder, attribute):
+                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                    return value
     return 1
 
 

@@ -28,6 +28,17 @@ def import_part(name: str) -> Any:
     return found
 
 
+def values_of(config: Any, field: str) -> list[Any]:
+    """Return the values that a config has of a field: one, or one of each layer where a family says so; none if none.
+
+    Such configs raise an error of their own where they are asked for the one value of a field that differs.
+    """
+    try:
+        return [getattr(config, field)] if hasattr(config, field) else []
+    except RuntimeError:
+        return list(dict.fromkeys(getattr(layer, field, None) for layer in getattr(config, "per_layer_config", ())))
+
+
 def summed(module: torch.nn.Module, form: Form | None, model: torch.nn.Module) -> bool:
     """Whether transformers adds the ranks' outputs of a module that is split over them.
 
