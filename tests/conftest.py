@@ -6,7 +6,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -23,3 +25,12 @@ atexit.register(shutil.rmtree, os.environ["TILECAST_LOCK_DIR"], ignore_errors=Tr
 
 settings.register_profile("tilecast", deadline=None)
 settings.load_profile("tilecast")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One of torch's threads for a whole file, its other fixtures included."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

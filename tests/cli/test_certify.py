@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.cli.conftest import LAYER, Command, table_of
 from tests.torch_kernel import TorchKernel
@@ -20,17 +18,11 @@ from tilecast.evidence import TuningTable
 from tilecast.kernels import registry
 from tilecast.kernels.spec import Registry, numerics_class
 
+# Thousands of tiny launches: on a busy machine each would wait for its slowest thread.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = "E=2,H=40,I=24,k=1"
 LOOK = ("--probe", "--inputs", "9")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Thousands of tiny launches: on a busy machine each would wait for its slowest thread.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

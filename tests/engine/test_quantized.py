@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tilecast
 from tests import quantized_checkpoints as checkpoints
 from tests.quantized_checkpoints import AWQ_CONFIG, FP8_CONFIG, compressed_config, quantized_twins
-from tilecast.engine import runtime
 from tilecast.engine.adapted import adapted_of
 from tilecast.engine.checkpoint import inspect_checkpoint
 from tilecast.engine.load import load_model
@@ -32,6 +30,8 @@ from tilecast.models.quantization import read_quantization
 from tilecast.problem import weight_format
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("registered")
 
 IDS = (torch.arange(1, 41).view(2, 20) * 7) % 97
 WIDE = {"intermediate_size": 96}
@@ -54,16 +54,6 @@ FORMS: dict[str, tuple[checkpoints.Quantizer, dict[str, Any]]] = {
     ),
     "fp8_tensor": (checkpoints.fp8("tensor"), FP8_CONFIG | {"weight_block_size": None}),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("TM_GEMM_IMPORT", raising=False)
-    tilecast.register_transformers()
-    runtime.use_table(None)
-    yield
-    tilecast.register_transformers()
-    runtime.forget_table()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,9 @@ from tilecast.evidence import TuningTable
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 IDS = (torch.arange(1, 41).view(2, 20) * 7) % 97
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("TM_GEMM_IMPORT", raising=False)
-    tilecast.register_transformers()
-    runtime.use_table(None)
-    yield
-    tilecast.register_transformers()
-    runtime.forget_table()
 
 
 def load(folder: Path, experts: str, **options: Any) -> Any:

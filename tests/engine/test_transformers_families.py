@@ -5,20 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import tilecast
 from tilecast.engine import runtime
 from tilecast.engine.adapted import adapt
 from tilecast.engine.transformers import _inspected
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("registered")]
 
 SIZES = {
     "hidden_size": 64, "moe_hidden_size": 64, "intermediate_size": 48, "moe_intermediate_size": 48, "num_experts": 8,
@@ -38,14 +36,6 @@ def experts_classes() -> list[tuple[str, str]]:
         for path in sorted(root.glob("*/modeling_*.py"))
         for name in DECORATED.findall(path.read_text(encoding="utf-8"))
     ]
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    tilecast.register_transformers()
-    runtime.use_table(None)
-    yield
-    runtime.forget_table()
 
 
 def built(where: str, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import tilecast
 from tests.tiny_models import tiny_model
 from tilecast.engine import runtime
 from tilecast.engine.adapted import adapt, adapted_of
@@ -22,15 +20,9 @@ from tilecast.evidence import TuningTable
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 HIDDEN, EXPERTS = 64, 8
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    tilecast.register_transformers()
-    runtime.use_table(None)
-    yield
-    runtime.forget_table()
 
 
 class RowNorm(torch.nn.Module):

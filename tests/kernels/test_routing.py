@@ -172,17 +172,19 @@ def test_no_tokens() -> None:
     assert layout.offsets.tolist() == [0] * 9
 
 
-@pytest.mark.parametrize(
-    ("hidden", "weight", "top_k", "scoring", "says"),
-    [
-        ((4, 8), (3, 8), 0, "softmax", "top-k is 0, expected 1 to 3"),
-        ((4, 8), (3, 8), 4, "softmax", "top-k is 4"),
-        ((4, 8), (3, 8), 2, "tanh", "scoring is 'tanh'"),
-        ((4, 8), (3, 7), 2, "softmax", r"\(4, 8\) and \(3, 7\)"),
-        ((2, 4, 8), (3, 8), 2, "softmax", "expected"),
-        ((4, 8), (8,), 2, "softmax", "expected"),
-    ],
-)
+REFUSED_NAMES = ("hidden", "weight", "top_k", "scoring", "says")
+REFUSED = [
+    ((4, 8), (3, 8), 0, "softmax", "top-k is 0, expected 1 to 3"),
+    ((4, 8), (3, 8), 4, "softmax", "top-k is 4"),
+    ((4, 8), (3, 8), 2, "tanh", "scoring is 'tanh'"),
+    ((4, 8), (3, 7), 2, "softmax", r"\(4, 8\) and \(3, 7\)"),
+    ((2, 4, 8), (3, 8), 2, "softmax", "expected"),
+    ((4, 8), (8,), 2, "softmax", "expected"),
+]
+"""What no router takes, and what it says."""
+
+
+@pytest.mark.parametrize(REFUSED_NAMES, REFUSED)
 def test_route_refuses(hidden: tuple[int, ...], weight: tuple[int, ...], top_k: int, scoring: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
         route(torch.zeros(hidden), torch.zeros(weight), top_k, scoring=scoring)

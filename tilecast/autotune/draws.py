@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -33,19 +34,12 @@ def uniform_ids(layer: ExpertLayer, tokens: int, seed: int) -> torch.Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     wanted = typical_active_experts(layer, tokens)
-    best, best_gap = torch.empty(0), math.inf
-    for _ in range(DRAWS):
+
+    def draw() -> torch.Tensor:
         scores = torch.rand(tokens, layer.global_experts, generator=generator)
-        ids = scores.topk(layer.top_k, dim=1, sorted=False).indices
-        active = int((torch.bincount(ids.flatten(), minlength=layer.global_experts)[: layer.experts] > 0).sum())
-        gap = abs(active - wanted)
-        if gap < best_gap:
-            best, best_gap = ids, gap
-        if gap == 0:
-            break
-    if layer.experts < layer.global_experts and not bool((best < layer.experts).any()):
-        best[0, 0] = seed % layer.experts
-    return best.to(torch.int32)
+        return scores.topk(layer.top_k, dim=1, sorted=False).indices
+
+    return _most_typical(layer, seed, DRAWS, draw, lambda ids: abs(_load(layer, ids)[0] - wanted))
 
 
 def routed_ids(layer: ExpertLayer, tokens: int, seed: int, profile: RoutingProfile = UNIFORM) -> torch.Tensor:
@@ -60,12 +54,30 @@ def routed_ids(layer: ExpertLayer, tokens: int, seed: int, profile: RoutingProfi
     generator = torch.Generator().manual_seed(seed)
     weights = profile.log_weights(layer).to(torch.float32)
     wanted, most = _typical_load(layer, tokens, profile)
-    best, best_gap = torch.empty(0), math.inf
-    for _ in range(_draws(layer, tokens)):
-        ids = _gumbel_topk(weights, tokens, layer.top_k, generator)
+
+    def gap_of(ids: torch.Tensor) -> int:
         active, busiest = _load(layer, ids)
         # The busiest expert's load is a sum over many tokens: within 3% it is the typical one.
-        gap = abs(active - wanted) + max(0, abs(busiest - most) - most // 32)
+        return abs(active - wanted) + max(0, abs(busiest - most) - most // 32)
+
+    def draw() -> torch.Tensor:
+        return _gumbel_topk(weights, tokens, layer.top_k, generator)
+
+    return _most_typical(layer, seed, _draws(layer, tokens), draw, gap_of)
+
+
+def _most_typical(
+    layer: ExpertLayer,
+    seed: int,
+    draws: int,
+    draw: Callable[[], torch.Tensor],
+    gap_of: Callable[[torch.Tensor], int],
+) -> torch.Tensor:
+    """Return int32 ids of the first draw with the smallest gap, at least one slot of them a local expert's."""
+    best, best_gap = torch.empty(0), math.inf
+    for _ in range(draws):
+        ids = draw()
+        gap = gap_of(ids)
         if gap < best_gap:
             best, best_gap = ids, gap
         if gap == 0:

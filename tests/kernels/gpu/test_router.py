@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.test_routing import REFUSED, REFUSED_NAMES
 from tests.tensor_core import tensor_core
 from tilecast import kernels
 from tilecast.errors import InputError
@@ -212,17 +213,7 @@ def test_slices_cover_k_and_are_no_single_dots(
     assert int(constants["STEPS"]) >= 2  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("hidden", "weight", "top_k", "scoring", "says"),
-    [
-        ((4, 8), (3, 8), 0, "softmax", "top-k is 0, expected 1 to 3"),
-        ((4, 8), (3, 8), 4, "softmax", "top-k is 4"),
-        ((4, 8), (3, 8), 2, "tanh", "scoring is 'tanh'"),
-        ((4, 8), (3, 7), 2, "softmax", r"\(4, 8\) and \(3, 7\)"),
-        ((2, 4, 8), (3, 8), 2, "softmax", "expected"),
-        ((4, 8), (8,), 2, "softmax", "expected"),
-    ],
-)
+@pytest.mark.parametrize(REFUSED_NAMES, REFUSED)
 def test_refuses(hidden: tuple[int, ...], weight: tuple[int, ...], top_k: int, scoring: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
         route_device(torch.zeros(hidden), torch.zeros(weight), top_k, scoring=scoring)
