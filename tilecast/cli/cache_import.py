@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from tilecast.cli._output import Output, plural
 from tilecast.cli._stores import Origin, check_configs, origins, read_file, store_location
 from tilecast.errors import UsageError
 from tilecast.settings import Settings
+
+if TYPE_CHECKING:
+    from tilecast.cache_store.adopt import Adopted
 
 THEIRS = "theirs"
 
@@ -85,14 +88,8 @@ def import_(
             "store": where,
             "digest": table.digest,
             "decisions": len(table),
-            "new_measurements": adopted.measurements,
             "policy": policy,
-            "put": adopted.put,
-            "removed": adopted.removed,
-            "conflicts": [
-                {"kept": conflict.kept, "reason": conflict.reason, "text": str(conflict)}
-                for conflict in adopted.conflicts
-            ],
+            **_adopted_json(adopted),
             "relaxed": [
                 {"from": there.digest, "as": made_up.digest, "record": made_up.system}
                 for there, made_up in relaxed.adopted
@@ -106,6 +103,17 @@ def import_(
         output.line(f"  {conflict}")
     for origin in found:
         output.show(f"  {plural(origin.decisions, 'decision')} from {origin}")
+
+
+def _adopted_json(adopted: Adopted) -> dict[str, Json]:
+    return {
+        "new_measurements": adopted.measurements,
+        "put": adopted.put,
+        "removed": adopted.removed,
+        "conflicts": [
+            {"kept": conflict.kept, "reason": conflict.reason, "text": str(conflict)} for conflict in adopted.conflicts
+        ],
+    }
 
 
 def _origin_json(origin: Origin) -> dict[str, Json]:
