@@ -1,4 +1,4 @@
-"""The GPU suite, tried on the CPU: what it keeps, how it goes on, and what it makes of contestants that fail."""
+"""The GPU suite, tried on the CPU: what it keeps, how it goes on, and what it publishes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import cases, certification, checks, questions, report, run, sanitizer, shapes, sweep, worker
-from benchmarks.gpu.clock import CpuClock, CudaClock, clock_for
+from benchmarks.gpu import checks, report, run, sanitizer, shapes, worker
+from benchmarks.gpu.clock import CudaClock, clock_for
 from benchmarks.gpu.device import Limits
-from benchmarks.gpu.layers import DEFAULT, Contestant, LayerBench, derive
-from benchmarks.gpu.peers import Call, FixedOperands, TorchGroupedMm, Transformers
+from benchmarks.gpu.layers import DEFAULT
 from benchmarks.gpu.picture import Dot, roofline
 from benchmarks.gpu.record import ROOT, OutOfTime, Poisoned, Record, Setup, read_json
-from tests.cases import Case, operands
-from tests.torch_kernel import TorchKernel
-from tilecast.autotune.certify import certify, claimed_configs
-from tilecast.autotune.prescreen import prescreen
-from tilecast.engine.peers import LayerWeights
-from tilecast.environment import cpu_environment
 from tilecast.kernels.spec import Registry
 from tilecast.problem import ExpertLayer
 
@@ -227,207 +220,7 @@ def test_every_step_has_units_and_a_module(step: str, tiny: bool) -> None:
     assert (ROOT / "benchmarks/gpu" / f"{worker.MODULES[step]}.py").exists()
 
 
-# Contestants -------------------------------------------------------------------------------------------------
-
-
-class Odd:
-    """A peer that fails in its own way."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def unavailable(self, layer: ExpertLayer, tokens: int) -> str | None:
-        return "not on Sundays" if self.name == "absent" else None
-
-    def prepare(self, layer: ExpertLayer, weights: LayerWeights) -> Callable[[FixedOperands], Call]:
-        if self.name == "unprepared":
-            raise ValueError("cannot hold this")
-        return lambda fixed: lambda: self._run(fixed)
-
-    def _run(self, fixed: FixedOperands) -> torch.Tensor:
-        if self.name == "raises":
-            raise RuntimeError("boom\nand more")
-        return torch.zeros_like(fixed.hidden)
-
-
-def test_a_peer_that_fails_is_recorded_and_the_others_race(tmp_path: Path) -> None:
-    peers = [Odd(name) for name in ("raises", "unprepared", "zeros", "absent")]
-    bench = LayerBench(setup_for(tmp_path), SMALL, clock_for("cpu", tiny=True), None, peers)
-    found = {c["name"]: c for c in bench.point(5)["contestants"]}
-    assert (found["raises"]["status"], found["raises"]["detail"]) == ("runtime_error", "RuntimeError: boom")
-    assert "cannot hold this" in found["unprepared"]["detail"]
-    assert found["zeros"]["status"] == "wrong_result" and "times that of torch" in found["zeros"]["detail"]
-    assert (found["absent"]["status"], found["absent"]["detail"]) == ("unavailable", "not on Sundays")
-    assert all(not found[peer.name]["samples_us"] for peer in peers)
-    assert len(found[DEFAULT]["samples_us"]) == 3
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        ExpertLayer(hidden=32, intermediate=48, experts=3, top_k=2, global_experts=8),
-        ExpertLayer(hidden=32, intermediate=48, experts=4, top_k=2, activation="swiglu_oai", bias=True),
-    ],
-    ids=["one rank's experts", "gpt-oss"],
-)
-def test_peers_are_right_on_every_form_of_layer(tmp_path: Path, layer: ExpertLayer) -> None:
-    peers = [TorchGroupedMm(), Transformers("grouped_mm"), Transformers("batched_mm")]
-    bench = LayerBench(setup_for(tmp_path, rounds=1), layer, clock_for("cpu", tiny=True), None, peers)
-    for contestant in bench.point(9)["contestants"]:
-        assert contestant["status"] == "ok", contestant
-        assert contestant["samples_us"]
-
-
-def test_a_failure_on_a_broken_device_is_not_the_contestants() -> None:
-    class Broken(CpuClock):
-        def healthy(self) -> bool:
-            return False
-
-    def fails() -> None:
-        raise RuntimeError("illegal memory access")
-
-    with pytest.raises(RuntimeError, match="illegal"):
-        Contestant(name="x").guarded(fails, Broken(1 << 10))
-
-
-def test_figures_follow_from_the_times() -> None:
-    point = {
-        "flops": 2e9,
-        "bytes": 1e6,
-        "weight_bytes": 5e5,
-        "contestants": [
-            {"name": DEFAULT, "p50_us": 10.0},
-            {"name": "a", "p50_us": 15.0},
-            {"name": "b", "p50_us": None},
-        ],
-    }
-    found = derive(point, Limits(read_gb_s=1000.0, dense_tflop_s=400.0))
-    assert (found["bound"], found["limit_us"], found["best_peer"]) == ("compute", 5.0, "a")
-    assert found["contestants"][DEFAULT] == {
-        "tflop_s": 200.0,
-        "weights_gb_s": 50.0,
-        "roofline_share": 0.5,
-        "best_peer_over_this": 1.5,
-    }
-    assert derive(point, None)["contestants"][DEFAULT]["roofline_share"] is None
-
-
 # The other steps ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    """Torch kernels in place of compiled ones, and a layer that they run at once."""
-    registry = Registry((TorchKernel(),))
-    shape = shapes.Shape(name="tiny", title="Tiny", layer=SMALL)
-    for module in (sweep, certification, questions):
-        monkeypatch.setattr(module, "default_registry", lambda: registry)
-    for module in (sweep, questions):
-        monkeypatch.setattr(module, "find_shape", lambda name, tiny: shape)
-    return registry
-
-
-def test_a_sweep_measures_every_config_and_goes_on(tmp_path: Path, small: Registry) -> None:
-    valid = {gemm.name: len(prescreen(gemm, 1, cpu_environment(), small).candidates) for gemm in SMALL.gemms}
-    with pytest.raises(OutOfTime):
-        sweep.run(setup_for(tmp_path, deadline=time.time()), Record(setup_for(tmp_path), "sweep", "tiny.T1"))
-    found = sweep.run(setup_for(tmp_path), Record(setup_for(tmp_path), "sweep", "tiny.T1"))
-    measured = [(m["gemm"], str(m["config"])) for m in found["measurements"]]
-    assert len(set(measured)) == len(measured)
-    assert {gemm: sum(name == gemm for name, _ in measured) for gemm in valid} == valid
-    assert found["counts"]["ok"] == len(measured)
-    again = sweep.run(setup_for(tmp_path), Record(setup_for(tmp_path), "sweep", "tiny.T1"))
-    assert again["measurements"] == found["measurements"], "what the store holds was measured again"
-
-
-def test_a_form_that_is_wrong_answers_by_saying_so(small: Registry) -> None:
-    registry = Registry((TorchKernel("zeros"),))
-    name = "torch.moe_gemm"
-    forms = (
-        questions.Form(name="right", kernel=name, where={"variant": "ordered"}),
-        questions.Form(name="wrong", kernel=name, where={"variant": "zeros"}),
-        questions.Form(name="absent", kernel="torch.absent"),
-    )
-    question = questions.Question(name="q", text="?", shape="tiny", gemm="up", tokens=3, forms=forms)
-    found = questions.answer(question, cpu_environment(), registry, lambda: True, rounds=2, tiny=True)
-    good, bad, absent = found["forms"]
-    assert good["p50_us"] > 0 and good["config"]["params"]["variant"] == "ordered" and not good["notes"]
-    assert bad["p50_us"] is None and "wrong_result" in bad["notes"][0]
-    assert "no kernel is named" in absent["notes"][0]
-
-
-def test_forms_fix_parameters() -> None:
-    kernel = TorchKernel()
-    name, value = next(iter(next(iter(kernel.space(SMALL.up, 1, cpu_environment()))).params))
-    form = questions.Form(name="x", kernel=kernel.name, where={name: value})
-    configs, why = questions.configs_of(form, SMALL.up, 1, cpu_environment(), Registry((kernel,)))
-    assert configs and not why and {config[name] for config in configs} == {value}
-    impossible = questions.Form(name="x", kernel=kernel.name, where={name: -1})
-    assert questions.configs_of(impossible, SMALL.up, 1, cpu_environment(), Registry((kernel,)))[0] == []
-
-
-def test_gpu_questions_name_kernels_and_shapes_that_exist() -> None:
-    asked = questions.questions(tiny=False)
-    assert {"tma-up", "tma-down", "stages-up", "stages-down", "one-token-up", "one-token-down"} == {
-        q.name for q in asked
-    }
-    known = {shape.name for shape in shapes.layer_shapes()}
-    assert {question.shape for question in asked} <= known
-
-
-def test_certificates_are_told_class_by_class() -> None:
-    registry = Registry((TorchKernel(),))
-    environment = cpu_environment()
-    configs = claimed_configs(SMALL.up, (1,), environment, registry)
-    found = certification.answers(certify(SMALL.up, configs, environment, registry, inputs=8, members=2))
-    classes = [line for line in found if "members" in line]
-    pairs = [line for line in found if "members" not in line]
-    assert classes and len(pairs) == len(classes) * (len(classes) - 1) // 2
-    assert all(line["answer"] == "equal" and not line["certified"] for line in classes)
-    assert len({line["question"] for line in classes}) == len(classes), "classes cannot be told apart"
-
-
-def test_cases_find_a_kernel_that_is_wrong() -> None:
-    for variant, what in (("ordered", ""), ("zeros", "times what is allowed"), ("overwrites", "rows of absent slots")):
-        registry = Registry((TorchKernel(variant),))
-        tiny = ExpertLayer(hidden=16, intermediate=16, experts=3, top_k=2)
-        some = [Case("few", tiny, 3), Case("absent slots", tiny, 7, "absent")]
-        found = cases.check_cases(cpu_environment(), registry, configs=4, cases=some, dtypes=("bf16",))
-        said = [wrong["what"] for wrong in found["wrong"]]
-        assert found["right"] > 0 and found["unreached"] == 0
-        assert bool(said) == bool(what) and (not what or any(what in text for text in said)), (variant, said)
-
-
-def test_cases_stop_when_their_time_is_up() -> None:
-    some = [Case("few", SMALL, 3)] * 2
-    found = cases.check_cases(cpu_environment(), Registry((TorchKernel(),)), cases=some, dtypes=("bf16",), seconds=-1)
-    assert (found["right"], found["wrong"], found["unreached"]) == (0, [], 2)
-
-
-def test_cases_bring_sorted_rows_into_slot_order() -> None:
-    class Sorted(TorchKernel):
-        """Writes and reads the intermediate in sorted order."""
-
-        def order(self, gemm: Any, config: Any) -> str:
-            return "sorted"
-
-        def up(self, config: Any, hidden: Any, weights: Any, route: Any, out: torch.Tensor) -> None:
-            by_slot = torch.full_like(out, torch.nan)
-            super().up(config, hidden, weights, route, by_slot)
-            present = route.slots[: int(route.offsets[-1])].long()
-            out[: len(present)] = by_slot[present]
-
-        def down(self, config: Any, rows: Any, weights: Any, route: Any, scale: Any, out: torch.Tensor) -> None:
-            by_slot = torch.full_like(rows, torch.nan)
-            present = route.slots[: int(route.offsets[-1])].long()
-            by_slot[present] = rows[: len(present)]
-            super().down(config, by_slot, weights, route, scale, out)
-
-    kernel = Sorted()
-    given = operands(Case("absent", SMALL, 9, "absent").layer, 9, "absent")
-    for gemm in SMALL.gemms:
-        config = kernel.default(gemm, 9, cpu_environment())
-        assert cases.judged(kernel, gemm, config, given) <= 1
 
 
 def test_pytest_results_are_read_and_failures_shown(tmp_path: Path) -> None:
