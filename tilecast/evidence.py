@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, cast
 
-from tilecast.canonical import Json, canonical_json, digest, fields_of
+from tilecast.canonical import Json, digest, fields_of, quoted
 from tilecast.environment import Environment
 from tilecast.errors import InputError
 from tilecast.measurement import STATUSES, Measurement, check_time, made_of, measurement_key, percentile
@@ -266,36 +266,69 @@ class TuningTable:
 
 
 def _table_text(table: TuningTable) -> str:
-    """Return `canonical_json(table.to_json())`, writing each layer, config and name once: a table repeats them.
+    """Return `canonical_json(table.to_json())`, writing each layer and config once: a table repeats them."""
+    decisions = table.decisions
+    texts = decision_texts(
+        [d.environment for d in decisions],
+        [d.layer.canonical for d in decisions],
+        [d.policy for d in decisions],
+        [d.routing for d in decisions],
+        [d.bucket.tokens for d in decisions],
+        [d.bucket.above for d in decisions],
+        [d.certificate for d in decisions],
+        _texts_of([d.up for d in decisions]),
+        _texts_of([d.down for d in decisions]),
+    )
+    return table_text(texts, [environment.canonical for environment in table.environments])
 
-    Object keys stand in the order of their code points, as canonical JSON has them.
+
+def _texts_of(choices: Sequence[Choice]) -> list[str]:
+    return choice_texts(
+        [c.config.canonical for c in choices],
+        [float(c.p50_us) for c in choices],
+        [c.default.canonical for c in choices],
+        [float(c.default_us) for c in choices],
+        ["null" if c.runner_up is None else c.runner_up.canonical for c in choices],
+        [None if c.runner_up_us is None else float(c.runner_up_us) for c in choices],
+        [float(c.noise) for c in choices],
+        [c.numerics for c in choices],
+    )
+
+
+def table_text(decisions: Iterable[str], environments: Iterable[str]) -> str:
+    """Return a table's canonical JSON of its decisions' and environments', in their order.
+
+    Object keys stand in the order of their code points, as canonical JSON has them; in all that is written here.
     """
-    quoted = cache(canonical_json)
-    decisions = ",".join([_decision_text(decision, quoted) for decision in table.decisions])
-    environments = ",".join([environment.canonical for environment in table.environments])
-    return f'{{"decisions":[{decisions}],"environments":[{environments}],"format":{TABLE_FORMAT}}}'
+    return f'{{"decisions":[{",".join(decisions)}],"environments":[{",".join(environments)}],"format":{TABLE_FORMAT}}}'
 
 
-def _decision_text(decision: Decision, quoted: Callable[[str], str]) -> str:
-    bucket = decision.bucket
-    return (
-        f'{{"above":{bucket.above},"certificate":{quoted(decision.certificate)},'
-        f'"down":{_choice_text(decision.down, quoted)},"environment":{quoted(decision.environment)},'
-        f'"layer":{decision.layer.canonical},"policy":{quoted(decision.policy)},'
-        f'"routing":{quoted(decision.routing)},"tokens":{bucket.tokens},'
-        f'"up":{_choice_text(decision.up, quoted)}}}'
-    )
+def decision_texts(
+    environment: Sequence[str], layer: Sequence[str], policy: Sequence[str], routing: Sequence[str],
+    tokens: Sequence[int], above: Sequence[int], certificate: Sequence[str], up: Sequence[str], down: Sequence[str],
+) -> list[str]:  # fmt: skip
+    """Return the canonical JSON of decisions, given by columns: layers and choices by theirs, the rest as it is."""
+    return [
+        f'{{"above":{f},"certificate":{quoted(g)},"down":{i},"environment":{quoted(a)},"layer":{b},'
+        f'"policy":{quoted(c)},"routing":{quoted(d)},"tokens":{e},"up":{h}}}'
+        for a, b, c, d, e, f, g, h, i in zip(
+            environment, layer, policy, routing, tokens, above, certificate, up, down, strict=True
+        )
+    ]
 
 
-def _choice_text(choice: Choice, quoted: Callable[[str], str]) -> str:
-    runner_up, runner_up_us = choice.runner_up, choice.runner_up_us
-    return (
-        f'{{"config":{choice.config.canonical},"default":{choice.default.canonical},'
-        f'"default_us":{float(choice.default_us)!r},"noise":{float(choice.noise)!r},'
-        f'"numerics":{quoted(choice.numerics)},"p50_us":{float(choice.p50_us)!r},'
-        f'"runner_up":{"null" if runner_up is None else runner_up.canonical},'
-        f'"runner_up_us":{"null" if runner_up_us is None else repr(float(runner_up_us))}}}'
-    )
+def choice_texts(
+    config: Sequence[str], p50_us: Sequence[float], default: Sequence[str], default_us: Sequence[float],
+    runner_up: Sequence[str], runner_up_us: Sequence[float | None], noise: Sequence[float], numerics: Sequence[str],
+) -> list[str]:  # fmt: skip
+    """Return the canonical JSON of choices, given by columns: configs by theirs, no runner-up as `null` and None."""
+    return [
+        f'{{"config":{a},"default":{c},"default_us":{d!r},"noise":{g!r},"numerics":{quoted(h)},"p50_us":{b!r},'
+        f'"runner_up":{e},"runner_up_us":{"null" if f is None else repr(f)}}}'
+        for a, b, c, d, e, f, g, h in zip(
+            config, p50_us, default, default_us, runner_up, runner_up_us, noise, numerics, strict=True
+        )
+    ]
 
 
 def _refuse_constant(name: str) -> object:

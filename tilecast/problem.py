@@ -295,7 +295,7 @@ class TileConfig:
     @property
     def sort_key(self) -> tuple[str, str]:
         """The total order on configs that breaks ties."""
-        return self.kernel, canonical_json(dict(self.params))
+        return self.kernel, self._params_text
 
     @property
     def label(self) -> str:
@@ -304,9 +304,14 @@ class TileConfig:
 
     @cached_property
     def canonical(self) -> str:
-        """The canonical JSON form, put together here: stores hold thousands."""
+        """The canonical JSON form."""
+        return f'{{"kernel":{quoted(self.kernel)},"params":{self._params_text}}}'
+
+    @cached_property
+    def _params_text(self) -> str:
+        """The canonical JSON of the parameters, put together here: stores hold thousands."""
         pairs = [f"{quoted(name)}:{_value_text(value)}" for name, value in self.params]
-        return f'{{"kernel":{quoted(self.kernel)},"params":{{{",".join(pairs)}}}}}'
+        return f"{{{','.join(pairs)}}}"
 
     @cached_property
     def digest(self) -> str:

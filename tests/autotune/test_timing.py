@@ -10,7 +10,8 @@ from statistics import median
 import pytest
 
 from tests.autotune.shared import HERE, LAYER
-from tilecast.autotune.timing import MANY, _centred, centre, pool
+from tilecast.autotune.levels import Moment, levelled
+from tilecast.autotune.timing import MANY, _centred, centre, pool, pooled
 from tilecast.evidence import Measurement
 from tilecast.problem import TileConfig
 
@@ -62,13 +63,44 @@ def test_a_centre_is_the_median_of_the_means_of_all_pairs(count: int) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 11, 12, 13, 64, 65])
 def test_many_configs_at_once_have_the_times_of_each_alone(count: int) -> None:
     generator = random.Random(count)
-    samples = {
-        TileConfig("fake.kernel", {"block": k}): [generator.lognormvariate(3.0, 0.2) for _ in range(count)]
-        for k in range(2 * MANY)
+    samples = [[generator.lognormvariate(3.0, 0.2) for _ in range(count)] for _ in range(2 * MANY)]
+    # Some have fewer, too few to be looked at together.
+    together, mixed = _centred(samples), _centred([*samples, samples[0][:1], *samples])
+    for place, values in enumerate(samples):
+        alone = _centred([values])
+        assert alone.centres == [centre(values)]
+        for found, at in ((together, place), (mixed, place), (mixed, len(samples) + 1 + place)):
+            assert ([found.samples[at]], [found.centres[at]], [found.widths[at]]) == (
+                alone.samples, alone.centres, alone.widths,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_samples_by_round_are_levelled_as_by_moment(anywhere: bool) -> None:
+    """Of rounds that differ in their configs and in how many samples each has, on two ranks."""
+    generator = random.Random(anywhere)
+
+    def samples_us(count: int) -> tuple[float, ...]:
+        return tuple(generator.lognormvariate(3.0, 0.2) for _ in range(count))
+
+    made = [
+        Measurement(
+            environment=HERE.digest, gemm=LAYER.up, tokens=4, config=TileConfig("fake.kernel", {"block": c}), round=r,
+            rank=rank, world_size=2, samples_us=samples_us(1 + (c + r) % 4),
+        )
+        for r in (3, 0, 11, 2)
+        for c in range(20 - r)
+        for rank in range(2)
+    ]  # fmt: skip
+    by_moment: dict[int, dict[TileConfig, dict[Moment, float]]] = {}
+    for m in made:
+        of = by_moment.setdefault(0 if anywhere else m.rank, {}).setdefault(m.config, {})
+        of.update({(m.rank, m.round, number): us for number, us in enumerate(m.samples_us)})
+    found = pooled(made, anywhere=anywhere)
+    every = found.by_config()
+    assert {config: set(by_rank) for config, by_rank in every.items()} == {
+        config: set(by_moment) for config in by_moment[0]
     }
-    together = _centred(samples)
-    assert list(together) == list(samples)
-    for one, values in samples.items():
-        (alone,) = _centred({one: values}).values()
-        assert together[one] == alone
-        assert alone.centre == centre(values)
+    for rank, of_rank in by_moment.items():
+        assert levelled(of_rank) == {config: by_rank[rank] for config, by_rank in every.items()}
+    assert found.timings.keys() == by_moment[0].keys()

@@ -16,7 +16,7 @@ import pytest
 
 from tests.cache_store import damage
 from tests.store_contract import CONFIG, HERE, LAYER, THERE, decision, measurement
-from tilecast.cache_store.bundle import Bundle, export_table, import_table, read_bundle
+from tilecast.cache_store.bundle import Bundle, export_table, import_table, open_evidence, read_bundle
 from tilecast.cache_store.foreign import described
 from tilecast.cache_store.layout import EXPORT_ID
 from tilecast.cache_store.merge import merge_files
@@ -56,6 +56,27 @@ def check_sound(bundle: Bundle) -> None:
         assert math.isfinite(kept.measured_at)
 
 
+def check_parts(path: Path, whole: Bundle | None) -> None:
+    """What is read layer by layer is what is read at once; what is refused at once ends in nothing but one line.
+
+    A part may be refused of a file that is sound but for an index, which reading all of it does not use.
+    """
+    try:
+        with open_evidence(path) as evidence:
+            parts = [evidence.table(layer) for layer in evidence.layers(evidence.layer_digests())]
+            found = {m.key: m for part in parts for d in part.decisions for m in evidence.of(d)}
+            digest = evidence.digest()
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ")
+        assert len(str(error).splitlines()) == 1
+        return
+    if whole is not None:
+        decisions = sorted((d for part in parts for d in part.decisions), key=lambda d: d.sort_key)
+        assert decisions == list(whole.table.decisions)
+        assert digest == whole.table.digest
+        assert found.items() <= {m.key: m for m in whole.measurements}.items()
+
+
 def check_files(folder: Path, data: bytes, count: int, seed: int) -> None:
     chance, path = random.Random(seed), folder / "file.db"
     refused: collections.Counter[str] = collections.Counter()
@@ -71,8 +92,10 @@ def check_files(folder: Path, data: bytes, count: int, seed: int) -> None:
             assert str(error).startswith(f"{path}: "), (number, kind)
             assert len(str(error).splitlines()) == 1, (number, kind)
             assert len(str(error)) < 1500, (number, kind)
+            check_parts(path, None)
         else:
             check_sound(bundle)
+            check_parts(path, bundle)
             if kind not in ("changed_value", "changed_fields", "changed_rows"):  # Those may be forged.
                 assert (bundle.table, bundle.measurements) == (TABLE, MEASUREMENTS), (number, kind)
         assert time.process_time() - started < HANG_S, (number, kind)

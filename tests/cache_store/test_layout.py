@@ -31,7 +31,8 @@ import sys
 from tilecast.cache_store import bundle
 if {what!r} == "open_evidence":
     with bundle.open_evidence({str(path)!r}) as evidence:
-        assert evidence.of(evidence.table.decisions[0])
+        (layer,) = evidence.layers(evidence.layer_digests())
+        assert evidence.of(evidence.table(layer).decisions[0])
 else:
     assert bundle.{what}({str(path)!r})
 print(sorted({{"sqlalchemy", "alembic", "torch", "typer"}} & sys.modules.keys()))

@@ -34,7 +34,11 @@ def damage(path: Path, tokens: int) -> None:
 
 def test_only_what_a_decision_rests_on_is_read(exported: Path) -> None:
     with open_evidence(exported) as evidence:
-        assert evidence.table == read_bundle(exported).table
+        whole = read_bundle(exported).table
+        parts = [evidence.table(layer) for layer in evidence.layers(evidence.layer_digests())]
+        assert [d for part in parts for d in part.decisions] == list(whole.decisions)
+        assert all(part.environments == (HERE,) for part in parts)
+        assert evidence.digest() == whole.digest
         assert sorted(m.key for m in evidence.of(decision())) == sorted(m.key for m in MINE)
         assert evidence.of(decision(layer=WIDER)) == (OTHERS[0],)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import math
 import sqlite3
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis.strategies import lists
 
 from tests.store_contract import HERE, decision, measurement
 from tests.strategies import measurements
@@ -18,6 +21,7 @@ from tilecast.cache_store import decision_rows, measurement_rows
 from tilecast.cache_store.decision_rows import (
     CHOICE_KINDS,
     DECISION_KINDS,
+    DecisionColumns,
     decision_configs,
     decision_from_row,
     decision_row,
@@ -28,9 +32,10 @@ from tilecast.cache_store.measurement_rows import (
     MEASUREMENT_KINDS,
     measurement_from_row,
     measurement_row,
+    measurements_from_rows,
     plain_samples,
 )
-from tilecast.cache_store.queries import plain_line, sealed_line
+from tilecast.cache_store.queries import plain_line, read_digest, sealed_line
 from tilecast.cache_store.store import open_store
 from tilecast.canonical import canonical_json, digest
 from tilecast.errors import InputError
@@ -118,6 +123,54 @@ def test_a_measurement_that_does_not_fit_is_left_to_the_long_way(change: dict[st
         measurement_from_row(values, *lookups([found.gemm.layer], [found.config]))
 
 
+@pytest.mark.parametrize("change", WRONG, ids=str)
+def test_columns_with_a_measurement_that_does_not_fit_are_left_to_the_long_way(change: dict[str, Any]) -> None:
+    found = measurement()
+    right, wrong = (tuple({**measurement_row(found), **more}.values()) for more in ({}, change))
+    given = lookups([found.gemm.layer], [found.config])
+    if change == {"samples_us": "[1.0] "}:
+        assert measurements_from_rows([right, wrong], *given) == [found, dataclasses.replace(found, samples_us=(1.0,))]
+        return
+    with pytest.raises(InputError):
+        measurements_from_rows([right, wrong, right], *given)
+
+
+@given(lists(measurements(), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_whole_columns_give_what_single_measurements_give(wanted: list[Measurement]) -> None:
+    rows = [tuple(measurement_row(one).values()) for one in wanted]
+    found = lookups([one.gemm.layer for one in wanted], [one.config for one in wanted])
+    assert measurements_from_rows(rows, *found) == wanted
+    assert [one.key for one in measurements_from_rows(rows, *found)] == [one.key for one in wanted]
+
+
+def test_most_measurements_are_read_by_whole_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [measurement(round=number, samples_us=(1.5, 2.5)[: number % 2 + 1]) for number in range(4)]
+    wanted.append(measurement(status="timeout", samples_us=(), detail="too slow", round=4, error_ratio=0.5))
+    rows = [tuple(measurement_row(one).values()) for one in wanted]
+    monkeypatch.setattr(measurement_rows, "measurement_from_row", lambda *_: pytest.fail("these rows are plain"))
+    found = measurements_from_rows(rows, *lookups([wanted[0].gemm.layer], [wanted[0].config]))
+    assert found == wanted
+    assert vars(found[0]).keys() == {f.name for f in dataclasses.fields(Measurement)} | {"key"}
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("[1.0],[2.0", "3.0]"), ("[1.0]\n[2.0", "3.0]"), ("[1.0", "2.0]"), ("1.0", "[2.0]"), ("[1.0]\n[2.0]", ""),
+        ("[[1.0]", "[2.0]]"), ('["]', '["]'), ("[1.0]]", "[[2.0]"), ("[1.0,", "]"), ("", "[1.0],[2.0]"),
+        ("[1.0]", "[2]]"),
+    ],
+)  # fmt: skip
+def test_samples_that_are_lists_only_together_are_refused(texts: tuple[str, str]) -> None:
+    found = [measurement(round=number) for number in range(2)]
+    rows = [
+        tuple({**measurement_row(one), "samples_us": text}.values()) for one, text in zip(found, texts, strict=True)
+    ]
+    with pytest.raises(InputError):
+        measurements_from_rows(rows, *lookups([found[0].gemm.layer], [found[0].config]))
+
+
 def test_both_ways_give_the_same_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = decision()
     values = tuple(decision_row(wanted)[name] for name in DECISION_KINDS)
@@ -173,7 +226,9 @@ def test_whole_columns_give_what_single_rows_give(monkeypatch: pytest.MonkeyPatc
     assert sorted(decisions_from_rows(rows, *found), key=lambda one: one.bucket) == wanted
     assert decisions_from_rows([], *found) == []
     monkeypatch.setattr(decision_rows, "decision_from_row", lambda *_: pytest.fail("these rows are plain"))
-    del rows[2], wanted[2]
+    assert decisions_from_rows(rows, *found) == wanted
+    assert decisions_from_rows(rows[2:3], *found) == wanted[2:3]
+    assert decisions_from_rows(rows[::-1], *found) == wanted
     assert decisions_from_rows(rows, *found) == wanted
     assert vars(decisions_from_rows(rows, *found)[0]).keys() == {f.name for f in dataclasses.fields(Decision)}
 
@@ -197,3 +252,17 @@ def test_reading_leaves_the_collector_as_it_was(collecting: bool, tmp_path: Path
             assert gc.isenabled() is collecting
         finally:
             (gc.enable if was else gc.disable)()
+
+
+def test_a_table_has_the_digest_that_is_read_without_it(tmp_path: Path) -> None:
+    """By whole columns, and the long way: a time that SQL gives back as an integer."""
+    path = tmp_path / "store.db"
+    with open_store(path) as store:
+        store.add_environment(HERE)
+        store.put_decisions([raced(1, 2), decision(4, 8), raced(2, 4)])
+        wanted = store.table().digest
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        assert read_digest(raw) == wanted
+        assert read_digest(raw, all_environments=True) == wanted
+        with unittest.mock.patch.object(DecisionColumns, "of", return_value=None):
+            assert read_digest(raw) == wanted

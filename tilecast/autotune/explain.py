@@ -13,7 +13,7 @@ from tilecast.autotune.fates import Entrant, Standing, entrants
 from tilecast.autotune.prescreen import Candidate, describe
 from tilecast.autotune.reproducibility import ReproducibilityCost, reproducibility_cost
 from tilecast.autotune.select import Evidence, Group, bucket_weights, choose_pair, group_call_us
-from tilecast.autotune.timing import Timing, breaks_class, moments_apart, pool
+from tilecast.autotune.timing import Pool, breaks_class, moments_apart, pooled
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError, CoverageError, DeviceError, InputError
 from tilecast.evidence import Choice, Decision, Measurement, TuningTable
@@ -23,7 +23,6 @@ from tilecast.store import Store
 
 SAME = 1e-9
 """Relative difference within which a stored time is the one computed again."""
-Pooled = tuple[dict[TileConfig, Timing], dict[TileConfig, str]]
 GEMMS: tuple[GemmName, GemmName] = ("up", "down")
 
 
@@ -77,20 +76,20 @@ def deciding_run(measurements: Iterable[Measurement], choice: Choice) -> int | N
     return _deciding(measurements, choice)[0]
 
 
-def _deciding(measurements: Iterable[Measurement], choice: Choice) -> tuple[int | None, list[Measurement], Pooled]:
+def _deciding(measurements: Iterable[Measurement], choice: Choice) -> tuple[int | None, list[Measurement], Pool]:
     """Return what `deciding_run` does, that run's measurements, and them pooled."""
     runs: dict[int, list[Measurement]] = {}
     for m in measurements:
         runs.setdefault(m.run, []).append(m)
-    latest: tuple[int | None, list[Measurement], Pooled] = (None, [], ({}, {}))
+    latest: tuple[int | None, list[Measurement], Pool] = (None, [], Pool({}, {}, {}))
     for run in sorted(runs, reverse=True):
-        pooled = pool(runs[run])
-        timings, _ = pooled
+        found = pooled(runs[run])
+        timings = found.timings
         if choice.default not in timings:
             continue
         if choice.config in timings and _same(timings[choice.config].p50_us, choice.p50_us):
-            return run, runs[run], pooled
-        latest = (run, runs[run], pooled) if latest[0] is None else latest
+            return run, runs[run], found
+        latest = (run, runs[run], found) if latest[0] is None else latest
     return latest
 
 
@@ -98,8 +97,8 @@ def deciding_times(decision: Decision, name: GemmName, measurements: Iterable[Me
     """Return the times in µs of all configs that ran well in the run that one of a decision's choices was made from."""
     gemm, tokens = ExpertGemm(layer=decision.layer, name=name), decision.bucket.tokens
     mine = [m for m in measurements if _belongs(m, decision) and (m.gemm, m.tokens) == (gemm, tokens)]
-    _, _, (timings, _) = _deciding(mine, decision.choice(name))
-    return {config: timing.p50_us for config, timing in timings.items()}
+    _, _, found = _deciding(mine, decision.choice(name))
+    return {config: timing.p50_us for config, timing in found.timings.items()}
 
 
 def deciding_measurements(table: TuningTable, store: Store) -> list[Measurement]:
@@ -192,7 +191,7 @@ class _Side:
 
     gemm: ExpertGemm
     evidence: Sequence[Evidence | None]
-    raced: Sequence[Sequence[Measurement]]
+    raced: Sequence[tuple[Sequence[Measurement], Pool]]
     excluded: frozenset[TileConfig]
 
     @property
@@ -210,21 +209,25 @@ class _Side:
         registry: Registry | None,
     ) -> _Side:
         gemm = ExpertGemm(layer=series[0].layer, name=name)
-        mine = [m for m in measurements if m.gemm == gemm]
-        candidates = _candidates(gemm, {m.config for m in mine}, environment, registry)
+        mine = [m for m in measurements if m.gemm.name == name]
+        # Nearly all that are equal are one object, which is told apart faster.
+        configs = set({id(m.config): m.config for m in mine}.values())
+        candidates = _candidates(gemm, configs, environment, registry)
         evidence: list[Evidence | None] = []
         raced = []
+        held: dict[int, list[Measurement]] = {}
+        for m in mine:
+            held.setdefault(m.tokens, []).append(m)
         for decision in series:
-            held = [m for m in mine if m.tokens == decision.bucket.tokens]
             choice = decision.choice(name)
-            run, of_run, (timings, failures) = _deciding(held, choice)
-            raced.append(of_run)
+            run, of_run, found = _deciding(held.get(decision.bucket.tokens, ()), choice)
+            raced.append((of_run, found))
             evidence.append(
                 None
-                if run is None or choice.config not in timings
+                if run is None or choice.config not in found.timings
                 else Evidence(
                     gemm=gemm, bucket=decision.bucket, default=choice.default, candidates=candidates,
-                    timings=timings, failures=failures,
+                    timings=found.timings, failures=found.failures,
                 )
             )  # fmt: skip
         return cls(gemm, evidence, raced, frozenset(m.config for m in mine if breaks_class(m)))
@@ -232,7 +235,8 @@ class _Side:
     def race(self, at: int, decision: Decision, shares: Sequence[float] | None, whole: bool) -> GemmRace:
         e = self.evidence[at]
         assert e is not None
-        measured = [m for m in self.raced[at] if not breaks_class(m)]
+        raced, found = self.raced[at]
+        measured = [m for m in raced if not breaks_class(m)]
         choice = decision.choice(self.gemm.name)
         standing = Standing(choice=choice, policy=decision.policy, candidates=e.candidates, excluded=self.excluded)
         return GemmRace(
@@ -241,7 +245,7 @@ class _Side:
             run=measured[0].run,
             ranks=len({m.rank for m in measured}),
             rounds=len({m.round for m in measured}),
-            entrants=entrants(measured, standing),
+            entrants=entrants(measured, standing, found),
             drift=moments_apart(measured),
             as_stored=_as_stored(e, choice),
             groups=self._groups(decision.policy, shares) if whole else {},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tilecast.autotune.prescreen import Candidate
 from tilecast.autotune.select import Group, group_of
-from tilecast.autotune.timing import NOISE_FLOOR, Timing, fastest, noise, pool, pooled_samples, within_noise
+from tilecast.autotune.timing import NOISE_FLOOR, Pool, Timing, fastest, noise, pool, within_noise
 from tilecast.evidence import Choice, Measurement, percentile
 from tilecast.problem import TileConfig
 
@@ -64,9 +64,12 @@ class Standing:
         return None if chosen is None else group_of(chosen, self.policy)
 
 
-def entrants(measured: Sequence[Measurement], standing: Standing) -> tuple[Entrant, ...]:
-    """Return every config of one run of one GEMM and token count, by time, those without last."""
-    race = _Race(measured, standing)
+def entrants(measured: Sequence[Measurement], standing: Standing, pooled: Pool) -> tuple[Entrant, ...]:
+    """Return every config of one run of one GEMM and token count, by time, those without last.
+
+    `pooled` is of what was `measured`, which records of broken classes are no part of.
+    """
+    race = _Race(measured, standing, pooled)
     found = [race.entrant(config) for config in dict.fromkeys(m.config for m in measured)]
     return tuple(
         sorted(found, key=lambda e: (math.inf if e.p50_us is None or not _ran(e) else e.p50_us, e.config.sort_key))
@@ -80,10 +83,10 @@ def _ran(entrant: Entrant) -> bool:
 class _Race:
     """The measurements of a race, looked at from each config."""
 
-    def __init__(self, measured: Sequence[Measurement], standing: Standing) -> None:
+    def __init__(self, measured: Sequence[Measurement], standing: Standing, pooled: Pool) -> None:
         self._standing = standing
-        self._timings, self._failures = pool(measured)
-        self._pooled = pooled_samples(measured)
+        self._timings, self._failures = pooled.timings, pooled.failures
+        self._pooled = pooled.slowest()
         self._of: dict[TileConfig, list[Measurement]] = {}
         for m in measured:
             self._of.setdefault(m.config, []).append(m)

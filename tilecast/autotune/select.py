@@ -257,10 +257,11 @@ def _require_default(e: Evidence) -> None:
 
 def _grouped(e: Evidence, policy: str, excluded: Collection[TileConfig]) -> dict[Group, list[Timing]]:
     groups: dict[Group, list[Timing]] = {}
+    barred = () if policy == "fastest" else excluded
     for config, timing in e.timings.items():
         candidate = e.candidates.get(config)
         group = None if candidate is None else group_of(candidate, policy)
-        if group is not None and (policy == "fastest" or config not in excluded):
+        if group is not None and (not barred or config not in barred):
             groups.setdefault(group, []).append(timing)
     return {group: well_sampled(timings) for group, timings in groups.items()}
 

@@ -15,8 +15,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tilecast.autotune.levels import Moment, drift, levelled
+from tilecast.autotune.levels import Moment, drift, levelled_rounds
 from tilecast.evidence import Measurement
+from tilecast.measurement import made_of
 from tilecast.problem import TileConfig
 
 NOISE_FLOOR = 0.01
@@ -58,6 +59,33 @@ def breaks_class(measurement: Measurement) -> bool:
     return measurement.status == "unstable" and not measurement.samples_us
 
 
+@dataclass(frozen=True)
+class Pool:
+    """What the measurements of one GEMM, token count and run say.
+
+    `timings` are of the configs that are `ok` on every rank seen, `failures` of the others. `samples` are the levelled
+    ones in µs, by rank, in the order of the configs beside them: whoever needs no more is spared the look-ups.
+    """
+
+    timings: dict[TileConfig, Timing]
+    failures: dict[TileConfig, str]
+    samples: Mapping[int, tuple[Sequence[TileConfig], Sequence[Sequence[float]]]]
+
+    def by_config(self) -> dict[TileConfig, dict[int, Sequence[float]]]:
+        """Return the levelled samples in µs by config and rank."""
+        found: dict[TileConfig, dict[int, Sequence[float]]] = {}
+        for rank, (configs, values) in self.samples.items():
+            for config, own in zip(configs, values, strict=True):
+                found.setdefault(config, {})[rank] = own
+        return found
+
+    def slowest(self) -> dict[TileConfig, tuple[int, tuple[float, ...]]]:
+        """Return for each config with samples the rank whose time counts, and that rank's samples in µs."""
+        every = self.by_config()
+        ranks = {config: _slowest(by_rank) for config, by_rank in every.items()}
+        return {config: (rank, tuple(every[config][rank])) for config, rank in ranks.items()}
+
+
 def pool(
     measurements: Iterable[Measurement], *, anywhere: bool = False
 ) -> tuple[dict[TileConfig, Timing], dict[TileConfig, str]]:
@@ -67,16 +95,36 @@ def pool(
     `anywhere`, for ranks that divide the work, a config needs to have run on one of them: times are compared as if all
     ranks were equally fast, which is good enough to go on with, and not to decide.
     """
-    samples, failures, ranks, moments = _by_rank(measurements, one=anywhere)
-    counted = _centred(
-        {
-            config: by_rank[_slowest(by_rank)]
-            for config, by_rank in samples.items()
-            if config not in failures and (anywhere or set(by_rank) == ranks)
-        }
-    )
-    spread = _Spread.of(list(counted.values()), moments)
-    return {config: _timing(config, centred, spread) for config, centred in counted.items()}, failures
+    found = pooled(measurements, anywhere=anywhere)
+    return found.timings, found.failures
+
+
+def pooled(measurements: Iterable[Measurement], *, anywhere: bool = False) -> Pool:
+    """Return all that `pool` goes by."""
+    timed, failures, ranks = _by_rank(measurements, one=anywhere)
+    samples, moments = {}, 0
+    for rank, of_rank in timed.items():
+        values, levels = levelled_rounds(of_rank.values())
+        samples[rank] = list(of_rank), values
+        moments = max(moments, levels)
+    found = Pool({}, failures, samples)
+    configs, counted = _counted(found, 1 if anywhere else len(ranks))
+    centred = _centred(counted)
+    found.timings.update(zip(configs, _timings(configs, centred, _Spread.of(centred, moments)), strict=True))
+    return found
+
+
+def _counted(found: Pool, ranks: int) -> tuple[Sequence[TileConfig], Sequence[Sequence[float]]]:
+    """Return the configs that ran on so many ranks and failed on none, and the slowest rank's samples of each."""
+    if ranks == len(found.samples) == 1 and not found.failures:
+        (only,) = found.samples.values()
+        return only
+    counted = {
+        config: by_rank[_slowest(by_rank)]
+        for config, by_rank in found.by_config().items()
+        if len(by_rank) == ranks and config not in found.failures
+    }
+    return list(counted), list(counted.values())
 
 
 def centre(samples: Sequence[float]) -> float:
@@ -106,32 +154,43 @@ def _pairs(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 @dataclass(frozen=True)
 class _Centred:
-    """A config's samples, the smallest first, their centre and their width in µs, 0 where they are too few to tell."""
+    """Configs' samples, each one's smallest first, their centres and widths in µs, 0 where too few tell nothing."""
 
-    samples: Sequence[float]
-    centre: float
-    width: float
+    samples: list[list[float]]
+    centres: list[float]
+    widths: list[float]
 
 
-def _centred(samples: Mapping[TileConfig, Sequence[float]]) -> dict[TileConfig, _Centred]:
-    """Return the same of many configs at once where they have equally many samples, as sweeps do: it is faster."""
-    ordered = {config: sorted(values) for config, values in samples.items()}
-    alike: dict[int, list[TileConfig]] = {}
-    for config, values in ordered.items():
-        alike.setdefault(len(values), []).append(config)
-    found = {}
-    for count, configs in alike.items():
-        told = count >= OWN_SAMPLES
-        if len(configs) < MANY:
-            for config in configs:
-                values = ordered[config]
-                found[config] = _Centred(values, centre(values), _width(values) if told else 0.0)
-            continue
-        rows = np.array([ordered[config] for config in configs])
-        widths = (_quantiles(rows, 0.9) - _quantiles(rows, 0.1)) / P90_P10_SIGMAS if told else np.zeros(len(rows))
-        for config, middle, width in zip(configs, _centres(rows).tolist(), widths.tolist(), strict=True):
-            found[config] = _Centred(ordered[config], middle, width)
-    return {config: found[config] for config in samples}
+def _centred(samples: Sequence[Sequence[float]]) -> _Centred:
+    """Look at each config's samples; many at once where there are equally many of each, as in sweeps: it is faster."""
+    alike: dict[int, list[int]] = {}
+    for place, values in enumerate(samples):
+        alike.setdefault(len(values), []).append(place)
+    if len(alike) == 1 and len(samples) >= MANY:
+        return _alike(samples)
+    ordered, centres, widths = [sorted(values) for values in samples], [0.0] * len(samples), [0.0] * len(samples)
+    for count, places in alike.items():
+        if len(places) >= MANY:
+            found = _alike([ordered[place] for place in places])
+            of_these = found.centres, found.widths
+        else:
+            told = count >= OWN_SAMPLES
+            own = [ordered[place] for place in places]
+            of_these = list(map(centre, own)), [_width_of(values) if told else 0.0 for values in own]
+        for place, middle, width in zip(places, *of_these, strict=True):
+            centres[place], widths[place] = middle, width
+    return _Centred(ordered, centres, widths)
+
+
+def _alike(samples: Sequence[Sequence[float]]) -> _Centred:
+    """Return `_centred` of samples that are equally many of each config, the same to the bit."""
+    rows = np.array(samples)
+    rows.sort(axis=1)
+    if rows.shape[1] >= OWN_SAMPLES:
+        widths = ((_quantiles(rows, 0.9) - _quantiles(rows, 0.1)) / P90_P10_SIGMAS).tolist()
+    else:
+        widths = [0.0] * len(rows)
+    return _Centred(rows.tolist(), _centres(rows).tolist(), widths)
 
 
 def _centres(rows: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -165,13 +224,15 @@ class _Spread:
     doubt: float
 
     @classmethod
-    def of(cls, configs: Sequence[_Centred], moments: int) -> _Spread:
-        residuals = [value / one.centre - 1 for one in configs for value in one.samples]
-        free = len(residuals) - len(configs) - max(0, moments - 1)
+    def of(cls, configs: _Centred, moments: int) -> _Spread:
+        counts = list(map(len, configs.samples))
+        every = np.array([value for values in configs.samples for value in values])
+        residuals = np.sort(every / np.repeat(np.array(configs.centres), counts) - 1).tolist()
+        free = len(residuals) - len(counts) - max(0, moments - 1)
         if free < FEWEST_FREE:
             return cls(UNKNOWN_SPREAD, 1.0, _student(FEWEST_FREE))
         grown = math.sqrt(len(residuals) / free)
-        return cls(_width(residuals) * grown, grown, _student(free))
+        return cls(_width_of(residuals) * grown, grown, _student(free))
 
 
 def _student(free: int) -> float:
@@ -179,9 +240,8 @@ def _student(free: int) -> float:
     return 1 + 1.0 / free + 1.2 / free**2
 
 
-def _width(values: Sequence[float]) -> float:
+def _width_of(ordered: Sequence[float]) -> float:
     # Wide enough to feel the long tails that times have.
-    ordered = sorted(values)
     return (_quantile(ordered, 0.9) - _quantile(ordered, 0.1)) / P90_P10_SIGMAS
 
 
@@ -190,13 +250,6 @@ def _quantile(ordered: Sequence[float], part: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def pooled_samples(measurements: Iterable[Measurement]) -> dict[TileConfig, tuple[int, tuple[float, ...]]]:
-    """Return for each config with samples the rank whose time counts, and that rank's samples in µs."""
-    samples, _, _, _ = _by_rank(measurements)
-    slowest = {config: _slowest(by_rank) for config, by_rank in samples.items()}
-    return {config: (rank, tuple(samples[config][rank])) for config, rank in slowest.items()}
 
 
 def moments_apart(measurements: Iterable[Measurement]) -> float:
@@ -216,27 +269,23 @@ def _timed(measurements: Iterable[Measurement]) -> dict[int, dict[TileConfig, di
 
 def _by_rank(
     measurements: Iterable[Measurement], *, one: bool = False
-) -> tuple[dict[TileConfig, dict[int, list[float]]], dict[TileConfig, str], set[int], int]:
-    """Return the levelled samples by config and rank, the failures, the ranks, and how many levels a rank had."""
-    timed: dict[int, dict[TileConfig, dict[Moment, float]]] = {}
+) -> tuple[dict[int, dict[TileConfig, dict[Moment, tuple[float, ...]]]], dict[TileConfig, str], set[int]]:
+    """Return the samples by rank, config and round, the failures, and the ranks; with `one`, all ranks are one."""
+    timed: dict[int, dict[TileConfig, dict[Moment, tuple[float, ...]]]] = {}
     failures: dict[TileConfig, str] = {}
     ranks: set[int] = set()
     for m in measurements:
-        if breaks_class(m):
+        if m.status != "ok":
+            if not breaks_class(m):
+                ranks.add(m.rank)
+                failures.setdefault(m.config, f"{m.status} on rank {m.rank}: {m.detail}")
             continue
         ranks.add(m.rank)
-        if m.status != "ok":
-            failures.setdefault(m.config, f"{m.status} on rank {m.rank}: {m.detail}")
-            continue
-        moments = timed.setdefault(0 if one else m.rank, {}).setdefault(m.config, {})
-        moments.update({(m.rank, m.round, number): us for number, us in enumerate(m.samples_us)})
-    samples: dict[TileConfig, dict[int, list[float]]] = {}
-    levels = 0
-    for rank, of_rank in timed.items():
-        levels = max(levels, len({moment for moments in of_rank.values() for moment in moments}))
-        for config, values in levelled(of_rank).items():
-            samples.setdefault(config, {})[rank] = values
-    return samples, failures, ranks, levels
+        rounds = timed.setdefault(0 if one else m.rank, {}).setdefault(m.config, {})
+        # Of a round that is given twice the later samples count, as far as they go.
+        number, before = (m.rank, m.round), rounds.get((m.rank, m.round))
+        rounds[number] = m.samples_us if before is None else m.samples_us + before[len(m.samples_us) :]
+    return timed, failures, ranks
 
 
 def _slowest(by_rank: Mapping[int, Sequence[float]]) -> int:
@@ -245,13 +294,16 @@ def _slowest(by_rank: Mapping[int, Sequence[float]]) -> int:
     return max(by_rank, key=lambda rank: (centre(by_rank[rank]), rank))
 
 
-def _timing(config: TileConfig, centred: _Centred, spread: _Spread) -> Timing:
-    middle, count = centred.centre, len(centred.samples)
-    known = count if count >= OWN_SAMPLES else 0
-    own = centred.width * spread.grown / middle
-    pooled = math.sqrt((known * own**2 + SHARED_SAMPLES * spread.shared**2) / (known + SHARED_SAMPLES))
-    error = CENTRE_FACTOR * spread.doubt * pooled / math.sqrt(count)
-    return Timing(config=config, p50_us=middle, error=error, samples=count)
+def _timings(configs: Sequence[TileConfig], centred: _Centred, spread: _Spread) -> list[Timing]:
+    shared, factor = SHARED_SAMPLES * spread.shared**2, CENTRE_FACTOR * spread.doubt
+    found = []
+    for config, values, middle, width in zip(configs, centred.samples, centred.centres, centred.widths, strict=True):
+        count = len(values)
+        known = count if count >= OWN_SAMPLES else 0
+        own = width * spread.grown / middle
+        error = factor * math.sqrt((known * own**2 + shared) / (known + SHARED_SAMPLES)) / math.sqrt(count)
+        found.append(made_of(Timing, {"config": config, "p50_us": middle, "error": error, "samples": count}))
+    return found
 
 
 def noise(a: Timing, b: Timing) -> float:

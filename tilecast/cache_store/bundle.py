@@ -10,20 +10,29 @@ import contextlib
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tilecast.cache_store.decision_rows import decision_configs, settled
 from tilecast.cache_store.files import Header, check_writable, read_header, regular_size, sqlite_path, write_atomically
 from tilecast.cache_store.layout import COLUMNS, EXPORT_FORMAT, EXPORT_FORMATS, export_columns
 from tilecast.cache_store.measurement_rows import storable
-from tilecast.cache_store.plain import plain_rows, reading_untrusted, single_row
-from tilecast.cache_store.queries import no_configs, read_measurements, read_table
+from tilecast.cache_store.plain import Connection, plain_rows, reading_untrusted
+from tilecast.cache_store.queries import (
+    layers_in,
+    no_configs,
+    read_digest,
+    read_layer_digests,
+    read_measurements,
+    read_table,
+)
 from tilecast.cache_store.revision import check_store_revision
 from tilecast.cache_store.seal import check_measurements, check_table
 from tilecast.errors import CacheError, InputError, SchemaError
 from tilecast.evidence import Decision, Measurement, TuningTable
+from tilecast.problem import ExpertLayer
 from tilecast.store import Store
 
 MAX_FILE_BYTES = 1 << 30
@@ -130,45 +139,78 @@ def read_bundle(where: str | Path, *, measurements: bool = False) -> Bundle:
 
 @contextlib.contextmanager
 def open_evidence(where: str | Path) -> Iterator[Evidence]:
-    """Open an exported file, a live store or a URL for its table and some of its measurements.
+    """Open an exported file, a live store or a URL for some layers' decisions and the measurements behind them.
 
-    What is read is checked as `read_bundle` does, the table's digest included. What is not read is not: a million
-    measurements that nobody asks for cost nothing. Raises CacheError, SchemaError.
+    What is read is checked as `read_bundle` does, and of an exported file that its decisions are those it was sealed
+    with. The other decisions' configs, and a million measurements, that nobody asks for cost nothing. Raises
+    CacheError, SchemaError.
     """
     path = sqlite_path(where)
     if path is None:
-        from tilecast.cache_store.store import open_store
+        from tilecast.cache_store.store import SqlStore, named, open_store
 
         with open_store(where, create=False, read_only=True) as store:
-            yield Evidence(store.table(), store.measurements)
+            assert isinstance(store, SqlStore)  # Those in memory have no server's URL.
+            with store.reading() as connection:
+                yield Evidence(connection, partial(named, store.name))
         return
     with _untrusted(path) as (connection, header):
         with _naming(path):
             _check_schema(connection, header, str(path))
-            found = _read(connection, header, str(path), measurements=False, counted=False)
-
-        known = no_configs()
-
-        def read(**filters: Any) -> list[Measurement]:
-            with _naming(path):
-                return read_measurements(connection, known=known, **filters)
-
-        yield Evidence(found.table, read)
+            _check_counts(connection, str(path), besides="measurement")
+            sealed = None
+            if header.is_export:
+                sealed = read_digest(connection, all_environments=True)
+                check_table(connection, sealed, str(path))
+        yield Evidence(connection, partial(_naming, path), sealed)
 
 
 class Evidence:
-    """A table, and the measurements behind each of its decisions; made by `open_evidence`."""
+    """The decisions of each layer of a table, and the measurements behind them; made by `open_evidence`."""
 
-    def __init__(self, table: TuningTable, read: Callable[..., list[Measurement]]) -> None:
-        """Keep the table; `read` takes the filters of `Store.measurements`."""
-        self.table = table
-        self._read = read
+    def __init__(
+        self, connection: Connection, naming: Callable[[], AbstractContextManager[None]], digest: str | None = None
+    ) -> None:
+        """Read through `connection`; `naming` puts its name before errors, `digest` is the table's, where known."""
+        self._connection = connection
+        self._naming = naming
+        self._digest = digest
+        self._known = no_configs()
+
+    def layer_digests(self) -> list[str]:
+        """Return the digests of the layers that are decided, in the table's order. Raises CacheError."""
+        with self._naming():
+            return read_layer_digests(self._connection)
+
+    def layers(self, digests: Sequence[str]) -> list[ExpertLayer]:
+        """Return layers by their digests. Raises CacheError."""
+        with self._naming():
+            found = layers_in(self._connection, set(digests))
+            return [found[digest] for digest in digests]
+
+    def table(self, layer: ExpertLayer) -> TuningTable:
+        """Return one layer's part of the table, with the environments of its decisions. Raises CacheError."""
+        with self._naming():
+            found = read_table(self._connection, layer=layer.digest)
+            _check_printable(found)
+            return found
+
+    def digest(self) -> str:
+        """Return the whole table's digest; that of a live store is of what it holds now. Raises CacheError."""
+        if self._digest is None:
+            with self._naming():
+                self._digest = read_digest(self._connection)
+        return self._digest
 
     def of(self, decision: Decision) -> tuple[Measurement, ...]:
         """Return the measurements of a decision's layer, environment and routing profile. Raises CacheError."""
         found: list[Measurement] = []
-        for gemm in decision.layer.gemms:
-            found += self._read(environment=decision.environment, gemm=gemm, routing=decision.routing)
+        with self._naming():
+            for gemm in decision.layer.gemms:
+                found += read_measurements(
+                    self._connection, environment=decision.environment, gemm=gemm, routing=decision.routing,
+                    known=self._known,
+                )  # fmt: skip
         return tuple(found)
 
 
@@ -284,36 +326,37 @@ def _strange_word(sql: object, names: Set[str]) -> str | None:
     return None
 
 
-def _read(
-    connection: sqlite3.Connection, header: Header, name: str, *, measurements: bool, counted: bool = True
-) -> Bundle:
+def _check_counts(connection: Connection, name: str, *, besides: str | None = None) -> None:
     for table, most in MAX_ROWS.items():
-        if counted or table != "measurement":
-            (rows,) = next(plain_rows(connection, f"SELECT count(*) FROM {table}"))
+        if table != besides:
+            (rows,) = next(iter(plain_rows(connection, f"SELECT count(*) FROM {table}")))
             if rows > most:
                 raise CacheError(f"{name}: has {rows} {table} rows, more than the {most} allowed")
+
+
+def _read(connection: sqlite3.Connection, header: Header, name: str, *, measurements: bool) -> Bundle:
+    _check_counts(connection, name)
     found = read_table(connection, all_environments=header.is_export)
-    _check_printable(connection, found, name)
-    producer = check_table(connection, found, name) if header.is_export else ""
+    _check_printable(found)
+    producer = check_table(connection, found.digest, name) if header.is_export else ""
     kept = read_measurements(connection) if measurements else []
     if measurements:
         check_measurements(connection, name)
     return Bundle(table=found, measurements=tuple(kept), producer=producer)
 
 
-def _check_printable(connection: sqlite3.Connection, table: TuningTable, name: str) -> None:
+def _check_printable(table: TuningTable) -> None:
     """Raise CacheError for names that would do more to a terminal than be printed, and for sizes below 0."""
     choices = [choice for decision in table.decisions for choice in (decision.up, decision.down)]
     texts = {d.routing for d in table.decisions} | {choice.numerics for choice in choices}
+    configs = {config for decision in table.decisions for config in decision_configs(decision)}
     # Canonical JSON writes what is not plain ASCII with a backslash, all but one character; hardly any config has one.
-    odd = "SELECT 1 FROM config WHERE instr(fields, '\\') + instr(fields, char(127)) > 0 LIMIT 1"
-    if single_row(connection, odd) is not None:
-        texts |= {config.label for decision in table.decisions for config in decision_configs(decision)}
+    texts |= {config.label for config in configs if "\\" in config.canonical or "\x7f" in config.canonical}
     for environment in table.environments:
         values = [getattr(environment, field.name) for field in fields(environment)]
         texts |= {value for value in values if isinstance(value, str)}
         if not all(0 <= value < 1 << 63 for value in values if isinstance(value, int)):
-            raise CacheError(f"{name}: environment {environment.digest[:12]} has a size below 0 or beyond all bounds")
+            raise CacheError(f"environment {environment.digest[:12]} has a size below 0 or beyond all bounds")
     for text in texts:
         if CONTROL_CHARACTER.search(text) or len(text) > MAX_NAME:
-            raise CacheError(f"{name}: holds the name {text[:60]!r}, expected at most {MAX_NAME} printable characters")
+            raise CacheError(f"holds the name {text[:60]!r}, expected at most {MAX_NAME} printable characters")

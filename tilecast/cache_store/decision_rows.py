@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from tilecast.cache_store.keyed import Lookup, check_names
+from tilecast.cache_store.keyed import Column, Lookup, all_of, check_names
 from tilecast.canonical import fields_of
 from tilecast.errors import CacheError
-from tilecast.evidence import CERTIFICATES, POLICIES, Choice, Decision
-from tilecast.measurement import made_of
+from tilecast.evidence import CERTIFICATES, POLICIES, Choice, Decision, choice_texts, decision_texts
+from tilecast.measurement import many_of
 from tilecast.problem import Bucket, ExpertLayer, TileConfig
 
 DIGEST_LENGTH = 64
@@ -95,44 +96,70 @@ def decisions_from_rows(
 ) -> list[Decision]:
     """Build decisions from their rows as `decision_from_row` does, in any order. Raises InputError.
 
-    Rows with all values are checked by whole columns, which is faster; the others, and all where one is not seen to
-    pass, take the long way.
+    Rows are checked by whole columns, which is faster; all take the long way where one is not seen to pass.
     """
-    whole = [row for row in rows if None not in row]
-    if not whole:
+    columns = DecisionColumns.of(rows)
+    if columns is None:
         return [decision_from_row(row, layers, configs) for row in rows]
-    environment, layer, policy, routing, tokens, above, certificate, *choices = zip(*whole, strict=True)
-    half = len(CHOICE_KINDS)
-    plain = (
-        _all_of(str, environment, layer, policy, routing, certificate)
-        and _all_of(int, tokens, above)
-        and set(policy) <= set(POLICIES)
-        and set(certificate) <= set(CERTIFICATES)
-        and set(map(len, environment)) == {DIGEST_LENGTH}
-        and _are_plain(*choices[:half])
-        and _are_plain(*choices[half:])
-    )
-    if not plain:
-        return [decision_from_row(row, layers, configs) for row in rows]
-    rest = [decision_from_row(row, layers, configs) for row in rows if None in row] if len(whole) < len(rows) else []
-    ups, downs = _choices(configs, *choices[:half]), _choices(configs, *choices[half:])
-    buckets, found = map(_bucket, above, tokens), map(layers.__getitem__, layer)
-    fields = zip(environment, found, buckets, policy, routing, certificate, ups, downs, strict=True)
-    return rest + [
-        made_of(
-            Decision,
-            {"environment": a, "layer": b, "bucket": c, "policy": d, "routing": e, "certificate": f, "up": g,
-             "down": h},
+    return columns.decisions(layers, configs)
+
+
+class DecisionColumns:
+    """Decisions' rows in a table's order, by column: every value surely passes the checks of `Decision`."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        """Take columns in the order of DECISION_KINDS; use `of`."""
+        self._own, choices = columns[:_CHOICES_START], columns[_CHOICES_START:]
+        self._up, self._down = choices[: len(CHOICE_KINDS)], choices[len(CHOICE_KINDS) :]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Any]]) -> DecisionColumns | None:
+        """Return rows by column; None where a row is not seen to pass: the long way says what is wrong, if anything."""
+        if not rows or set(map(len, rows)) != {len(DECISION_KINDS)}:
+            return None
+        columns = tuple(zip(*rows, strict=True))
+        environment, layer, policy, routing, tokens, above, certificate = columns[:_CHOICES_START]
+        plain = (
+            all_of(str, environment, layer, policy, routing, certificate)
+            and all_of(int, tokens, above)
+            and set(policy) <= set(POLICIES)
+            and set(certificate) <= set(CERTIFICATES)
+            and set(map(len, environment)) == {DIGEST_LENGTH}
+            and _are_plain(*columns[_CHOICES_START:_DOWN_START])
+            and _are_plain(*columns[_DOWN_START:])
         )
-        for a, b, c, d, e, f, g, h in fields
-    ]  # fmt: skip
+        if not plain:
+            return None
+        key = list(zip(environment, layer, policy, routing, tokens, strict=True))
+        if any(map(operator.gt, key, key[1:])):
+            order = sorted(range(len(key)), key=key.__getitem__)
+            columns = tuple(zip(*[rows[place] for place in order], strict=True))
+        return cls(columns)
 
+    def decisions(self, layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]) -> list[Decision]:
+        """Build the decisions. Raises InputError for a layer, a config or a bucket that does not fit."""
+        environment, layer, policy, routing, tokens, above, certificate = self._own
+        ups, downs = _choices(configs, *self._up), _choices(configs, *self._down)
+        buckets, found = map(_bucket, above, tokens), map(layers.__getitem__, layer)
+        fields = zip(environment, found, buckets, policy, routing, certificate, ups, downs, strict=True)
+        return many_of(
+            Decision,
+            [
+                {"environment": a, "layer": b, "bucket": c, "policy": d, "routing": e, "certificate": f, "up": g,
+                 "down": h}
+                for a, b, c, d, e, f, g, h in fields
+            ],
+        )  # fmt: skip
 
-Column = Sequence[Any]
+    def texts(self, layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]) -> list[str]:
+        """Return the decisions' canonical JSON, if the texts are that of layers and configs, which are not parsed.
 
-
-def _all_of(kind: type, *columns: Column) -> bool:
-    return all(set(map(type, column)) == {kind} for column in columns)
+        Raises CacheError for one that is absent.
+        """
+        environment, layer, policy, routing, tokens, above, certificate = self._own
+        of_layers = list(map(layers.texts_of(layer).__getitem__, layer))
+        ups, downs = _texts(configs, *self._up), _texts(configs, *self._down)
+        return decision_texts(environment, of_layers, policy, routing, tokens, above, certificate, ups, downs)
 
 
 def _are_plain(
@@ -140,11 +167,19 @@ def _are_plain(
     noise: Column, numerics: Column,
 ) -> bool:  # fmt: skip
     """Whether every choice of these columns surely passes the checks of `Choice`."""
+    if None in runner_up or None in runner_up_us:
+        pairs = [pair for pair in zip(runner_up, runner_up_us, strict=True) if pair != (None, None)]
+        if any(None in pair for pair in pairs):
+            return False
+        runner_up, runner_up_us = zip(*pairs, strict=True) if pairs else ((), ())
+    times = [column for column in (p50_us, default_us, runner_up_us) if column]
     return (
-        _all_of(str, config, default, runner_up, numerics)
-        and _all_of(float, p50_us, default_us, runner_up_us, noise)
-        and all(all(map(math.isfinite, column)) for column in (p50_us, default_us, runner_up_us, noise))
-        and min(map(min, (p50_us, default_us, runner_up_us))) > 0
+        all_of(str, config, default, numerics)
+        and set(map(type, runner_up)) <= {str}
+        and all_of(float, *times, noise)
+        # A sum is finite only if all of it is.
+        and all(math.isfinite(sum(column)) for column in (*times, noise))
+        and min(map(min, times)) > 0
         and min(noise) >= 0
     )
 
@@ -153,17 +188,26 @@ def _choices(
     configs: Lookup[TileConfig], config: Column, p50_us: Column, default: Column, default_us: Column,
     runner_up: Column, runner_up_us: Column, noise: Column, numerics: Column,
 ) -> list[Choice]:  # fmt: skip
-    chosen, defaults, seconds = (map(configs.__getitem__, column) for column in (config, default, runner_up))
-    return [
-        made_of(
-            Choice,
+    chosen, defaults = (map(configs.__getitem__, column) for column in (config, default))
+    seconds = [None if second is None else configs[second] for second in runner_up]
+    fields = zip(chosen, p50_us, defaults, default_us, seconds, runner_up_us, noise, numerics, strict=True)
+    return many_of(
+        Choice,
+        [
             {"config": a, "p50_us": b, "default": c, "default_us": d, "runner_up": e, "runner_up_us": f, "noise": g,
-             "numerics": h},
-        )
-        for a, b, c, d, e, f, g, h in zip(
-            chosen, p50_us, defaults, default_us, seconds, runner_up_us, noise, numerics, strict=True
-        )
-    ]  # fmt: skip
+             "numerics": h}
+            for a, b, c, d, e, f, g, h in fields
+        ],
+    )  # fmt: skip
+
+
+def _texts(
+    configs: Lookup[TileConfig], config: Column, p50_us: Column, default: Column, default_us: Column,
+    runner_up: Column, runner_up_us: Column, noise: Column, numerics: Column,
+) -> list[str]:  # fmt: skip
+    known: dict[Any, str] = {None: "null", **configs.texts_of({*config, *default, *runner_up} - {None})}
+    chosen, defaults, seconds = (list(map(known.__getitem__, column)) for column in (config, default, runner_up))
+    return choice_texts(chosen, p50_us, defaults, default_us, seconds, runner_up_us, noise, numerics)
 
 
 def decision_from_row(values: Sequence[Any], layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]) -> Decision:

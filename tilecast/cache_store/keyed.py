@@ -6,7 +6,7 @@ What does not fit raises InputError (or CacheError) that names the entry.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -43,6 +43,10 @@ class Lookup(dict[str, T], Generic[T]):
         self._parse = parse
         self._texts: dict[object, object] = dict(rows)
 
+    def unknown(self, digests: Iterable[object]) -> set[object]:
+        """Return those digests that there is no entry of."""
+        return set(digests) - self._texts.keys()
+
     def learn(self, other: Lookup[T]) -> None:
         """Take another's entries in; those parsed already are kept, since their digests say what they are."""
         self._texts |= other._texts
@@ -52,6 +56,18 @@ class Lookup(dict[str, T], Generic[T]):
         if digest not in self._texts:
             raise CacheError(f"{self._what} {digest[:12]!r} is referred to but absent")
         found = self[digest] = self._checked(digest, self._texts[digest])
+        return found
+
+    def texts_of(self, digests: Iterable[str]) -> dict[str, str]:
+        """Return entries' texts as they are, not looked into; raises CacheError for one that is absent."""
+        found = {}
+        for digest in set(digests):
+            text = self._texts.get(digest)
+            if not isinstance(text, str):
+                raise CacheError(f"{self._what} {digest[:12]!r} is referred to but absent")
+            if not text.isascii():
+                raise CacheError(f"{self._what} {digest[:12]!r}: its fields are not canonical JSON")
+            found[digest] = text
         return found
 
     def all(self) -> list[T]:
@@ -71,6 +87,15 @@ class Lookup(dict[str, T], Generic[T]):
         if entry.digest != digest:
             raise CacheError(f"{name}: its fields have digest {entry.digest[:12]}")
         return entry
+
+
+Column = Sequence[Any]
+"""The values of one column, of many rows."""
+
+
+def all_of(kind: type, *columns: Column) -> bool:
+    """Whether all values of columns, which are not empty, are of one type and no other that it includes."""
+    return all(set(map(type, column)) == {kind} for column in columns)
 
 
 def keyed_row(entry: Keyed) -> dict[str, Any]:

@@ -7,16 +7,17 @@ millions; whatever is not seen to pass there takes the long way, which knows the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from tilecast.cache_store.keyed import DECODER, Lookup, check_names, has_utf8, name_fits, parsed_json
+from tilecast.cache_store.keyed import DECODER, Column, Lookup, all_of, check_names, has_utf8, name_fits, parsed_json
 from tilecast.canonical import fields_of
 from tilecast.errors import CacheError
-from tilecast.measurement import STATUSES, Measurement, key_behind_config, key_of
+from tilecast.measurement import STATUSES, Measurement, key_behind_config, key_of, keys_of, many_of
 from tilecast.problem import ExpertGemm, ExpertLayer, GemmName, TileConfig
 
 Row = Mapping[str, Any]
@@ -91,6 +92,36 @@ def measurement_row(measurement: Measurement) -> dict[str, Any]:
     }
 
 
+def measurements_from_rows(
+    rows: Sequence[Sequence[Any]], layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]
+) -> list[Measurement]:
+    """Build measurements from their rows as `measurement_from_row` does, by whole columns, which is faster.
+
+    All take the long way where one is not seen to pass.
+    """
+    columns = tuple(zip(*rows, strict=True))
+    times = _plain_columns(*columns) if columns else None
+    if times is None:
+        return [measurement_from_row(row, layers, configs) for row in rows]
+    (key, environment, layer, gemm, tokens, config, routing, rank, world_size, run, round_, status, _,
+     numerics, error_ratio, detail, measured_at) = columns  # fmt: skip
+    gemms = {pair: _gemm(layers[pair[0]], pair[1]) for pair in set(zip(layer, gemm, strict=True))}
+    made, configured = map(gemms.__getitem__, zip(layer, gemm, strict=True)), map(configs.__getitem__, config)
+    fields = zip(
+        key, environment, made, tokens, configured, status, times, routing, numerics, error_ratio, rank, world_size,
+        run, round_, detail, measured_at, strict=True,
+    )  # fmt: skip
+    return many_of(
+        Measurement,
+        [
+            {"key": a, "environment": b, "gemm": c, "tokens": d, "config": e, "status": f, "samples_us": g,
+             "routing": h, "numerics": i, "error_ratio": j, "rank": k, "world_size": m, "run": n, "round": o,
+             "detail": p, "measured_at": q}
+            for a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q in fields
+        ],
+    )  # fmt: skip
+
+
 def measurement_from_row(
     values: Sequence[Any], layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]
 ) -> Measurement:
@@ -107,6 +138,51 @@ def measurement_from_row(
     )  # fmt: skip
 
 
+def _plain_columns(
+    key: Column, environment: Column, layer: Column, gemm: Column, tokens: Column, config: Column, routing: Column,
+    rank: Column, world_size: Column, run: Column, round_: Column, status: Column, samples: Column, numerics: Column,
+    error_ratio: Column, detail: Column, measured_at: Column,
+) -> list[tuple[float, ...]] | None:  # fmt: skip
+    """Return what `plain_samples` returns of each row; None where one is not seen to pass."""
+    texts = (environment, layer, gemm, config, routing, status, samples, numerics, detail)
+    numbers = (tokens, rank, world_size, run, round_)
+    # Types first: 1.0 and True are equal to 1, and a race is looked up once.
+    if not (all_of(str, *texts) and all_of(int, *numbers) and all_of(float, measured_at)):
+        return None
+    races = list(zip(environment, layer, gemm, tokens, routing, rank, world_size, run, round_, status, strict=True))
+    behind = {race: _race(*race) for race in set(races)}
+    known = [text for text in map(behind.__getitem__, races) if text is not None]
+    ratios = set(error_ratio) - {None}
+    plain = (
+        len(known) == len(races)
+        and math.isfinite(sum(measured_at))
+        and all(map(_is_name, set(numerics)))
+        and all(map(_is_detail, set(detail)))
+        and all(type(ratio) is float and 0 <= ratio < math.inf for ratio in ratios)
+        and list(key) == keys_of(config, known)
+    )
+    return _times_of(samples, status) if plain else None
+
+
+def _times_of(samples: Sequence[str], status: Sequence[str]) -> list[tuple[float, ...]] | None:
+    """Return the samples of all rows, parsed at once; None where one is not seen to pass."""
+    count, text = len(samples), "\n".join(samples)
+    # That each text is one list of its own: brackets and line ends are between the texts and nowhere else.
+    apart = text.count("\n") == text.count("]\n[") == count - 1 and text.count("[") == text.count("]") == count
+    if not (apart and text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        values = DECODER.decode(f"[{text}]".replace("\n", ","))
+    except ValueError:
+        return None
+    every = list(itertools.chain.from_iterable(values))
+    if every and not (set(map(type, every)) == _FLOATS and min(every) > 0 and max(every) <= LARGEST_SAMPLE):
+        return None
+    if not all(values) and any(not own and of == "ok" for own, of in zip(values, status, strict=True)):
+        return None
+    return list(map(tuple, values))
+
+
 def plain_samples(values: Sequence[Any]) -> tuple[float, ...] | None:
     """Return the samples of a measurement's row that surely passes, its key included; most do.
 
@@ -121,7 +197,7 @@ def plain_samples(values: Sequence[Any]) -> tuple[float, ...] | None:
         return None
     if type(measured_at) is not float or not math.isfinite(measured_at):
         return None
-    if detail and (len(detail) >= DETAIL_LIMIT or "\0" in detail or not has_utf8(detail)):
+    if not _is_detail(detail):
         return None
     if error_ratio is not None and not (type(error_ratio) is float and 0 <= error_ratio < math.inf):
         return None
@@ -178,6 +254,10 @@ _FLOATS = {float}
 @lru_cache(maxsize=4096)
 def _is_name(name: object) -> bool:
     return type(name) is str and name_fits(name)
+
+
+def _is_detail(detail: str) -> bool:
+    return not detail or (len(detail) < DETAIL_LIMIT and "\0" not in detail and has_utf8(detail))
 
 
 def _measurement_checked(row: Row, layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]) -> Measurement:

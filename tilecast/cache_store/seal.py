@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tilecast.cache_store.plain import Connection, plain_rows, single_row
 from tilecast.cache_store.queries import measurements_digest
 from tilecast.errors import CacheError, SchemaError
-from tilecast.evidence import TABLE_FORMAT, TuningTable
+from tilecast.evidence import TABLE_FORMAT
 
 if TYPE_CHECKING:
     import sqlalchemy
@@ -45,8 +45,8 @@ def check_measurements(connection: Connection, name: str, digest: str | None = N
         )
 
 
-def check_table(connection: Connection, table: TuningTable, name: str) -> str:
-    """Return an export's producer. Raises CacheError, SchemaError unless its decisions are those it was sealed with."""
+def check_table(connection: Connection, digest: str, name: str) -> str:
+    """Return an export's producer. Raises CacheError, SchemaError unless the digest is the one it was sealed with."""
     rows = list(plain_rows(connection, "SELECT table_digest, table_format, producer FROM export LIMIT 2"))
     if len(rows) != 1:
         raise CacheError(
@@ -58,9 +58,9 @@ def check_table(connection: Connection, table: TuningTable, name: str) -> str:
             f"{name}: has table format {table_format!r}, this Tilecast reads {TABLE_FORMAT}; "
             f"upgrade Tilecast (`pip install --upgrade tilecast`) or export the table again with this one"
         )
-    if stored != table.digest:
+    if stored != digest:
         raise CacheError(
-            f"{name}: its decisions have digest {table.digest[:12]}, it says {str(stored)[:12]}; "
+            f"{name}: its decisions have digest {digest[:12]}, it says {str(stored)[:12]}; "
             f"it was changed after the export, so do not use it, export it again"
         )
     return str(producer)

@@ -141,7 +141,7 @@ class SqlStore:
         run: int | None = None,
     ) -> list[Measurement]:
         """Return the measurements that match all given filters, in the order they were added. Raises CacheError."""
-        with self._database.reading() as connection, _named(self.name):
+        with self._database.reading() as connection, named(self.name):
             return read_measurements(
                 connection, environment=environment, gemm=gemm, tokens=tokens, routing=routing, run=run
             )
@@ -169,13 +169,19 @@ class SqlStore:
 
     def table(self, *, environment: str | None = None, policy: str | None = None) -> TuningTable:
         """Return the decisions that match all given filters, with their environments. Raises CacheError."""
-        with self._database.reading() as connection, _named(self.name):
+        with self._database.reading() as connection, named(self.name):
             return read_table(connection, environment=environment, policy=policy)
 
     def snapshot(self, *, measurements: bool) -> tuple[TuningTable, list[Measurement]]:
         """Return all decisions, and all measurements if asked for, of one instant. Raises CacheError."""
-        with self._database.reading() as connection, _named(self.name):
+        with self._database.reading() as connection, named(self.name):
             return read_table(connection), read_measurements(connection) if measurements else []
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Give what queries are asked of, all of one instant. Raises CacheError."""
+        with self._database.reading() as connection:
+            yield connection
 
     def close(self) -> None:
         """Close all connections; using the store afterwards raises CacheError."""
@@ -244,7 +250,7 @@ def _displaced() -> Delete:
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """Let what the base types refuse surface as a CacheError that names the store."""
     try:
         yield

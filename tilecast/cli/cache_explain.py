@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from tilecast.errors import CoverageError, InputError, ModelError, UsageError
 from tilecast.evidence import POLICIES, Decision, TuningTable
 from tilecast.problem import ExpertLayer, tokens_text
 from tilecast.settings import Settings
+
+if TYPE_CHECKING:
+    from tilecast.cache_store.bundle import Evidence
 
 DEFAULT_STORE = "store"
 SHOWN = 30
@@ -112,12 +115,12 @@ def explain(
     where = store_location(None, Settings.from_environment()) if table == DEFAULT_STORE else table
     here = environments.seen()
     with keeping_all(), open_evidence(where) as evidence:
-        found = evidence.table
-        series = _series(
-            _of_layer(found, layer, where, tp=tp, ep=ep), found, where, here, (policy, routing, environment)
-        )
+        found = evidence.table(_layer(evidence, layer, where, tp=tp, ep=ep))
+        series = _series(found, where, here, (policy, routing, environment))
         decision = _covering(series, tokens, where)
         measurements = evidence.of(decision)
+        # Of a store it takes longer than the rest of its decisions do, and only people are shown it.
+        digest = None if json_ else evidence.digest()
     made = next(e for e in found.environments if e.digest == decision.environment)
     ours = environments.kernel_source_digest(made.device_kind) == made.kernel_source
     with keeping_all():
@@ -127,8 +130,8 @@ def explain(
     alone = TuningTable((made,), (decision,))
     peers = peer_times_or_warning(output, alone, measurements, Settings.from_environment())
     origin = next(o for o in origins(found.for_environment(made.digest), here))
-    if not json_:
-        output.line(f"{where}, table {found.digest[:12]}, made on {origin}")
+    if digest is not None:
+        output.line(f"{where}, table {digest[:12]}, made on {origin}")
     used: dict[str, Json] = {"usable_here": origin.usable, "hard": list(origin.hard), "soft": list(origin.soft)}
     output.emit(
         {"command": "cache explain", "source": where, "tokens": tokens, **used, **explanation_json(explanation),
@@ -137,9 +140,12 @@ def explain(
     show_explanation(output, explanation, peers, entrants=None if all_ else SHOWN)
 
 
-def _of_layer(table: TuningTable, text: str, source: str, *, tp: int, ep: int) -> list[Decision]:
-    """Return the decisions of the one layer that `text` names. Raises InputError for none or several."""
-    present = list(dict.fromkeys(d.layer for d in table.decisions))
+def _layer(evidence: Evidence, text: str, source: str, *, tp: int, ep: int) -> ExpertLayer:
+    """Return the one layer of a table that `text` names. Raises InputError for none or several."""
+    digests = evidence.layer_digests()
+    if text.isdecimal() and 1 <= int(text) <= len(digests):
+        return evidence.layers([digests[int(text) - 1]])[0]
+    present = evidence.layers(digests)
     named = _named(present, text, tp=tp, ep=ep)
     if len(named) != 1:
         places = [(i, layer) for i, layer in enumerate(present, start=1) if not named or layer in named]
@@ -148,12 +154,10 @@ def _of_layer(table: TuningTable, text: str, source: str, *, tp: int, ep: int) -
             shown += f"; and {len(places) - LISTED} more, which `tilecast cache show` lists"
         count = f"matches {len(named)} layers" if named else "is no layer"
         raise InputError(f"{text!r:.60} {count} of {source}; it has: {shown or 'none'}")
-    return [d for d in table.decisions if d.layer == named[0]]
+    return named[0]
 
 
 def _named(present: list[ExpertLayer], text: str, *, tp: int, ep: int) -> list[ExpertLayer]:
-    if text.isdecimal() and 1 <= int(text) <= len(present):
-        return [present[int(text) - 1]]
     lower = text.lower()
     # Six digits, so that a size such as "896" is never taken for a digest.
     found = [x for x in present if lower in x.label.lower() or (len(text) >= 6 and x.digest.startswith(lower))]
@@ -168,18 +172,14 @@ def _named(present: list[ExpertLayer], text: str, *, tp: int, ep: int) -> list[E
 
 
 def _series(
-    decisions: list[Decision],
-    table: TuningTable,
-    source: str,
-    here: Environment,
-    wanted: tuple[str | None, str | None, str | None],
+    table: TuningTable, source: str, here: Environment, wanted: tuple[str | None, str | None, str | None]
 ) -> list[Decision]:
-    """Return the decisions of one policy, routing profile and environment. Raises InputError, CoverageError."""
+    """Return a layer's decisions of one policy, routing profile and environment. Raises InputError, CoverageError."""
     policy, routing, digest = wanted
     start = (digest or "").lower()
     fits = {e.digest for e in table.environments if here.accepts(e)}
     kept = [
-        d for d in decisions
+        d for d in table.decisions
         if policy in (None, d.policy) and routing in (None, d.routing) and d.environment.startswith(start)
     ]  # fmt: skip
     if not kept:
