@@ -44,7 +44,7 @@ from tilecast.cli._placement import (
     parse_gpu_experts,
     placed_layers,
 )
-from tilecast.cli._recorded import read_missed, tune_missed
+from tilecast.cli._recorded import Missed, read_missed, tune_missed
 from tilecast.cli._run import launched_rank, tune_layers, use_threads
 from tilecast.cli._stores import store_location
 from tilecast.cli._tables import decision_tables, table_json, weak
@@ -55,6 +55,9 @@ from tilecast.problem import ExpertLayer
 from tilecast.settings import DEFAULT_TOKENS, Settings
 
 if TYPE_CHECKING:
+    from tilecast.autotune.routing_profiles import RoutingProfile
+    from tilecast.engine.group import Group
+    from tilecast.engine.tuning import Search
     from tilecast.evidence import Measurement
 
 
@@ -146,10 +149,7 @@ def tune(
         profile = placed.profile(profile)
     parts = _parts(split, placed)
     if dry_run:
-        wanted = [(where_run, dict.fromkeys(layers, counts)) for where_run, layers in parts]
-        if missed is not None:
-            seen_at = {layer: tuple(sorted(seen)) if tokens is None else counts for layer, seen in missed.items()}
-            wanted = [(here(), seen_at)]
+        wanted = _wanted(parts, missed, counts, as_missed=tokens is None)
         report_forecast(output, wanted, policy=chosen, profile=profile, search=search, folder=settings.cache_dir)
         return
     if missed is not None:
@@ -159,17 +159,10 @@ def tune(
             where=where, group=group, output=output, search=search, budget_s=budget_s, fresh=fresh,
         )  # fmt: skip
     else:
-        assert split is not None, "checked above"
-        total = sum(len(layers) for _, layers in parts)
-        _announce(output, total, counts, chosen, budget_s, where)
-        table = TuningTable()
-        for place, layers in parts:
-            budget_part = None if budget_s is None else budget_s * len(layers) / total
-            tuned = tune_layers(
-                layers, counts, policy=chosen, routing=profile, where=where, group=group, output=output,
-                search=search, budget_s=budget_part, fresh=fresh, on=place,
-            )  # fmt: skip
-            table = table.merged(tuned)
+        table = _tune_parts(
+            parts, counts, policy=chosen, profile=profile, where=where, group=group, output=output, search=search,
+            budget_s=budget_s, fresh=fresh,
+        )  # fmt: skip
     evidence: list[Measurement] = []
     with group.guard():
         if rank == 0:
@@ -183,13 +176,49 @@ def tune(
     )  # fmt: skip
 
 
-def _parts(
-    split: ShardedModel | None, placed: PlacedLayers | None
-) -> tuple[tuple[Environment, tuple[ExpertLayer, ...]], ...]:
-    """Return the layers to tune by the device that runs them."""
+Parts = tuple[tuple[Environment, tuple[ExpertLayer, ...]], ...]
+"""The layers to tune by the device that runs them."""
+
+
+def _parts(split: ShardedModel | None, placed: PlacedLayers | None) -> Parts:
     if placed is not None:
         return placed.parts
     return () if split is None else ((here(), split.layers),)
+
+
+def _wanted(
+    parts: Parts, missed: Missed | None, counts: tuple[int, ...], *, as_missed: bool
+) -> list[tuple[Environment, dict[ExpertLayer, tuple[int, ...]]]]:
+    """Return the token counts to tune by device and layer: those that were missed, or `counts`."""
+    if missed is None:
+        return [(place, dict.fromkeys(layers, counts)) for place, layers in parts]
+    return [(here(), {layer: tuple(sorted(seen)) if as_missed else counts for layer, seen in missed.items()})]
+
+
+def _tune_parts(
+    parts: Parts,
+    counts: tuple[int, ...],
+    *,
+    policy: str,
+    profile: RoutingProfile | None,
+    where: str,
+    group: Group,
+    output: Output,
+    search: Search,
+    budget_s: float | None,
+    fresh: bool,
+) -> TuningTable:
+    """Tune the layers of every device, each with its part of the budget by how many it has."""
+    total = sum(len(layers) for _, layers in parts)
+    _announce(output, total, counts, policy, budget_s, where)
+    table = TuningTable()
+    for place, layers in parts:
+        tuned = tune_layers(
+            layers, counts, policy=policy, routing=profile, where=where, group=group, output=output, search=search,
+            budget_s=None if budget_s is None else budget_s * len(layers) / total, fresh=fresh, on=place,
+        )  # fmt: skip
+        table = table.merged(tuned)
+    return table
 
 
 def _announce(
