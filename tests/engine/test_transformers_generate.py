@@ -11,9 +11,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import tilecast
 from tests.tiny_models import save_tiny, tiny_model
-from tilecast.engine import runtime
 from tilecast.engine.transformers import experts_modules, prepare_model
 
 transformers = pytest.importorskip("transformers")
@@ -24,12 +22,9 @@ DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def fresh_graphs(registered: None) -> Iterator[None]:
     torch._dynamo.reset()
-    tilecast.register_transformers()
-    runtime.use_table(None)
     yield
-    runtime.forget_table()
     torch._dynamo.reset()
 
 
@@ -41,7 +36,10 @@ def prepared(family: str, **changes: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "changes"), [("mixtral", {}), ("gpt_oss", {"layer_types": ["full_attention"]})])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("mixtral", {}), pytest.param("gpt_oss", {"layer_types": ["full_attention"]}, marks=pytest.mark.long)],
+)
 def test_a_whole_forward_is_one_graph_with_one_operator(family: str, changes: dict[str, Any]) -> None:
     model = prepared(family, **changes)
     counter = CompileCounterWithBackend("aot_eager")
@@ -84,7 +82,11 @@ def test_continuous_batching_generates_eagers_tokens() -> None:
     eager, ours = tiny_model("mixtral", num_hidden_layers=1), prepared("mixtral")
     if not hasattr(ours, "generate_batch"):
         pytest.skip("this version has no continuous batching")
-    found = ours.generate_batch(prompts, generation_config=options, progress_bar=False)
+    # By default it takes, and fills, nearly all memory that there is.
+    sizes = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256)
+    found = ours.generate_batch(
+        prompts, generation_config=options, continuous_batching_config=sizes, progress_bar=False
+    )
     tokens = [request.generated_tokens for request in found.values()]
     for prompt, seen in zip(prompts, tokens, strict=True):
         alone = eager.generate(torch.tensor([prompt]), generation_config=options)
