@@ -58,6 +58,9 @@ SHARED: dict[str, Any] = {
     "linear_num_value_heads": 8,
     "mamba_d_state": 8,
     "mamba_expand": 2,
+    "index_topk": 16,
+    "index_head_dim": 16,
+    "index_n_heads": 4,
 }
 """What every family gets as far as its config has the field."""
 
@@ -112,14 +115,72 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Each family's own fields, by transformers' model_type."""
 
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+LATENT = {"num_key_value_heads": 8}
+DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse"]}
+HYBRID = {"vocab_size": VOCABULARY, "layer_types": ["hybrid_sliding", "hybrid"], "d_rel": 4, "rel_extent": 32}
+HYBRID |= {f"swa_{name}": SHARED[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
+
+LATER_FAMILIES: dict[str, dict[str, Any]] = {
+    "aria_text": ONE_EXPERT_SIZE | {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "axk1": LATENT | GROUPED,
+    "axk2": LATENT | {"gated_norm_rank": 4},
+    "bailing_hybrid": LATENT | DENSE_FIRST | {"layer_group_size": 2, "n_group": 2, "topk_group": 1},
+    "beam": TWO_KINDS | DENSE_FIRST | {"n_group": 2, "topk_group": 1},
+    "cohere2_moe": ONE_EXPERT_SIZE | TWO_KINDS | {"pad_token_id": 0},
+    "deepseek_v32": LATENT | GROUPED | {"first_k_dense_replace": 1},
+    "deepseek_v4": {
+        "layer_types": ["sliding_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["moe", "moe"],
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "hc_mult": 2,
+    },
+    "dots3_note_text": LATENT
+    | {"layer_types": ["sliding_attention", "indexed_attention"], "shared_experts_intermediate_size": 32}
+    | {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 8, "swa_q_lora_rank": 24, "swa_kv_lora_rank": 16}
+    | {"head_dim": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
+    "flint": TWO_KINDS | {"mlp_only_layers": [0]},
+    "gemma4_text": TWO_KINDS
+    | {"enable_moe_block": True, "top_k_experts": 2, "global_head_dim": 16, "tie_word_embeddings": True}
+    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
+    "glm_moe_dsa": LATENT | GROUPED | DENSE_FIRST,
+    "granitemoe_swa": ONE_EXPERT_SIZE | {"shared_intermediate_size": 32},
+    "hy_v4": DENSE_FIRST,
+    "inkling_text": HYBRID,
+    "kimi_linear": LATENT
+    | {"layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 8, "linear_num_heads": 8}
+    | {"num_experts_per_token": 2, "q_lora_rank": None},
+    "kolibri1": {},
+    "laguna": {},
+    "mellum": {},
+    "mimo_v2_flash": {},
+    "minimax_m3_vl_text": ONE_EXPERT_SIZE | {"dense_intermediate_size": 96, "shared_intermediate_size": 32},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], "hc_lowrank": 8, "hc_count": 2}
+    | {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16}
+    | {"indexer_compress_ratio": 4},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}
+"""The same of families that came later: those of them count that the installed transformers has."""
+
 NAMED_FAMILIES = tuple(FAMILIES)[:13]
 """The families that are promised; the others are tried besides."""
+
+FAMILIES |= {family: own for family, own in LATER_FAMILIES.items() if family in transformers.CONFIG_MAPPING}
 
 
 def tiny_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
     """Return a family's config at tiny size, with `changes` as its fields."""
     known = transformers.AutoConfig.for_model(family)
-    shared = {name: value for name, value in SHARED.items() if hasattr(known, name)}
+    # A config whose layers differ keeps the values of such a field to its layers.
+    differing = vars(known).get("_heterogeneity_spec")
+    shared = {
+        name: value
+        for name, value in SHARED.items()
+        if (differing is not None and name in differing.per_layer_attributes) or hasattr(known, name)
+    }
     return transformers.AutoConfig.for_model(family, **{**shared, **FAMILIES[family], **changes})
 
 
@@ -130,7 +191,8 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    tied = set(getattr(model, "_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or {}) if is_tied else set()
     with torch.no_grad():
         for name, weight in sorted(model.state_dict(keep_vars=True).items()):
             if weight.is_floating_point() and name not in tied:

@@ -7,6 +7,7 @@ inherits another's names: a family that is not listed is an error, and so is a l
 from __future__ import annotations
 
 from tilecast.models.model import Router
+from tilecast.models.newer_families import NEWER_FAMILIES
 from tilecast.models.rules import (
     LOGIT_BIAS,
     SCALES_INPUT,
@@ -32,6 +33,7 @@ from tilecast.models.rules import (
 )
 
 FAMILIES: dict[str, Family] = {
+    **NEWER_FAMILIES,
     "afmoe": Family(
         architectures=("AfmoeForCausalLM",),
         intermediate=("moe_intermediate_size",),

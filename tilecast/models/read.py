@@ -141,7 +141,7 @@ def _layers(fields: Fields, family: Family, dtype: str, stored: Stored | None) -
     own_code = any(fields.number(constant, default=known) != known for constant, known in family.constants)
     sizes = [_per_layer(fields, family, names, count) for names in (family.intermediate, family.experts, family.top_k)]
     hidden, activation = family.width(fields), _activation(fields, family)
-    own_code = own_code or activation is None
+    own_code = own_code or activation is None or family.own_gate
     if own_code and stored is not None:
         raise fields.error("no kernel has the experts' activation, and quantised experts run by kernels alone")
     indices: dict[ExpertLayer, list[int]] = {}

@@ -30,6 +30,10 @@ KINDS = "ME*-"
 SPARSEMIXER = "sparsemixer picks experts one after another"
 SELECTION_BIAS = "a bias per expert shifts the selection, not the weights"
 LOGIT_BIAS = "the router has a bias"
+EXPERT_SCALES = "a scale per expert multiplies its weights"
+SHARED_SINK = "shared experts are scored with the chosen ones, and share their sum"
+CARRIED_STATE = "a network scores, with a state that layers hand on, and tokens may skip all experts"
+SQRT_SOFTPLUS = "scores are roots of softplus, and the first layers choose by token id"
 SCALES_INPUT = "the routing weight multiplies the experts' input instead of their output"
 
 
@@ -51,6 +55,16 @@ def every_layer_from(name: str, default: int) -> Sparse:
     return sparse
 
 
+def first_dense(count: int) -> Sparse:
+    """The first `count` layers are dense, by the family's own code."""
+    return lambda fields, layers: [layer >= count for layer in range(layers)]
+
+
+def flagged_layers(name: str) -> Sparse:
+    """Every layer has routed experts if the flag in field `name` is set, none otherwise."""
+    return lambda fields, layers: [fields.flag(name, default=False)] * layers
+
+
 def listed_layers(name: str, sparse: Sparse) -> Sparse:
     """Layers that the list in field `name` calls sparse; without a list as `sparse` says."""
 
@@ -69,6 +83,12 @@ def nemotron_kinds(fields: Fields, layers: int) -> list[bool]:
     """The layers whose kind is `moe`, or the letter E."""
     kinds = fields.get("layers_block_type", "hybrid_override_pattern")
     return [kind in ("moe", "E") for kind in kinds]
+
+
+def flint_layers(fields: Fields, layers: int) -> list[bool]:
+    """As of Qwen; where mlp_only_layers is not there the first two layers are dense."""
+    dense = [0, 1] if fields.get("mlp_only_layers") is None else []
+    return [sparse and layer not in dense for layer, sparse in enumerate(qwen_layers(fields, layers))]
 
 
 def qwen_layers(fields: Fields, layers: int) -> list[bool]:
@@ -133,9 +153,9 @@ def sigmoid_router(
     def router(fields: Fields) -> Router:
         return Router(
             scoring="sigmoid",
-            renormalize=fields.flag("norm_topk_prob", default=renormalize),
+            renormalize=fields.flag("norm_topk_prob", "moe_renormalize", default=renormalize),
             scale=fields.number("routed_scaling_factor", default=scale),
-            groups=fields.integer("n_group", default=groups),
+            groups=fields.integer("n_group", "num_expert_group", default=groups),
             top_groups=fields.integer("topk_group", default=top_groups),
             extras=extras,
         )
@@ -143,13 +163,21 @@ def sigmoid_router(
     return router
 
 
-def scaled_sigmoid_router(name: str, default: float) -> RouterOf:
-    """Sigmoid with a selection bias, renormalised, times field `name`."""
+def scaled_sigmoid_router(name: str, default: float, extras: tuple[str, ...] = (SELECTION_BIAS,)) -> RouterOf:
+    """Sigmoid, by default with a selection bias, renormalised, times field `name`."""
 
     def router(fields: Fields) -> Router:
-        return Router(scoring="sigmoid", scale=fields.number(name, default=default), extras=(SELECTION_BIAS,))
+        return Router(scoring="sigmoid", scale=fields.number(name, default=default), extras=extras)
 
     return router
+
+
+def cohere2_router(fields: Fields) -> Router:
+    """Softmax over the chosen, which is softmax over all of them, renormalised; or sigmoid."""
+    scoring = fields.text("expert_selection_fn", default="softmax")
+    if scoring not in ("softmax", "sigmoid"):
+        raise fields.error(f"field expert_selection_fn is {scoring!r}, expected softmax or sigmoid")
+    return Router(scoring=scoring, renormalize=scoring == "softmax" or fields.flag("norm_topk_prob", default=True))
 
 
 def lfm2_router(fields: Fields) -> Router:
@@ -188,9 +216,10 @@ def shared_width(name: str) -> SharedOf:
     return lambda fields: fields.integer(name, default=0, low=0)
 
 
-def shared_count(name: str, width: str) -> SharedOf:
-    """Field `name` counts shared experts, each as wide as field `width` says."""
-    return lambda fields: fields.integer(name, default=0, low=0) * fields.integer(width)
+def shared_count(name: str, width: str, other: str | None = None) -> SharedOf:
+    """Field `name`, or `other`, counts shared experts, each as wide as field `width` says."""
+    names = (name,) if other is None else (name, other)
+    return lambda fields: fields.integer(*names, default=0, low=0) * fields.integer(width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +230,8 @@ class Family:
     that may be lists with an entry per layer. `activation` names a field, or `fixed_activation` the activation
     itself. `constants` are fields whose value the kernels hard-code. `layers` may name a list, or a text of letters,
     with an entry per layer. `narrow` names the experts' own hidden size, where a file has one. `wrapper` is the
-    model_type of a file that holds this family's fields under `text_config`.
+    model_type of a file that holds this family's fields under `text_config`. With `own_gate` no kernel has what
+    the family's experts do between their GEMMs.
     """
 
     architectures: tuple[str, ...]
@@ -218,6 +248,7 @@ class Family:
     fixed_activation: str = ""
     gated: bool = True
     bias: bool = False
+    own_gate: bool = False
     constants: tuple[tuple[str, float], ...] = ()
     narrow: Names = ()
     wrapper: str = ""
