@@ -14,7 +14,9 @@ from tilecast.kernels.cpu.isa import CROSS, host_isa
 from tilecast.kernels.cpu.jit import compile_assembly
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.quantized import PanelStack
+from tilecast.kernels.cpu.tiles import takes_shorts
 from tilecast.kernels.cpu.work import variant_of
+from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.formats import QuantizedStack, quantize
 from tilecast.kernels.reference import reference_down, reference_up
 from tilecast.kernels.routing import sort_slots
@@ -25,6 +27,8 @@ KERNEL = MoeGemm()
 HERE = cpu_environment()
 FORMATS = [name for name in WEIGHT_FORMATS if name != "dense"]
 FEW = ("awq_g64", "fp8_block128")
+WHOLE = ("awq_g64", "int4_g32", "int8_g128", "int8_channel")
+"""Formats whose codes are integers."""
 KINDS = ["awq_g64", "int4_g32", "int8_g128", "int8_channel", "fp8_block128", "fp8_channel", "fp8_tensor"]
 
 
@@ -34,6 +38,12 @@ def layer_of(form: str, **changes: object) -> ExpertLayer:
     sizes = (2 * unit, unit) if unit else (333, 147)
     base = ExpertLayer(hidden=sizes[0], intermediate=sizes[1], experts=3, top_k=2, weight_format=form)
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def default(layer: ExpertLayer, tokens: int, dot: str = "", kernel: MoeGemm = KERNEL) -> TileConfig:
+    """The default config, or the one of a class."""
+    found = kernel.default(layer.up, tokens, HERE)
+    return kernel.default(layer.up, tokens, HERE, like=found.with_params(dot=dot)) if dot else found
 
 
 def quantized(layer: ExpertLayer, tokens: int, routing: str = "") -> Operands:
@@ -73,7 +83,26 @@ def assert_both(config: TileConfig, given: Operands, kernel: MoeGemm = KERNEL) -
 @pytest.mark.parametrize("form", FORMATS)
 def test_as_exact_as_torch_on_the_dequantised_weights(form: str, dtype: str) -> None:
     given = quantized(layer_of(form, dtype=dtype), 7)
-    assert_both(KERNEL.default(given.layer.up, 7, HERE).with_params(mr=2, nv=2, block_n=16), given)
+    for dot in ("int16", "fma") if takes_shorts(given.layer.up) else ("fma",):
+        assert_both(default(given.layer, 7, dot).with_params(mr=2, nv=2, block_n=16), given)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("outlier", [1.0, 300.0])
+@pytest.mark.parametrize("form", ["awq_g128", "int8_g128"])
+def test_rows_of_16_bits_lose_no_more_than_weights_of_the_layers_dtype(form: str, outlier: float, dtype: str) -> None:
+    """An element far above the rest of its group takes bits from them, in fp16 about as many as torch then loses."""
+    layer = ExpertLayer(
+        hidden=2048, intermediate=128, experts=1, top_k=1, dtype=dtype, gated=False, activation="identity",
+        weight_format=form,
+    )  # fmt: skip
+    given = quantized(layer, 8, "uniform")
+    given.hidden[:, ::512] *= outlier
+    up = (layer, given.hidden, dense(given.up), given.route, None)
+    exact, torchs = reference_up(*up), reference_up(*up, given.hidden.dtype)
+    found = {dot: error(run_up(KERNEL, default(layer, 8, dot), given), exact) for dot in ("int16", "fma")}
+    assert found["int16"] <= (1.1 if dtype == "fp16" and outlier > 1 else 0.9) * error(torchs, exact)
+    assert found["int16"] <= 1.3 * found["fma"]
 
 
 @pytest.mark.parametrize("spread", [False, True])
@@ -114,8 +143,8 @@ def test_nothing_and_no_present_slots() -> None:
         assert_both(KERNEL.default(given.layer.up, 1, HERE), given)
 
 
-def tiles(layer: ExpertLayer) -> list[TileConfig]:
-    base = KERNEL.default(layer.up, 1, HERE)
+def tiles(layer: ExpertLayer, dot: str = "") -> list[TileConfig]:
+    base = default(layer, 1, dot)
     changes: list[dict[str, int | str]] = [
         {},
         {"layout": PLAIN, "stage": 1, "mr": 2, "nv": 2, "block_n": 64, "prefetch": 0},
@@ -131,8 +160,8 @@ def tiles(layer: ExpertLayer) -> list[TileConfig]:
         {"mr": 4, "nv": 2, "prefetch": 2, "block_k": 256, "layout": "panel64", "block_n": 128, "threads": 1},
         {"mr": 6, "nv": 2, "stage": 1, "unroll": 4, "layout": "panel32", "block_k": 512, "threads": 2},
     ]
-    bits = weight_format(layer.weight_format).bits
-    found = [base.with_params(**change) for change in (changes if bits == 4 else eights)]
+    limbs = weight_format(layer.weight_format).bits == 4 and base["dot"] == "fma"
+    found = [base.with_params(**change) for change in (changes if limbs else eights)]
     assert all(KERNEL.invalid(layer.up, c, HERE) is None and outside_domain(KERNEL, c) is None for c in found)
     return found
 
@@ -144,15 +173,20 @@ def wide_exponents(given: Operands) -> Operands:
     return given
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "form", [form if form in FEW else pytest.param(form, marks=pytest.mark.long) for form in KINDS]
+    ("form", "dtype", "dot"),
+    [
+        (form, dtype, dot) if form in (*FEW, "int8_channel") else pytest.param(form, dtype, dot, marks=pytest.mark.long)
+        for form in KINDS
+        for dtype, dot in (("fp32", "fma"), ("bf16", "fma"), ("bf16", "int16"))
+        if dot == "fma" or form in WHOLE
+    ],
 )
-def test_every_tile_and_batch_gives_the_same_bits(form: str, dtype: str) -> None:
+def test_every_tile_and_batch_gives_the_same_bits(form: str, dtype: str, dot: str) -> None:
     size = 640 if "fp8" not in form else 700
     layer = dataclasses.replace(layer_of(form, dtype=dtype), hidden=size, intermediate=128)
     given = wide_exponents(quantized(layer, 13))
-    configs = tiles(layer)
+    configs = tiles(layer, dot)
     assert len({numerics_class(KERNEL, layer.up, config, HERE) for config in configs}) == 1
     up, down = run_up(KERNEL, configs[0], given), run_down(KERNEL, configs[0], given)
     for config in configs[1:]:
@@ -163,7 +197,7 @@ def test_every_tile_and_batch_gives_the_same_bits(form: str, dtype: str) -> None
         part = dataclasses.replace(
             given, route=sort_slots(route.ids[rows], layer.experts), hidden=given.hidden[rows].contiguous()
         )
-        alone = run_up(KERNEL, KERNEL.default(layer.up, len(rows), HERE), part).view(len(rows), -1)
+        alone = run_up(KERNEL, default(layer, len(rows), dot), part).view(len(rows), -1)
         assert torch.equal(alone.nan_to_num(), up.view(13, -1)[rows].nan_to_num())
 
 
@@ -186,15 +220,19 @@ def test_another_grouping_gives_other_bits() -> None:
 
 @pytest.mark.parametrize("lanes", [4, pytest.param(16, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
-    ("form", "dtype"), [("awq_g32", "bf16"), ("awq_g64", "fp32"), ("fp8_block128", "bf16"), ("int8_channel", "bf16")]
-)
-def test_other_lane_counts_give_the_same_bits(form: str, dtype: str, lanes: int) -> None:
+    ("form", "dtype", "dot"),
+    [
+        ("awq_g32", "bf16", "fma"), ("awq_g64", "fp32", "fma"), ("fp8_block128", "bf16", "fma"),
+        ("int8_channel", "bf16", "fma"), ("awq_g32", "bf16", "int16"), ("int8_channel", "fp16", "int16"),
+    ],
+)  # fmt: skip
+def test_other_lane_counts_give_the_same_bits(form: str, dtype: str, dot: str, lanes: int) -> None:
     registers = 32 if lanes == 16 else 16
     isa = dataclasses.replace(host_isa(), name=f"lanes{lanes}", lanes=lanes, registers=registers, byte_pairs=False)
     given = wide_exponents(quantized(layer_of(form, activation="relu", bias=True, dtype=dtype), 6))
     kernel = MoeGemm(isa)
-    for config in (kernel.default(given.layer.up, 6, HERE), tiles(given.layer)[1].with_params(block_n=128)):
-        here = KERNEL.default(given.layer.up, 6, HERE)
+    for config in (default(given.layer, 6, dot, kernel), tiles(given.layer, dot)[1].with_params(block_n=128)):
+        here = default(given.layer, 6, dot)
         assert torch.equal(run_down(kernel, config, given), run_down(KERNEL, here, given)), config.label
         result = run_up(kernel, config, given).nan_to_num()
         assert torch.equal(result, run_up(KERNEL, here, given).nan_to_num()), config.label
@@ -256,10 +294,10 @@ def test_rows_beyond_the_usual_range_stay_finite() -> None:
         assert error(run_up(KERNEL, config, scaled)[present], exact) < 4e-3
 
 
-def split_row(row: list[float]) -> tuple[list[float], list[float]]:
+def split_row(row: list[float], dtype: str = "fp32") -> tuple[list[float], list[float]]:
     """One row of 32 through weights of 1, 7 and -7: what comes out, and the exact sums."""
     layer = ExpertLayer(
-        hidden=32, intermediate=32, experts=1, top_k=1, dtype="fp32", gated=False, activation="identity",
+        hidden=32, intermediate=32, experts=1, top_k=1, dtype=dtype, gated=False, activation="identity",
         weight_format="int4_g32",
     )  # fmt: skip
     codes = torch.full((1, 32, 16), 0x99, dtype=torch.uint8)
@@ -267,8 +305,8 @@ def split_row(row: list[float]) -> tuple[list[float], list[float]]:
     stack = QuantizedStack(format="int4_g32", codes=codes, scales=torch.ones(1, 32, 1))
     config = KERNEL.default(layer.up, 1, HERE)
     weights = KERNEL.pack(GemmWeights(gemm=layer.up, layout=PLAIN, data=stack), KERNEL.layout(layer.up, config))
-    out = torch.full((1, 32), torch.nan)
-    hidden = torch.tensor([row + [0.0] * (32 - len(row))])
+    hidden = torch.tensor([row + [0.0] * (32 - len(row))]).to(TORCH_DTYPES[dtype])
+    out = torch.full((1, 32), torch.nan, dtype=hidden.dtype)
     KERNEL.up(config, hidden, weights, sort_slots(torch.zeros(1, 1, dtype=torch.int64), 1), out)
     total = hidden.double().sum().item()
     return out[0, :3].tolist(), [total, 7 * total, -7 * total]
@@ -297,10 +335,43 @@ def test_what_lies_further_below_is_rounded_to_nearest() -> None:
         assert found[0] == wanted
 
 
+@pytest.mark.parametrize("row", [[], [1.0, -1.0, 2.0**-14], [1.9921875, 2.0**-14], [-3.0e38, 3.0e38, 3 * 2.0**113]])
+def test_what_stands_within_15_bits_of_a_groups_largest_is_exact(row: list[float]) -> None:
+    found, exact = split_row(row, "bf16")
+    assert found == [torch.tensor(value).bfloat16().item() for value in exact]
+
+
+def test_what_lies_below_15_bits_is_rounded_to_nearest() -> None:
+    step = 2.0**-14
+    for tail, wanted in ((0.498046875, 0.0), (0.50390625, 1.0), (-0.50390625, -1.0), (1.5, 2.0), (0.5, 0.0)):
+        found, _ = split_row([1.0, -1.0, tail * step], "bf16")
+        assert found[0] == wanted * step
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_the_largest_sums_of_pairs_fit(form: str) -> None:
+    """Every code the largest and every element of all bits: nothing wraps around in 32 bits."""
+    layer = layer_of(form, gated=False, activation="identity", top_k=1, experts=1)
+    if form == "int8_channel":
+        layer = dataclasses.replace(layer, hidden=1024)
+    given = quantized(layer, 2, "uniform")
+    for codes, zeros in ((-128, 15), (127, 0)) if weight_format(form).bits == 8 else ((0, 15), (0xFF - 256, 0)):
+        stack = given.up.data
+        stack.codes.view(torch.int8).fill_(codes)
+        stack.scales.fill_(2.0**-10)
+        if stack.zeros is not None:
+            stack.zeros.fill_(zeros)
+        given.hidden.fill_(-1.9921875)
+        exact = reference_up(layer, given.hidden, dense(given.up), given.route, given.up.bias)
+        for tokens in (1, 100):
+            assert torch.equal(run_up(KERNEL, default(layer, tokens, "int16"), given), exact.to(given.hidden.dtype))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_spoils_its_row_alone(bad: float) -> None:
+@pytest.mark.parametrize("dot", ["int16", "fma"])
+def test_what_is_not_finite_spoils_its_row_alone(dot: str, bad: float) -> None:
     given = quantized(layer_of("awq_g32", gated=False, activation="identity"), 3)
-    config = KERNEL.default(given.layer.up, 3, HERE)
+    config = default(given.layer, 3, dot)
     before = run_up(KERNEL, config, given).view(3, 2, -1)
     given.hidden[1, 40] = bad
     after = run_up(KERNEL, config, given).view(3, 2, -1)
@@ -347,6 +418,8 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "multiples of 32" in str(KERNEL.rejects(cut.down, HERE))
     config = KERNEL.default(layer.up, 1, HERE)
     assert "bf16 weights" in str(KERNEL.invalid(layer.up, config.with_params(dot="bf16"), HERE))
+    for other in (layer_of("fp8_tensor"), layer_of("awq_g32", dtype="fp32"), layer_of("dense")):
+        assert "integer codes" in str(KERNEL.invalid(other.up, config.with_params(dot="int16"), HERE))
     given = quantized(layer, 2)
     packed = KERNEL.pack(given.up, "panel16")
     out = torch.empty(4, layer.intermediate, dtype=torch.bfloat16)
@@ -376,26 +449,32 @@ def test_space_and_default_on_every_instruction_set(isa: str, form: str) -> None
             assert all(outside_domain(kernel, config) is None for config in found)
             valid = [config for config in found if kernel.invalid(gemm, config, HERE) is None]
             assert 4 <= len(valid) <= 120
-            default = kernel.default(gemm, tokens, HERE)
-            assert kernel.invalid(gemm, default, HERE) is None and default["dot"] == "fma"
+            config = kernel.default(gemm, tokens, HERE)
+            pairs = form == "awq_g128" and isa.startswith("avx")
+            assert kernel.invalid(gemm, config, HERE) is None and config["dot"] == ("int16" if pairs else "fma")
             assert len({kernel.layout(gemm, config) for config in valid}) > 1
 
 
 @pytest.mark.parametrize(
-    ("isa", "form", "wanted"),
+    ("isa", "form", "dot", "wanted"),
     [
-        ("avx2", "awq_g128", ("vpmaddubsw", "vpaddw", "vpmaddwd", "vfmadd")),
-        ("avx512", "awq_g128", ("vpmaddubsw", "zmm")),
-        ("avx512", "fp8_block128", ("vpsrad", "vpand", "vfmadd")),
-        ("neon", "int8_g128", ("scvtf", "fmla")),
-        ("neon", "int4_g64", ("mla", "8h")),
-        ("sse2", "awq_g32", ("pmullw", "cvtdq2ps", "mulps")),
+        ("avx2", "awq_g128", "fma", ("vpmaddubsw", "vpaddw", "vpmaddwd", "vfmadd")),
+        ("avx2", "awq_g128", "int16", ("vpmaddwd", "vpaddd", "vcvtdq2ps", "vfmadd")),
+        ("avx512", "awq_g128", "fma", ("vpmaddubsw", "zmm")),
+        ("avx512", "int8_g128", "int16", ("vpmaddwd", "zmm")),
+        ("avx512_bf16", "int8_g128", "int16", ("vpdpwssd", "zmm")),
+        ("avx512", "fp8_block128", "fma", ("vpsrad", "vpand", "vfmadd")),
+        ("neon", "int8_g128", "fma", ("scvtf", "fmla")),
+        ("neon", "int8_g128", "int16", ("mla", "scvtf")),
+        ("neon", "int4_g64", "fma", ("mla", "8h")),
+        ("sse2", "awq_g32", "fma", ("pmullw", "cvtdq2ps", "mulps")),
+        ("sse2", "awq_g32", "int16", ("cvtdq2ps", "mulps")),
     ],
 )
-def test_compiles_for_cpus_that_are_not_here(isa: str, form: str, wanted: tuple[str, ...]) -> None:
+def test_compiles_for_cpus_that_are_not_here(isa: str, form: str, dot: str, wanted: tuple[str, ...]) -> None:
     kernel = MoeGemm(CROSS[isa])
     layer = ExpertLayer(hidden=256, intermediate=128, experts=4, top_k=2, weight_format=form)
-    config = kernel.default(layer.up, 1, HERE)
+    config = default(layer, 1, dot, kernel)
     variant = dataclasses.replace(variant_of(CROSS[isa], layer.up, config, 64))
     assembly = compile_assembly(variant, CROSS[isa])
     assert all(name in assembly for name in wanted)

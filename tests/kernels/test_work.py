@@ -14,7 +14,7 @@ from tilecast.kernels.cpu.isa import CROSS
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.onednn import KERNEL as ONEDNN
 from tilecast.kernels.cpu.sparse import SparseExperts
-from tilecast.kernels.cpu.work import Shape, row_blocks, step_cycles, word_cycles
+from tilecast.kernels.cpu.work import INTEGER_PIPES, Shape, pair_cycles, row_blocks, step_cycles, word_cycles
 from tilecast.kernels.gpu.target import TARGETS, parse_target
 from tilecast.kernels.gpu.work import column_tiles, efficiency, resident_programs
 from tilecast.kernels.work import Predictable, Work
@@ -207,6 +207,26 @@ def test_dead_neurons_are_not_read(dead: float) -> None:
 
 def test_products_of_4_bit_codes_are_counted() -> None:
     codes = codes_of(weight_format("awq_g128"), chain=256, scale="fp16", panel=16, dtype="bf16", byte_pairs=True)
-    assert word_cycles(1, 2, codes, 0.0) == (2 * 3 + 24) / 4, "two masks, a shift, six products and additions a vector"
+    a_vector = "two masks, a shift, six products and additions a vector"
+    assert word_cycles(1, 2, codes, 0.0) == (2 * 3 + 24) / INTEGER_PIPES, a_vector
     assert word_cycles(4, 1, codes, 0.0) > 2 * word_cycles(1, 1, codes, 0.0)
     assert word_cycles(1, 2, dataclasses.replace(codes, byte_pairs=False), 0.0) > word_cycles(1, 2, codes, 0.0)
+
+
+def test_products_of_pairs_are_counted() -> None:
+    form = weight_format("int4_g128")
+    codes = codes_of(form, chain=256, scale="fp16", panel=16, dtype="bf16", byte_pairs=True, short=True)
+    assert pair_cycles(6, 2, codes, True, 0.0) == 24 / INTEGER_PIPES, "a product and an addition for each sum"
+    assert pair_cycles(1, 8, codes, False, 0.0) == (16 + 14) / INTEGER_PIPES, "seven shifts and masks a word of 8 codes"
+    dense = dataclasses.replace(LAYER, dtype="bf16")
+    layer = dataclasses.replace(dense, weight_format="int4_g128")
+    kernel = MoeGemm(CROSS["avx2"])
+    whole, few = ([64] * 4, [1] * 4)
+    for gemm, same in zip(layer.gemms, dense.gemms, strict=True):
+        config = kernel.default(gemm, 1024, CPU)
+        assert config["dot"] == "int16" and config["stage"] == 1
+        fast = kernel.work(gemm, config, CPU, whole)
+        assert fast.efficiency > 1 > kernel.work(same, kernel.default(same, 1024, CPU), CPU, whole).efficiency
+        unstaged = config.with_params(stage=0, unroll=1)
+        assert kernel.work(gemm, unstaged, CPU, whole).efficiency < fast.efficiency
+        assert kernel.work(gemm, unstaged, CPU, few).efficiency > kernel.work(gemm, config, CPU, few).efficiency

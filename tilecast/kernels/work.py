@@ -24,7 +24,7 @@ class Work:
     weight_bytes, row_bytes, out_bytes: moved from and to memory, re-reads that no cache holds included; cache_bytes:
     further traffic that the last-level cache serves. flops are those of the tiles computed, useful_flops those of
     the routed rows. `path` names the multiply-add path whose peak is meant, `efficiency` is the fraction of it that
-    the inner tile can reach by construction.
+    the inner tile can reach by construction: above 1 where integers are multiplied faster than floats.
 
     programs: tiles or jobs that units take in turn; largest: the longest one's share of all the work (0 where all units
     share each); resident: how

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from tilecast.kernels.cpu._build import F32, I64, PTR, VOID, Emit, Value, load_one
+from tilecast.kernels.cpu._build import F32, I8, I16, I64, PTR, VOID, Emit, Value, load_one, vector
 from tilecast.problem import DTYPES, WeightFormat
 
 CODES_PER_WORD = {"int4": 8, "int8": 4, "fp8": 4}
@@ -32,7 +32,8 @@ class Codes:
     share a scale; moves: whether each span has scales of its own, or one serves all of K; scale: dtype of the scales;
     shared: one scale a vector of columns, not one a column; panel: columns of one panel of scales. Of codes of 4 bits:
     zero: `stored` (a byte a column and span) or `eight`; limbs: bytes for an element of a row; byte_pairs: whether the
-    target multiplies bytes and adds pairs of products in one instruction.
+    target multiplies bytes and adds pairs of products in one instruction. short: rows are integers of 16 bits
+    (`_shorts`), whatever the bits of codes.
     """
 
     kind: str
@@ -45,11 +46,22 @@ class Codes:
     panel: int
     limbs: int = 0
     byte_pairs: bool = False
+    short: bool = False
 
     @property
     def per_word(self) -> int:
         """Codes of one word."""
         return CODES_PER_WORD[self.kind]
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Codes of a word that one product of pairs takes, in the order in which products take them."""
+        return tuple((j, j + self.per_word // 2) for j in range(self.per_word // 2))
+
+    @property
+    def row_element_bytes(self) -> int:
+        """Bytes that an element of a row takes."""
+        return 2 if self.short else self.limbs * (1 if self.byte_pairs else 2) if self.limbs else 4
 
     def scale_pitch(self, lanes: int) -> int:
         """Return the bytes from a span's scales to the next one's, in a panel."""
@@ -64,13 +76,15 @@ class Codes:
         return 2.0**FP8_SUM_EXPONENT if self.kind == "fp8" else 1.0
 
 
-def codes_of(form: WeightFormat, *, chain: int, scale: str, panel: int, dtype: str, byte_pairs: bool) -> Codes:
+def codes_of(
+    form: WeightFormat, *, chain: int, scale: str, panel: int, dtype: str, byte_pairs: bool, short: bool = False
+) -> Codes:
     """Return how a format's weights lie; without groups, chains of `chain` elements are scaled alike."""
     span, nibbles = form.group or chain, form.bits == 4
     return Codes(
         kind="int4" if nibbles else form.kind, group=span, span=span, moves=form.group > 0, scale=scale,
         shared=form.rows != 1, zero={"awq": "stored", "int4": "eight"}.get(form.kind, ""), panel=panel,
-        limbs=LIMBS[dtype] if nibbles else 0, byte_pairs=byte_pairs and nibbles,
+        limbs=LIMBS[dtype] if nibbles and not short else 0, byte_pairs=byte_pairs and (nibbles or short), short=short,
     )  # fmt: skip
 
 
@@ -88,6 +102,19 @@ def decode(emit: Emit, kind: str, word: Value, k: int) -> Value:
     return emit.to_float(emit.and_(emit.ashr(high, constant(4)), constant(0x87F00000)))
 
 
+def decode_pairs(emit: Emit, word: Value) -> list[Value]:
+    """Return words of two bf16, (k, k + 1) and (k + 2, k + 3), that hold what `decode` makes of a word's e4m3 codes."""
+    narrow = vector(I16, 2 * emit.lanes)
+    small = emit.bitcast(word, vector(I8, 4 * emit.lanes))
+    # The codes of a pair go to the same byte of both halves.
+    order = [4 * lane + byte for lane in range(emit.lanes) for byte in (0, 2, 1, 3)]
+    high = emit.bitcast(emit.shuffle(small, small, order), narrow)
+    four, eight = emit.splat(4, narrow), emit.splat(8, narrow)
+    kept = emit.splat(0x87F0 - (1 << 16), narrow)
+    pairs = [emit.and_(emit.ashr(each, four), kept) for each in (emit.shl(high, eight), high)]
+    return [emit.bitcast(pair, emit.words) for pair in pairs]
+
+
 def load_code(emit: Emit, kind: str, base: Value, offset: Value, k: int) -> Value:
     """Load a vector of words and return the floats behind code k, as `decode` does.
 
@@ -98,9 +125,9 @@ def load_code(emit: Emit, kind: str, base: Value, offset: Value, k: int) -> Valu
 
 
 def emit_group_end(
-    emit: Emit, codes: Codes, sums: list[list[Value]], totals: list[Value], fresh: Value, scales: tuple[Value, Value]
+    emit: Emit, codes: Codes, sums: list[list[Value]], totals: list[Value], scales: tuple[Value, Value]
 ) -> None:
-    """Add a group's sums, [rows][vectors], to the rows' totals in memory, or set those where `fresh`.
+    """Add a group's sums, [rows][vectors], to the rows' totals in memory.
 
     scales: the address of this group's in the tile's first panel, and the bytes from panel to panel.
     """
@@ -110,7 +137,6 @@ def emit_group_end(
         scale = load_scale(emit, codes, emit.at(scales[0], emit.imul(scales[1], panel)), column)
         for m, total in enumerate(totals):
             known = emit.load(total, 4 * v * lanes, emit.floats, align=4)
-            known = emit.select(fresh, emit.splat(0.0), known)
             emit.store(emit.fma(sums[m][v], scale, known), total, 4 * v * lanes, align=4)
 
 

@@ -15,8 +15,9 @@ from llvmlite import ir
 from tilecast.kernels.cpu._build import BF16, F16, F32, I32, I64, PTR, VOID, Emit, Value, i64, vector
 from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes, emit_group_end, load_code
 from tilecast.kernels.cpu._nibbles import GROUP_BYTES, TURN, emit_nibble_group_end, emit_turn, row_bytes
+from tilecast.kernels.cpu._shorts import code_pairs, emit_short_group_end, first_sums, pair_product
 
-Source = Literal["f32", "f16", "pairs", "int4", "int8", "fp8"]
+Source = Literal["f32", "f16", "pairs", "int4", "int8", "fp8", "shorts"]
 
 CACHE_LINE = 64
 
@@ -26,10 +27,10 @@ class Micro:
     """The shape of a micro-kernel.
 
     nv: vectors of columns; unroll: k steps per turn of the loop; source: how the weights lie: float32 or fp16
-    rows of columns, words of two bf16 (k, k + 1), or words of codes; panel: columns of one panel; dot: use the bf16
-    dot product ("native"), the same pairing without the instruction ("emulated", for tests), or none ("");
-    prefetch: cache lines of later weights touched a turn; codes: how groups of quantised weights, whether still
-    codes or staged to floats, enter the totals.
+    rows of columns, words of two bf16 (k, k + 1), words of codes, or words of two codes of 16 bits each; panel: columns
+    of one panel; dot: use the bf16 dot product ("native"), the same pairing without the instruction ("emulated", for
+    tests), or none (""); prefetch: cache lines of later weights touched a turn; codes: how groups of quantised
+    weights, whether still codes or staged, enter the totals.
     """
 
     nv: int
@@ -44,7 +45,12 @@ class Micro:
     @property
     def step(self) -> int:
         """k advanced at once: as many as a word holds."""
-        return 2 if self.source == "pairs" else CODES_PER_WORD.get(self.source, 1)
+        return 2 if self.source in ("pairs", "shorts") else CODES_PER_WORD.get(self.source, 1)
+
+    @property
+    def short(self) -> bool:
+        """Whether rows are integers of 16 bits, and sums integers of 32."""
+        return self.codes is not None and self.codes.short
 
     @property
     def panels(self) -> int:
@@ -82,12 +88,12 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
     emit = Emit(function, micro.lanes, fma)
     a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first, later, later_stride = function.args[:10]
 
-    a_size = 4 * (micro.step if not micro.dot else 1)
+    a_size = 2 * micro.step if micro.short else 4 * (micro.step if not micro.dot else 1)
     starts = [emit.load(a_pointers, 8 * m, PTR) for m in range(mr)]
     rows = [emit.at(start, a_offset) for start in starts]
     bases = [emit.at(b, emit.imul(panel_stride, p)) for p in range(micro.panels)]
-    zero = emit.splat(0.0)
-    acc = [[emit.slot(emit.floats, zero) for _ in range(micro.nv)] for _ in range(mr)]
+    kind, zero = (emit.words, emit.splat(0, emit.words)) if micro.short else (emit.floats, emit.splat(0.0))
+    acc = [[emit.slot(kind, zero) for _ in range(micro.nv)] for _ in range(mr)]
     pitch = micro.panel * micro.column_bytes
 
     def turn(index: Value, unroll: int) -> None:
@@ -107,12 +113,17 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
 
     is_first = emit.icmp_unsigned("!=", first, i64(0))
     totals = [emit.at(c, emit.imul(c_stride, m)) for m in range(mr)]
-    if micro.source == "int4" and micro.codes is not None:
-        _nibble_groups(emit, micro, micro.codes, starts, bases, totals, is_first)
+    if micro.codes is not None:
+        with emit.builder.if_then(is_first):
+            for row in totals:
+                for v in range(micro.nv):
+                    emit.store(emit.splat(0.0), row, 4 * v * micro.lanes, align=4)
+    if micro.source == "int4" and micro.codes is not None and not micro.short:
+        _nibble_groups(emit, micro, micro.codes, starts, bases, totals)
         emit.finish()
         return function
     if micro.codes is not None:
-        _groups(emit, micro, micro.codes, acc, totals, is_first, turns)
+        _groups(emit, micro, micro.codes, acc, starts, totals, turns)
         emit.finish()
         return function
     turns(i64(0), steps)
@@ -127,27 +138,34 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
 
 
 def _groups(
-    emit: Emit, micro: Micro, codes: Codes, acc: list[list[Value]], totals: list[Value], is_first: Value,
+    emit: Emit, micro: Micro, codes: Codes, acc: list[list[Value]], starts: list[Value], totals: list[Value],
     turns: Callable[[Value, Value], None],
 ) -> None:  # fmt: skip
-    """Run the chunk's groups one after the other, each from zero, and add what they come to to the totals."""
+    """Run the chunk's groups one after the other, each by itself, and add what they come to to the totals."""
     steps = emit.function.args[4]
-    scales, scale_stride = emit.function.args[10:12]
+    scales, scale_stride, zeros, zero_stride, sums_at = emit.function.args[10:]
     length = codes.group // micro.step
     with emit.loop(0, emit.ceil_div(steps, length)) as group:
-        for slot in (slot for row in acc for slot in row):
-            emit.set(slot, emit.splat(0.0))
+        kept = [emit.at(row, emit.iadd(sums_at, emit.imul(group, GROUP_BYTES))) for row in starts]
+        first = [[emit.splat(0.0)] * micro.nv] * len(acc)
+        if codes.short:
+            zeros_at = emit.at(zeros, emit.imul(group, codes.panel))
+            first = first_sums(emit, codes, len(acc), micro.nv, kept, (zeros_at, zero_stride))
+        for slots, values in zip(acc, first, strict=True):
+            for slot, value in zip(slots, values, strict=True):
+                emit.set(slot, value)
         start = emit.imul(group, length)
         span = emit.idiv(emit.imul(group, codes.group), codes.span)
         at = emit.at(scales, emit.imul(span, codes.scale_pitch(emit.lanes)))
         if codes.moves and not codes.shared:
             _prefetch_scales(emit, micro, codes, at, scale_stride)
         turns(start, emit.imin(steps, emit.iadd(start, length)))
-        fresh = emit.and_(is_first, emit.icmp_unsigned("==", group, i64(0)))
-        emit_group_end(
-            emit, codes, [[emit.get(slot, emit.floats) for slot in row] for row in acc], totals, fresh,
-            (at, scale_stride),
-        )  # fmt: skip
+        if codes.short:
+            sums = [[emit.get(slot, emit.words) for slot in row] for row in acc]
+            emit_short_group_end(emit, codes, sums, kept, totals, (at, scale_stride))
+        else:
+            sums = [[emit.get(slot, emit.floats) for slot in row] for row in acc]
+            emit_group_end(emit, codes, sums, totals, (at, scale_stride))
 
 
 def _nibble_groups(
@@ -157,7 +175,6 @@ def _nibble_groups(
     starts: list[Value],
     bases: list[Value],
     totals: list[Value],
-    is_first: Value,
 ) -> None:
     """Run the chunk's groups of 4-bit codes, in turns of as many words as sums of 16 bits have room for."""
     a_offset, steps = emit.function.args[1], emit.function.args[4]
@@ -190,7 +207,6 @@ def _nibble_groups(
         kept = emit.iadd(sums_at, emit.imul(group, GROUP_BYTES))
         emit_nibble_group_end(
             emit, codes, sums, [emit.at(start, kept) for start in starts], totals,
-            emit.and_(is_first, emit.icmp_unsigned("==", group, i64(0))),
             (at, scale_stride), (emit.at(zeros, zeros_at), zero_stride),
         )  # fmt: skip
 
@@ -212,6 +228,9 @@ def _prefetch(emit: Emit, micro: Micro, later: Value, later_stride: Value, turn:
 def _step(
     emit: Emit, micro: Micro, rows: list[Value], bases: list[Value], acc: list[list[Value]], a_at: Value, b_at: Value
 ) -> None:
+    if micro.codes is not None and micro.short:
+        _step_shorts(emit, micro, micro.codes, rows, bases, acc, a_at, b_at)
+        return
     if micro.source in CODES_PER_WORD:
         _step_codes(emit, micro, rows, bases, acc, a_at, b_at)
         return
@@ -242,6 +261,23 @@ def _step_codes(
             a = emit.splat(emit.load(row, emit.iadd(a_at, 4 * k), F32, align=4))
             for v, column in enumerate(columns):
                 emit.set(acc[m][v], emit.fma(a, column, emit.get(acc[m][v], emit.floats)))
+        emit.fence()
+
+
+def _step_shorts(
+    emit: Emit, micro: Micro, codes: Codes, rows: list[Value], bases: list[Value], acc: list[list[Value]],
+    a_at: Value, b_at: Value,
+) -> None:  # fmt: skip
+    """Multiply pairs of codes, two of each word at a time, with pairs of elements of the rows."""
+    staged = micro.source == "shorts"
+    for pair in range(1 if staged else len(codes.pairs)):
+        columns = [_weights(emit, micro, bases, v, b_at)[0] for v in range(micro.nv)]
+        if not staged:
+            columns = [code_pairs(emit, codes, word, pair) for word in columns]
+        for m, row in enumerate(rows):
+            factor = emit.splat(emit.load(row, emit.iadd(a_at, 4 * pair), I32, align=4), emit.words)
+            for v, column in enumerate(columns):
+                emit.set(acc[m][v], pair_product(emit, codes, column, factor, emit.get(acc[m][v], emit.words)))
         emit.fence()
 
 

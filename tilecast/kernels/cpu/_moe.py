@@ -13,6 +13,7 @@ from tilecast.kernels.cpu._codes import emit_widen_row
 from tilecast.kernels.cpu._math import activate
 from tilecast.kernels.cpu._micro import CACHE_LINE, Micro, emit_micro
 from tilecast.kernels.cpu._nibbles import emit_split_row, group_offset, row_bytes
+from tilecast.kernels.cpu._shorts import emit_short_row, kept_offset
 from tilecast.kernels.cpu._stage import emit_stage_codes, emit_stage_packed, emit_stage_plain
 from tilecast.kernels.cpu._variant import ARGS, BARRIER, ENTRY, Tile, Variant
 from tilecast.problem import DTYPES
@@ -31,7 +32,7 @@ class Gemm:
             for tile in v.tiles
             for m in range(tile.least, tile.most + 1)
         }
-        emit_row = emit_split_row if v.nibbles else emit_widen_row
+        emit_row = emit_short_row if v.shorts else emit_split_row if v.nibbles else emit_widen_row
         self.widen_row = None if v.codes is None else emit_row(module, "widen_row", v.codes, v.dtype, v.fma)
         self.stages = {tile.nr: self._stage(tile.micro) for tile in v.tiles} if v.stage else {}
         function = ir.Function(module, ir.FunctionType(VOID, [PTR]), ENTRY)
@@ -50,7 +51,7 @@ class Gemm:
         if v.panel:
             return emit_stage_packed(self.module, name, micro, v.packed_source, v.panel, v.fma)
         if v.codes is not None:
-            return emit_stage_codes(self.module, name, micro, v.codes.kind, v.fma)
+            return emit_stage_codes(self.module, name, micro, v.codes, v.fma)
         return emit_stage_plain(self.module, name, micro, v.dtype, v.fma)
 
     def build(self) -> None:
@@ -196,7 +197,9 @@ class Gemm:
         at = emit.iadd(emit.imul(expert, args["zero_expert_stride"]), emit.imul(panel, args["zero_panel_stride"]))
         at = emit.iadd(at, emit.iadd(emit.imul(span, codes.panel), within))
         zeros = emit.at(args["zeros"], at)
-        kept = group_offset(codes, args["k_padded"], k, emit) if self.variant.nibbles else i64(0)
+        kept = i64(0)
+        if self.variant.nibbles or self.variant.shorts:
+            kept = (kept_offset if self.variant.shorts else group_offset)(codes, args["k_padded"], k, emit)
         return [scales, args["scale_panel_stride"], zeros, args["zero_panel_stride"], kept]
 
     def _chunk(self, tile: Tile, weights: Value, column: Value, k: Value, length: Value) -> tuple[Value, Value]:
@@ -241,7 +244,7 @@ class Gemm:
         """Run the micro-kernel over the rows, cut into blocks whose sizes differ by at most one."""
         emit, v, args = self.emit, self.variant, self.args
         a_offset = emit.imul(k, 2 if v.dot else 4)
-        if v.codes is not None and v.nibbles:
+        if v.codes is not None:
             a_offset = row_bytes(v.codes, k, emit)
         steps = emit.idiv(length, tile.micro.step)
         first = emit.zext(emit.icmp_unsigned("==", k, i64(0)), I64)

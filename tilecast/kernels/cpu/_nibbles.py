@@ -8,6 +8,8 @@ included: total += scale · (2^e · Σ (code - zero) · limbs). Making codes int
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 
 from tilecast.kernels.cpu._build import F32, I8, I16, I32, I64, PTR, VOID, Emit, Value, i32, vector
@@ -27,7 +29,7 @@ NAN_BITS = 0x7FC00000
 
 def row_bytes(codes: Codes, k: Value, emit: Emit) -> Value:
     """Return the bytes that `k` elements of a row take."""
-    return emit.imul(k, codes.limbs * (1 if codes.byte_pairs else 2))
+    return emit.imul(k, codes.row_element_bytes)
 
 
 def group_offset(codes: Codes, k_padded: Value, k: Value, emit: Emit) -> Value:
@@ -50,17 +52,7 @@ def emit_split_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool
     bits = 8 * codes.limbs - 3
     with emit.loop(0, k, codes.group) as begin:
         end = emit.iadd(begin, codes.group)
-        largest = emit.slot(emit.words)
-        emit.set(largest, emit.splat(0, emit.words))
-        with emit.loop(begin, end, SUM_LANES) as i:
-            magnitude = _magnitude(emit, emit.load_floats(source, emit.imul(i, size), dtype))
-            known = emit.get(largest, emit.words)
-            emit.set(largest, emit.select(emit.icmp_signed(">", magnitude, known), magnitude, known))
-        lanes = emit.get(largest, emit.words)
-        top = emit.extract_element(lanes, i32(0))
-        for lane in range(1, SUM_LANES):
-            other = emit.extract_element(lanes, i32(lane))
-            top = emit.select(emit.icmp_signed(">", other, top), other, top)
+        top = largest_bits(emit, lambda i: emit.load_floats(source, emit.imul(i, size), dtype), begin, end)
         finite = emit.icmp_signed("<", top, i32(0x7F800000))
         exponent = emit.lshr(top, i32(23))
         exponent = emit.select(emit.icmp_signed("<", exponent, i32(LOW_EXPONENT)), i32(LOW_EXPONENT), exponent)
@@ -73,7 +65,7 @@ def emit_split_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool
             emit.set(slot, emit.splat(0, emit.words))
         with emit.loop(begin, end, SUM_LANES) as i:
             value = emit.fmul(emit.load_floats(source, emit.imul(i, size), dtype), scale)
-            whole = _rounded(emit, emit.select(alive, value, emit.splat(0.0)))
+            whole = whole_numbers(emit, emit.select(alive, value, emit.splat(0.0)))
             high = _store_limbs(emit, codes, whole, emit.at(target, row_bytes(codes, i, emit)))
             emit.set(upper, emit.add(emit.get(upper, emit.words), high))
             low = emit.sub(whole, emit.shl(high, emit.splat(16, emit.words)))
@@ -90,11 +82,26 @@ def emit_split_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool
     return function
 
 
+def largest_bits(emit: Emit, elements: Callable[[Value], Value], begin: Value, end: Value) -> Value:
+    """Return the bits of the largest magnitude of a row's elements, `SUM_LANES` of them from each index on."""
+    largest = emit.slot(emit.words)
+    emit.set(largest, emit.splat(0, emit.words))
+    with emit.loop(begin, end, SUM_LANES) as i:
+        magnitude, known = _magnitude(emit, elements(i)), emit.get(largest, emit.words)
+        emit.set(largest, emit.select(emit.icmp_signed(">", magnitude, known), magnitude, known))
+    lanes = emit.get(largest, emit.words)
+    top = emit.extract_element(lanes, i32(0))
+    for lane in range(1, SUM_LANES):
+        other = emit.extract_element(lanes, i32(lane))
+        top = emit.select(emit.icmp_signed(">", other, top), other, top)
+    return top
+
+
 def _magnitude(emit: Emit, value: Value) -> Value:
     return emit.and_(emit.bitcast(value, emit.words), emit.splat(0x7FFFFFFF, emit.words))
 
 
-def _rounded(emit: Emit, value: Value) -> Value:
+def whole_numbers(emit: Emit, value: Value) -> Value:
     """Return floats below 2^30 as integers, rounded to nearest, ties to even."""
     sign = emit.and_(emit.bitcast(value, emit.words), emit.splat(-(1 << 31), emit.words))
     # 2^23 with the value's sign: what is added to it loses its fraction. From 2^23 on floats are integers.
@@ -187,10 +194,10 @@ def _pair_sums(emit: Emit, codes: Codes, pairs: Value) -> Value:
 
 
 def emit_nibble_group_end(
-    emit: Emit, codes: Codes, sums: list[list[list[Value]]], kept: list[Value], totals: list[Value], fresh: Value,
+    emit: Emit, codes: Codes, sums: list[list[list[Value]]], kept: list[Value], totals: list[Value],
     scales: tuple[Value, Value], zeros: tuple[Value, Value],
 ) -> None:  # fmt: skip
-    """Add a group's sums, [rows][vectors][limbs], to the rows' totals in memory, or set those where `fresh`.
+    """Add a group's sums, [rows][vectors][limbs], to the rows' totals in memory.
 
     kept: addresses of what is kept of each row's group; scales, zeros: the address of this group's in the tile's first
     panel, and the bytes from panel to panel.
@@ -214,7 +221,6 @@ def emit_nibble_group_end(
             )
             value = emit.fmul(emit.fma(upper, emit.splat(65536.0), lower), factors[m])
             known = emit.load(total, 4 * v * lanes, emit.floats, align=4)
-            known = emit.select(fresh, emit.splat(0.0), known)
             emit.store(emit.fma(value, scale, known), total, 4 * v * lanes, align=4)
 
 

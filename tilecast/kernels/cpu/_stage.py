@@ -1,6 +1,7 @@
 """Staging: weights of one chunk of K brought into the micro-kernel's form in a small scratch buffer.
 
-From a packed panel a chunk is widened to float32; from plain weights [N, K] it is transposed as well.
+From a packed panel a chunk is widened: to float32, or, of codes, to words of two bf16 or of two integers of 16 bits;
+from plain weights [N, K] it is transposed as well.
 Values do not change, so staged and unstaged kernels give the same bits.
 """
 
@@ -9,13 +10,14 @@ from __future__ import annotations
 from llvmlite import ir
 
 from tilecast.kernels.cpu._build import I8, I32, I64, PTR, VOID, Emit, Value, i32, i64, load_one, transpose
-from tilecast.kernels.cpu._codes import CODES_PER_WORD, decode
+from tilecast.kernels.cpu._codes import Codes, decode, decode_pairs
 from tilecast.kernels.cpu._micro import Micro, Source, _halves, _weights
+from tilecast.kernels.cpu._shorts import code_pairs
 from tilecast.problem import DTYPES
 
 
 def emit_stage_packed(module: Value, name: str, micro: Micro, source: Source, panel: int, fma: bool) -> Value:
-    """Emit `name`(b, panel_stride, steps, scratch): packed panels to float32 rows of nv · lanes columns."""
+    """Emit `name`(b, panel_stride, steps, scratch): packed panels to rows of nv · lanes words."""
     function = ir.Function(module, ir.FunctionType(VOID, [PTR, I64, I64, PTR]), name)
     function.linkage = "internal"
     emit = Emit(function, micro.lanes, fma)
@@ -25,17 +27,26 @@ def emit_stage_packed(module: Value, name: str, micro: Micro, source: Source, pa
     row_bytes = 4 * micro.nv * micro.lanes
     with emit.loop(0, steps) as step:
         at = emit.imul(step, panel * packed.column_bytes)
-        target = emit.imul(step, row_bytes * packed.step)
         for v in range(micro.nv):
             loaded = _weights(emit, packed, bases, v, at)
-            if source in CODES_PER_WORD:
-                values = [decode(emit, source, loaded[0], k) for k in range(packed.step)]
+            if micro.codes is not None:
+                values = _decoded(emit, micro.codes, loaded[0])
             else:
                 values = _halves(emit, loaded[0]) if source == "pairs" else loaded
+            target = emit.imul(step, row_bytes * len(values))
             for k, value in enumerate(values):
                 emit.store(value, scratch, emit.iadd(target, k * row_bytes + 4 * v * micro.lanes), align=4)
     emit.finish()
     return function
+
+
+def _decoded(emit: Emit, codes: Codes, word: Value) -> list[Value]:
+    """Return what a word of codes is staged as, one vector for each row of the scratch."""
+    if codes.short:
+        return [code_pairs(emit, codes, word, pair) for pair in range(len(codes.pairs))]
+    if codes.kind == "fp8":
+        return decode_pairs(emit, word)
+    return [word] if codes.limbs else [decode(emit, codes.kind, word, k) for k in range(codes.per_word)]
 
 
 def emit_stage_plain(module: Value, name: str, micro: Micro, dtype: str, fma: bool) -> Value:
@@ -78,10 +89,10 @@ def emit_stage_plain(module: Value, name: str, micro: Micro, dtype: str, fma: bo
     return function
 
 
-def emit_stage_codes(module: Value, name: str, micro: Micro, kind: str, fma: bool) -> Value:
-    """Emit `name`(row_pointers, byte offset of the chunk, words, bytes left, scratch): plain rows of codes to floats.
+def emit_stage_codes(module: Value, name: str, micro: Micro, codes: Codes, fma: bool) -> Value:
+    """Emit `name`(row_pointers, byte offset of the chunk, words, bytes left, scratch): plain rows of codes transposed.
 
-    Codes of 4 bits stay words, of one column each.
+    They become float32, pairs of bf16 or shorts; codes of 4 bits that meet limbs stay words, of one column each.
     A row has so many bytes left from the chunk on; a word that reaches beyond them is filled up with zeros.
     """
     function = ir.Function(module, ir.FunctionType(VOID, [PTR, I64, I64, I64, PTR]), name)
@@ -93,12 +104,10 @@ def emit_stage_codes(module: Value, name: str, micro: Micro, kind: str, fma: boo
     whole = emit.imul(emit.idiv(complete, lanes), lanes)
 
     def write(word: Value, index: Value, column: Value) -> None:
-        if kind == "int4":
-            emit.store(word, scratch, emit.iadd(emit.imul(index, row_bytes), column), align=4)
-            return
-        target = emit.iadd(emit.imul(index, row_bytes * CODES_PER_WORD[kind]), column)
-        for k in range(CODES_PER_WORD[kind]):
-            emit.store(decode(emit, kind, word, k), scratch, emit.iadd(target, k * row_bytes), align=4)
+        values = _decoded(emit, codes, word)
+        target = emit.iadd(emit.imul(index, row_bytes * len(values)), column)
+        for i, value in enumerate(values):
+            emit.store(value, scratch, emit.iadd(target, i * row_bytes), align=4)
 
     with emit.loop(0, i64(micro.nv)) as group:
         column = emit.imul(group, 4 * lanes)

@@ -99,17 +99,22 @@ class Variant:
 
     @property
     def nibbles(self) -> bool:
-        """Whether weights are codes of 4 bits."""
-        return self.codes is not None and self.codes.kind == "int4"
+        """Whether weights are codes of 4 bits, and rows limbs."""
+        return self.codes is not None and self.codes.limbs > 0
+
+    @property
+    def shorts(self) -> bool:
+        """Whether rows are integers of 16 bits."""
+        return self.codes is not None and self.codes.short
 
     def chunk_k(self, rows: int) -> int:
         """Return K of one call of the micro-kernel: a chain, or as many 4-bit codes as the stage has room for.
 
         Several rows share a chunk that is in the first-level cache, beside their own.
         """
-        if not self.nibbles:
+        if not self.nibbles and not self.shorts:
             return FLUSH_K
-        return FLUSH_K * (CODES_PER_WORD["int4"] if rows == 1 else 2)
+        return FLUSH_K * (CODES_PER_WORD["int4"] if rows == 1 and not (self.shorts and self.stage) else 2)
 
     @property
     def packed_source(self) -> Source:
@@ -118,12 +123,19 @@ class Variant:
             return self.codes.kind  # type: ignore[return-value]
         return {"fp32": "f32", "fp16": "f16", "bf16": "pairs"}[self.dtype]  # type: ignore[return-value]
 
+    @property
+    def staged_source(self) -> Source:
+        """How staged weights lie; e4m3 fits bf16, of which half as much is stored and which is cheap to widen."""
+        if self.nibbles or self.shorts:
+            return "int4" if self.nibbles else "shorts"
+        return "pairs" if self.dot or (self.codes is not None and self.codes.kind == "fp8") else "f32"
+
     def micro(self, nv: int) -> Micro:
         """Return the micro-kernel of a tile of nv vectors."""
         if not self.stage:
             source, panel = self.packed_source, self.panel
         else:
-            source, panel = ("pairs" if self.dot else "int4" if self.nibbles else "f32"), nv * self.lanes
+            source, panel = self.staged_source, nv * self.lanes
         return Micro(
             nv=nv, unroll=self.unroll, source=source, panel=panel, lanes=self.lanes, dot=self.dot,
             prefetch=self.prefetch, codes=self.codes,

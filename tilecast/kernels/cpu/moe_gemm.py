@@ -21,7 +21,7 @@ from tilecast.kernels.cpu._variant import FLUSH_K
 from tilecast.kernels.cpu.columns import padded_columns
 from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.kernels.cpu.slots import SlotKernel
-from tilecast.kernels.cpu.tiles import prefetch_lines, rows_per_expert, shapes_of, turn_steps
+from tilecast.kernels.cpu.tiles import SHORTS, prefetch_lines, rows_per_expert, shapes_of, takes_shorts, turn_steps
 from tilecast.kernels.cpu.work import moe_gemm_work
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.kernels.work import Work
@@ -61,7 +61,7 @@ class MoeGemm(SlotKernel):
         "prefetch": (0, 1, 2, 4, 8),
         "block_n": (16, 32, 64, 128, 256, 512, 1024),
         "block_k": (0, 256, 512, 1024, 2048),
-        "dot": ("fma", "bf16"),
+        "dot": ("fma", "bf16", SHORTS),
         "threads": (0, 1, *range(2, 257)),
     }
 
@@ -94,7 +94,9 @@ class MoeGemm(SlotKernel):
                 return f"{isa.name} has no bf16 dot product"
             if gemm.k % 2:
                 return f"dot=bf16 takes K in pairs, K is {gemm.k}"
-        nibbles = weight_format(gemm.layer.weight_format).bits == 4
+        if dot == SHORTS and not takes_shorts(gemm):
+            return f"dot={SHORTS} needs integer codes and rows of 16 bits, the layer is {gemm.layer.label}"
+        nibbles = weight_format(gemm.layer.weight_format).bits == 4 and dot != SHORTS
         live, operands = (mr * nv * LIMBS[gemm.layer.dtype], 0) if nibbles else (mr * nv + 1, nv)
         if live > isa.registers:
             return f"{mr}×{nv} accumulators and {operands + 1} operands do not fit {isa.registers} registers"
@@ -115,11 +117,12 @@ class MoeGemm(SlotKernel):
     def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
         """Yield every config worth considering for this many tokens, in a fixed order; some may be invalid."""
         isa, dtype, rows = self.isa, gemm.layer.dtype, rows_per_expert(gemm, tokens)
-        dots = ("bf16", "fma") if _pairs_dot(gemm, isa) else ("fma",)
+        dots = ("bf16", "fma") if _pairs_dot(gemm, isa) else (SHORTS, "fma") if _shorts(gemm, isa) else ("fma",)
         narrow, wide = (f"panel{max(16, vectors * isa.lanes)}" for vectors in (2, 4))
-        shapes, many = shapes_of(gemm, isa, tokens, rows), rows > 6
-        for dot, layout, (mr, nv) in product(dots, dict.fromkeys((narrow, wide, PLAIN)), shapes):
-            favourite, unroll = (mr, nv) in shapes[:2], turn_steps(gemm, nv, 0)
+        shapes, many = {dot: shapes_of(gemm, isa, tokens, rows, dot) for dot in dots}, rows > 6
+        each = ((dot, layout, shape) for dot in dots for layout in (narrow, wide, PLAIN) for shape in shapes[dot])
+        for dot, layout, (mr, nv) in dict.fromkeys(each):
+            favourite, unroll = (mr, nv) in shapes[dot][:2], turn_steps(gemm, nv, 0, dot)
             if layout != narrow and not favourite:
                 continue
             keeps_up = prefetch_lines(isa, nv, unroll, dtype)
@@ -130,7 +133,7 @@ class MoeGemm(SlotKernel):
                 (0, 512) if many and favourite and layout == narrow else (0,),
             ):
                 yield self._config(
-                    mr=mr, nv=nv, unroll=turn_steps(gemm, nv, stage), layout=layout, stage=stage,
+                    mr=mr, nv=nv, unroll=turn_steps(gemm, nv, stage, dot), layout=layout, stage=stage,
                     block_n=max(block_n, nv * isa.lanes), block_k=block_k, prefetch=prefetch, dot=dot,
                 )  # fmt: skip
 
@@ -142,15 +145,16 @@ class MoeGemm(SlotKernel):
         if like is not None and like.kernel != NAME:
             like = None
         layout = f"panel{max(16, 2 * isa.lanes)}" if like is None else str(like["layout"])
-        dot = "bf16" if _pairs_dot(gemm, isa) and gemm.k % 2 == 0 else "fma"
+        dot = "bf16" if _pairs_dot(gemm, isa) and gemm.k % 2 == 0 else SHORTS if _shorts(gemm, isa) else "fma"
         if like is not None:
             dot = str(like["dot"])
-        mr, nv = shapes_of(gemm, isa, tokens, rows)[0]
-        # Of many rows each tile would make floats of the same codes again; int8's are cheap to make.
-        stage = int(layout == PLAIN or (rows > 6 and weight_format(gemm.layer.weight_format).kind == "fp8"))
-        unroll = turn_steps(gemm, nv, stage)
+        mr, nv = shapes_of(gemm, isa, tokens, rows, dot)[0]
+        # Of many rows each tile would decode the same codes again; floats of int8's are cheap to make.
+        again = dot == SHORTS or weight_format(gemm.layer.weight_format).kind == "fp8"
+        stage = int(layout == PLAIN or (rows > 6 and again))
+        unroll = turn_steps(gemm, nv, stage, dot)
         prefetch = 1 if rows > 6 else prefetch_lines(isa, nv, unroll, dtype) if rows > 1 else 0
-        if weight_format(gemm.layer.weight_format).bits == 4:
+        if weight_format(gemm.layer.weight_format).bits == 4 and dot != SHORTS:
             # One row's products of 4-bit codes leave the hardware's prefetchers behind, several rows' do not.
             prefetch = prefetch_lines(isa, nv, unroll, dtype) if rows == 1 else 0
         active = min(gemm.layer.experts, tokens * gemm.layer.top_k)
@@ -168,6 +172,7 @@ class MoeGemm(SlotKernel):
     def numerics(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> dict[str, Json]:
         """Return the fields of the numerics class: known by construction, whatever the tile's shape."""
         dot, form = config["dot"] == "bf16", weight_format(gemm.layer.weight_format)
+        bits = 16 if config["dot"] == SHORTS else 8 * LIMBS[gemm.layer.dtype] - 2 if form.bits == 4 else 0
         return {
             "kernel": NAME,
             "dtype": gemm.layer.dtype,
@@ -176,7 +181,7 @@ class MoeGemm(SlotKernel):
             "multiply_add": "vdpbf16ps" if dot else "fma" if self.isa.fma else "separate",
             "flush_k": form.group or FLUSH_K,
             **({"weights": gemm.layer.weight_format, "scaled": GROUP_RULE} if form.bits else {}),
-            **({"group_sums": f"exact, rows as {8 * LIMBS[gemm.layer.dtype] - 2} bits"} if form.bits == 4 else {}),
+            **({"group_sums": f"exact, rows as {bits} bits"} if bits else {}),
             "rounding": "intermediate once, output once",
             "combine": "slot order",
         }
@@ -225,6 +230,10 @@ def panel_columns(layout: str) -> int:
     if not layout.startswith("panel"):
         raise ConfigError(f"{NAME}: layout {layout!r} is not packed in panels")
     return int(layout.removeprefix("panel"))
+
+
+def _shorts(gemm: ExpertGemm, isa: Isa) -> bool:
+    return isa.byte_pairs and takes_shorts(gemm)
 
 
 def _pairs_dot(gemm: ExpertGemm, isa: Isa) -> bool:

@@ -25,7 +25,7 @@ from tilecast.kernels.cpu.quantized import (
     unpack_codes,
 )
 from tilecast.kernels.cpu.slots import Rows
-from tilecast.kernels.cpu.tiles import most_vectors
+from tilecast.kernels.cpu.tiles import SHORTS, most_vectors
 from tilecast.kernels.formats import QuantizedStack
 from tilecast.kernels.routing import ExpertLayout
 from tilecast.kernels.spec import PLAIN, GemmWeights
@@ -67,10 +67,11 @@ class Plan(LaunchPlan):
         self.variant = Variant(
             gemm=gemm.name, dtype=layer.dtype, out=out_dtype, activation=layer.activation if gemm.name == "up" else "",
             gated=layer.gated, bias=weights.bias is not None, mr=config.integer("mr"), nv=nv,
-            max_nv=most_vectors(gemm, isa, nv, block_n),
+            max_nv=most_vectors(gemm, isa, nv, block_n, str(config["dot"])),
             unroll=config.integer("unroll"), panel=panel, stage=bool(config["stage"]), dot=dot,
             prefetch=config.integer("prefetch"),
-            lanes=isa.lanes, fma=isa.fma, codes=None if scales is None else generator_codes(gemm, scales, isa),
+            lanes=isa.lanes, fma=isa.fma,
+            codes=None if scales is None else generator_codes(gemm, scales, isa, config["dot"] == SHORTS),
         )  # fmt: skip
         self.widens = self.variant.widens
         self.address = load_variant(self.variant)

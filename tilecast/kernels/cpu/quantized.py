@@ -15,7 +15,7 @@ import torch
 
 from tilecast.errors import InputError
 from tilecast.kernels.cpu._build import keeps_subnormals
-from tilecast.kernels.cpu._codes import Codes, codes_of
+from tilecast.kernels.cpu._codes import SUM_LANES, Codes, codes_of
 from tilecast.kernels.cpu._nibbles import GROUP_BYTES
 from tilecast.kernels.cpu._variant import FLUSH_K
 from tilecast.kernels.cpu.columns import PLAIN_SCALE_PANEL, padded_columns, padded_k
@@ -73,20 +73,20 @@ class PanelStack:
         return self.codes.data_ptr()
 
 
-def generator_codes(gemm: ExpertGemm, scales: Scales, isa: Isa) -> Codes:
-    """Return what the generator has to know of a GEMM's quantised weights."""
+def generator_codes(gemm: ExpertGemm, scales: Scales, isa: Isa, short: bool) -> Codes:
+    """Return what the generator has to know of a GEMM's quantised weights. short: rows are integers of 16 bits."""
     layer, scale = gemm.layer, SCALE_NAMES[scales.values.dtype]
     return codes_of(
         weight_format(layer.weight_format), chain=FLUSH_K, scale=scale, panel=scales.panel, dtype=layer.dtype,
-        byte_pairs=isa.byte_pairs,
+        byte_pairs=isa.byte_pairs, short=short,
     )  # fmt: skip
 
 
 def row_stride(gemm: ExpertGemm, codes: Codes, depth: int) -> int:
     """Return the bytes from row to row of what rows become before they meet codes."""
-    if not codes.limbs:
-        return 4 * depth
-    return depth * codes.limbs * (1 if codes.byte_pairs else 2) + GROUP_BYTES * (gemm.k // codes.group)
+    kept = GROUP_BYTES * -(-gemm.k // codes.group) if codes.limbs or codes.short else 0
+    elements = -(-depth // SUM_LANES) * SUM_LANES if codes.short else depth
+    return elements * codes.row_element_bytes + kept
 
 
 def check_codes(stack: QuantizedStack) -> None:

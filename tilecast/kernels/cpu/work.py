@@ -16,12 +16,14 @@ from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes, codes_of
 from tilecast.kernels.cpu._variant import FLUSH_K, Tile, Variant
 from tilecast.kernels.cpu.columns import PLAIN_SCALE_PANEL, column_bytes, padded_columns, padded_k
 from tilecast.kernels.cpu.isa import Isa
-from tilecast.kernels.cpu.tiles import most_vectors
+from tilecast.kernels.cpu.tiles import SHORTS, most_vectors
 from tilecast.kernels.spec import PLAIN
 from tilecast.kernels.work import Work, nothing, present
 from tilecast.problem import DTYPES, ExpertGemm, TileConfig, weight_format
 
 FMA_UNITS, PRODUCT_UNITS, LOAD_PORTS, VECTOR_PIPES = 2, 2, 2, 4
+INTEGER_PIPES = 3
+"""Vector operations on integers a cycle: 12 products of pairs and 12 additions of them take 8 cycles (Zen 3)."""
 FMA_LATENCY = 4
 """Cycles from one multiply-add into a register to the next one."""
 SPILL_CYCLES = 4.0
@@ -32,6 +34,8 @@ SUM_CYCLES = 1.5
 """Adding one vector of sums to the totals: a load, an add, a store."""
 JOIN_CYCLES = 8.0
 """Making one vector of integer sums into floats: joined, zero points taken off, converted."""
+SHORT_JOIN_CYCLES = 1.0
+"""The same where rows are integers of 16 bits: converted and scaled."""
 L1_BYTES, L2_BYTES = 32 << 10, 512 << 10
 L2_BYTES_PER_CYCLE = 16.0
 PREFETCH_CYCLES = 1.3
@@ -78,7 +82,19 @@ def word_cycles(rows: int, nv: int, codes: Codes, prefetched: float) -> float:
     sums = parts * rows * nv * codes.limbs
     operations = nv * (2 * parts - 1) + 2 * sums
     loads = parts * (nv + rows * codes.limbs)
-    cycles = max(sums / PRODUCT_UNITS, operations / VECTOR_PIPES, loads / LOAD_PORTS)
+    cycles = max(sums / PRODUCT_UNITS, operations / INTEGER_PIPES, loads / LOAD_PORTS)
+    return cycles + PREFETCH_CYCLES * prefetched
+
+
+def pair_cycles(rows: int, nv: int, codes: Codes, staged: bool, prefetched: float) -> float:
+    """Return the cycles of two steps of K of a register tile whose rows are integers of 16 bits (`_shorts`).
+
+    A product of pairs and an addition for each sum; a shift and a mask for codes of 4 bits, but for the lowest ones,
+    two shifts for those of 8, but for the upper ones.
+    """
+    decoding = 0.0 if staged else 2 - 1 / len(codes.pairs)
+    operations = 2 * rows * nv + nv * decoding
+    cycles = max(operations / INTEGER_PIPES, (nv + rows) / LOAD_PORTS)
     return cycles + PREFETCH_CYCLES * prefetched
 
 
@@ -112,20 +128,21 @@ def variant_of(isa: Isa, gemm: ExpertGemm, config: TileConfig, block_n: int) -> 
     return Variant(
         gemm=gemm.name, dtype=layer.dtype, out=layer.dtype, activation=layer.activation if gemm.name == "up" else "",
         gated=layer.gated, bias=layer.bias, mr=config.integer("mr"), nv=nv,
-        max_nv=most_vectors(gemm, isa, nv, block_n), unroll=config.integer("unroll"),
+        max_nv=most_vectors(gemm, isa, nv, block_n, str(config["dot"])), unroll=config.integer("unroll"),
         panel=0 if layout == PLAIN else int(layout.removeprefix("panel")), stage=bool(config["stage"]),
         dot="native" if config["dot"] == "bf16" else "", prefetch=config.integer("prefetch"), lanes=isa.lanes,
-        fma=isa.fma, codes=_codes(isa, gemm),
+        fma=isa.fma, codes=_codes(isa, gemm, config["dot"] == SHORTS),
     )  # fmt: skip
 
 
-def _codes(isa: Isa, gemm: ExpertGemm) -> Codes | None:
+def _codes(isa: Isa, gemm: ExpertGemm, short: bool) -> Codes | None:
     form = weight_format(gemm.layer.weight_format)
     if not form.bits:
         return None
     return codes_of(
-        form, chain=FLUSH_K, scale="fp16", panel=PLAIN_SCALE_PANEL, dtype=gemm.layer.dtype, byte_pairs=isa.byte_pairs
-    )
+        form, chain=FLUSH_K, scale="fp16", panel=PLAIN_SCALE_PANEL, dtype=gemm.layer.dtype,
+        byte_pairs=isa.byte_pairs, short=short,
+    )  # fmt: skip
 
 
 def moe_gemm_work(
@@ -155,13 +172,15 @@ def moe_gemm_work(
         covered_cycles += times * column_tiles * each * covered / max(1, tile.nr // (variant.panel or tile.nr))
         memory_cost += times / _memory_efficiency(variant, tile)
         longest = max(longest, -(-block_n // tile.nr) * each)
-        held = rows * min(depth, config.integer("block_k") or depth) * (2 if dot else 4)
+        row_bytes = rows * depth * (2 if dot or variant.shorts else 4)
+        held = row_bytes * min(1.0, (config.integer("block_k") or depth) / depth)
         if held > 3 * L2_BYTES // 4:
             # Each column tile reads the rows again, and not from the second-level cache.
-            cache_bytes += times * column_tiles * rows * depth * (2 if dot else 4)
+            cache_bytes += times * column_tiles * row_bytes
     rows, passes = sum(rows_present), parts.total()
     flops = 2.0 * rows * columns * depth
     ideal = flops / (2 * isa.lanes * FMA_UNITS * (2 if dot else 1))
+    efficiency = ideal / cycles if variant.shorts else min(1.0, ideal / cycles)
     # Scales and zero points are read with the codes.
     scale_bytes = gemm.weight_bytes(1) - gemm.n * column_bytes(gemm, gemm.k)
     expert_bytes = columns * depth * depth_bytes + scale_bytes
@@ -172,7 +191,7 @@ def moe_gemm_work(
         weight_bytes=float((len(rows_present) if cached else passes) * expert_bytes),
         row_bytes=float(rows * gemm.k * size), out_bytes=float(rows * width * size), cache_bytes=cache_bytes,
         flops=flops, useful_flops=float(gemm.flops(rows)), programs=passes * -(-columns // block_n), path=path,
-        efficiency=min(1.0, ideal / cycles), largest=longest / cycles, memory_efficiency=passes / memory_cost,
+        efficiency=efficiency, largest=longest / cycles, memory_efficiency=passes / memory_cost,
         overlap=OVERLAP + (PREFETCHED_OVERLAP - OVERLAP) * covered_cycles / cycles,
     )  # fmt: skip
 
@@ -218,7 +237,7 @@ def _product_cycles(variant: Variant, tile: Tile, rows: int, depth: int, isa: Is
     groups = -(-depth // variant.codes.group) if variant.codes else chunks
     blocks = row_blocks(rows, tile.most)
     turns = FLUSH_K / micro.step / micro.unroll
-    chunk_bytes = FLUSH_K * tile.nr * (4 if source == "f32" else min(2, element_bytes))
+    chunk_bytes = FLUSH_K * tile.nr * (4 if source in ("f32", "shorts") else min(2, element_bytes))
     weights_bytes = FLUSH_K * tile.nr * element_bytes
     asked = turns * micro.panels * micro.lines_per_panel * 64 * blocks.total()
     covered = min(1.0, asked / weights_bytes) if variant.panel and tile.nr >= variant.panel else 0.0
@@ -235,11 +254,20 @@ def _product_cycles(variant: Variant, tile: Tile, rows: int, depth: int, isa: Is
             words = depth / variant.codes.per_word
             cycles += times * (words * word_cycles(size, nv, variant.codes, micro.prefetch / micro.unroll) + ends)
             continue
+        if variant.codes is not None and variant.shorts:
+            ends += groups * SHORT_JOIN_CYCLES * size * nv
+            asked_for = micro.prefetch / micro.unroll * 2 / micro.step
+            cycles += times * (depth / 2 * pair_cycles(size, nv, variant.codes, variant.stage, asked_for) + ends)
+            continue
         cycles += times * (steps * step_cycles(size, nv, shape) + ends)
-    if variant.stage and variant.nibbles:
+    if variant.codes is not None and variant.stage and variant.shorts:
+        words = 0.0 if variant.panel else depth / variant.codes.per_word * STAGE_PLAIN_CYCLES
+        cycles += nv * (words + depth / 2 * STAGE_PACKED_CYCLES)
+    elif variant.stage and variant.nibbles:
         cycles += depth / CODES_PER_WORD["int4"] * nv * STAGE_PLAIN_CYCLES
     elif variant.stage:
-        cycles += depth * nv * (STAGE_PACKED_CYCLES if variant.panel else STAGE_PLAIN_CYCLES)
+        stored = 0.5 if source == "pairs" and variant.codes is not None else 1.0
+        cycles += depth * nv * (STAGE_PACKED_CYCLES * stored if variant.panel else STAGE_PLAIN_CYCLES)
     return cycles, covered
 
 
