@@ -6,9 +6,10 @@ All types here are frozen, validated when they are built, and have one canonical
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -268,7 +269,7 @@ class TuningTable:
 def _table_text(table: TuningTable) -> str:
     """Return `canonical_json(table.to_json())`, writing each layer and config once: a table repeats them."""
     decisions = table.decisions
-    texts = decision_texts(
+    return table_text(
         [d.environment for d in decisions],
         [d.layer.canonical for d in decisions],
         [d.policy for d in decisions],
@@ -278,8 +279,8 @@ def _table_text(table: TuningTable) -> str:
         [d.certificate for d in decisions],
         _texts_of([d.up for d in decisions]),
         _texts_of([d.down for d in decisions]),
+        [environment.canonical for environment in table.environments],
     )
-    return table_text(texts, [environment.canonical for environment in table.environments])
 
 
 def _texts_of(choices: Sequence[Choice]) -> list[str]:
@@ -295,26 +296,26 @@ def _texts_of(choices: Sequence[Choice]) -> list[str]:
     )
 
 
-def table_text(decisions: Iterable[str], environments: Iterable[str]) -> str:
-    """Return a table's canonical JSON of its decisions' and environments', in their order.
-
-    Object keys stand in the order of their code points, as canonical JSON has them; in all that is written here.
-    """
-    return f'{{"decisions":[{",".join(decisions)}],"environments":[{",".join(environments)}],"format":{TABLE_FORMAT}}}'
-
-
-def decision_texts(
+def table_text(
     environment: Sequence[str], layer: Sequence[str], policy: Sequence[str], routing: Sequence[str],
     tokens: Sequence[int], above: Sequence[int], certificate: Sequence[str], up: Sequence[str], down: Sequence[str],
-) -> list[str]:  # fmt: skip
-    """Return the canonical JSON of decisions, given by columns: layers and choices by theirs, the rest as it is."""
-    return [
-        f'{{"above":{f},"certificate":{quoted(g)},"down":{i},"environment":{quoted(a)},"layer":{b},'
-        f'"policy":{quoted(c)},"routing":{quoted(d)},"tokens":{e},"up":{h}}}'
-        for a, b, c, d, e, f, g, h, i in zip(
-            environment, layer, policy, routing, tokens, above, certificate, up, down, strict=True
-        )
+    environments: Sequence[str],
+) -> str:  # fmt: skip
+    """Return a table's canonical JSON, of its decisions by columns and its environments, both in their order.
+
+    Layers, choices and environments are given by their canonical JSON. Object keys stand in the order of their code
+    points, as canonical JSON has them; in all that is written here.
+    """
+    heads = [f',{{"above":{a},"certificate":{quoted(b)},"down":' for a, b in zip(above, certificate, strict=True)]
+    between = [
+        f',"environment":{quoted(a)},"layer":{b},"policy":{quoted(c)},"routing":{quoted(d)},"tokens":{e},"up":'
+        for a, b, c, d, e in zip(environment, layer, policy, routing, tokens, strict=True)
     ]
+    heads[:1] = [head[1:] for head in heads[:1]]
+    parts = zip(heads, down, between, up, itertools.repeat("}", len(heads)), strict=True)
+    end = f'],"environments":[{",".join(environments)}],"format":{TABLE_FORMAT}}}'
+    # One text of megabytes, made at once.
+    return "".join(['{"decisions":[', *itertools.chain.from_iterable(parts), end])
 
 
 def choice_texts(

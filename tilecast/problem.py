@@ -68,6 +68,9 @@ def weight_format(name: str) -> WeightFormat:
 MAX_DIMENSION = 1 << 24
 """Upper bound of every size and token count; far above any model, far below int32 overflow."""
 
+MAX_VALUE = 1 << 53
+"""Upper bound of a parameter's size; all below have a float of their own."""
+
 GemmName = Literal["up", "down"]
 ParamValue = int | str
 
@@ -259,9 +262,11 @@ class TileConfig:
         for name, value in pairs:
             if not isinstance(name, str) or not name.isidentifier() or len(name) > 64:
                 raise ConfigError(f"config of {kernel}: parameter name {name!r} is not an identifier")
+            if type(value) is int and -MAX_VALUE <= value <= MAX_VALUE:
+                continue  # Nearly always, and a table has thousands.
             if isinstance(value, bool) or not isinstance(value, int | str):
                 raise ConfigError(f"config of {kernel}: {name} is {value!r}, expected an integer or a string")
-            too_big = abs(value) > 1 << 53 if isinstance(value, int) else len(value) > 64
+            too_big = abs(value) > MAX_VALUE if isinstance(value, int) else len(value) > 64
             if too_big:
                 raise ConfigError(f"config of {kernel}: {name} is out of range")
         object.__setattr__(self, "kernel", kernel)
@@ -295,7 +300,7 @@ class TileConfig:
     @property
     def sort_key(self) -> tuple[str, str]:
         """The total order on configs that breaks ties."""
-        return self.kernel, self._params_text
+        return self.kernel, self.canonical[len(quoted(self.kernel)) + len('{"kernel":,"params":') : -1]
 
     @property
     def label(self) -> str:
@@ -304,14 +309,9 @@ class TileConfig:
 
     @cached_property
     def canonical(self) -> str:
-        """The canonical JSON form."""
-        return f'{{"kernel":{quoted(self.kernel)},"params":{self._params_text}}}'
-
-    @cached_property
-    def _params_text(self) -> str:
-        """The canonical JSON of the parameters, put together here: stores hold thousands."""
+        """The canonical JSON form, put together here: stores hold thousands."""
         pairs = [f"{quoted(name)}:{_value_text(value)}" for name, value in self.params]
-        return f"{{{','.join(pairs)}}}"
+        return f'{{"kernel":{quoted(self.kernel)},"params":{{{",".join(pairs)}}}}}'
 
     @cached_property
     def digest(self) -> str:

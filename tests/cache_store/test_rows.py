@@ -35,11 +35,11 @@ from tilecast.cache_store.measurement_rows import (
     measurements_from_rows,
     plain_samples,
 )
-from tilecast.cache_store.queries import plain_line, read_digest, sealed_line
+from tilecast.cache_store.queries import plain_line, read_digest, read_table, sealed_line
 from tilecast.cache_store.store import open_store
 from tilecast.canonical import canonical_json, digest
 from tilecast.errors import InputError
-from tilecast.evidence import Decision, Measurement
+from tilecast.evidence import Decision, Measurement, TuningTable
 from tilecast.problem import ExpertLayer, TileConfig
 
 
@@ -263,6 +263,9 @@ def test_a_table_has_the_digest_that_is_read_without_it(tmp_path: Path) -> None:
         wanted = store.table().digest
     with contextlib.closing(sqlite3.connect(path)) as raw:
         assert read_digest(raw) == wanted
-        assert read_digest(raw, all_environments=True) == wanted
+        assert read_digest(raw, sealed=True) == wanted
+        table = read_table(raw, sealed=True)
+        assert vars(table)["digest"] == wanted == TuningTable(table.environments, table.decisions).digest
         with unittest.mock.patch.object(DecisionColumns, "of", return_value=None):
             assert read_digest(raw) == wanted
+            assert "digest" not in vars(read_table(raw, sealed=True))

@@ -19,7 +19,7 @@ from tilecast.cache_store.decision_rows import decision_configs, settled
 from tilecast.cache_store.files import Header, check_writable, read_header, regular_size, sqlite_path, write_atomically
 from tilecast.cache_store.layout import COLUMNS, EXPORT_FORMAT, EXPORT_FORMATS, export_columns
 from tilecast.cache_store.measurement_rows import storable
-from tilecast.cache_store.plain import Connection, plain_rows, reading_untrusted
+from tilecast.cache_store.plain import Connection, plain_rows, reading_untrusted, single_row
 from tilecast.cache_store.queries import (
     layers_in,
     no_configs,
@@ -160,7 +160,7 @@ def open_evidence(where: str | Path) -> Iterator[Evidence]:
             _check_counts(connection, str(path), besides="measurement")
             sealed = None
             if header.is_export:
-                sealed = read_digest(connection, all_environments=True)
+                sealed = read_digest(connection, sealed=True)
                 check_table(connection, sealed, str(path))
         yield Evidence(connection, partial(_naming, path), sealed)
 
@@ -192,7 +192,7 @@ class Evidence:
         """Return one layer's part of the table, with the environments of its decisions. Raises CacheError."""
         with self._naming():
             found = read_table(self._connection, layer=layer.digest)
-            _check_printable(found)
+            _check_printable(self._connection, found)
             return found
 
     def digest(self) -> str:
@@ -336,8 +336,8 @@ def _check_counts(connection: Connection, name: str, *, besides: str | None = No
 
 def _read(connection: sqlite3.Connection, header: Header, name: str, *, measurements: bool) -> Bundle:
     _check_counts(connection, name)
-    found = read_table(connection, all_environments=header.is_export)
-    _check_printable(found)
+    found = read_table(connection, sealed=header.is_export)
+    _check_printable(connection, found)
     producer = check_table(connection, found.digest, name) if header.is_export else ""
     kept = read_measurements(connection) if measurements else []
     if measurements:
@@ -345,13 +345,14 @@ def _read(connection: sqlite3.Connection, header: Header, name: str, *, measurem
     return Bundle(table=found, measurements=tuple(kept), producer=producer)
 
 
-def _check_printable(table: TuningTable) -> None:
+def _check_printable(connection: Connection, table: TuningTable) -> None:
     """Raise CacheError for names that would do more to a terminal than be printed, and for sizes below 0."""
     choices = [choice for decision in table.decisions for choice in (decision.up, decision.down)]
     texts = {d.routing for d in table.decisions} | {choice.numerics for choice in choices}
-    configs = {config for decision in table.decisions for config in decision_configs(decision)}
     # Canonical JSON writes what is not plain ASCII with a backslash, all but one character; hardly any config has one.
-    texts |= {config.label for config in configs if "\\" in config.canonical or "\x7f" in config.canonical}
+    odd = "SELECT 1 FROM config WHERE replace(replace(fields, '\\', ''), '\x7f', '') <> fields LIMIT 1"
+    if single_row(connection, odd) is not None:
+        texts |= {config.label for decision in table.decisions for config in decision_configs(decision)}
     for environment in table.environments:
         values = [getattr(environment, field.name) for field in fields(environment)]
         texts |= {value for value in values if isinstance(value, str)}

@@ -16,7 +16,7 @@ from typing import Any
 from tilecast.cache_store.keyed import Column, Lookup, all_of, check_names
 from tilecast.canonical import fields_of
 from tilecast.errors import CacheError
-from tilecast.evidence import CERTIFICATES, POLICIES, Choice, Decision, choice_texts, decision_texts
+from tilecast.evidence import CERTIFICATES, POLICIES, Choice, Decision, choice_texts, table_text
 from tilecast.measurement import many_of
 from tilecast.problem import Bucket, ExpertLayer, TileConfig
 
@@ -151,15 +151,15 @@ class DecisionColumns:
             ],
         )  # fmt: skip
 
-    def texts(self, layers: Lookup[ExpertLayer], configs: Lookup[TileConfig]) -> list[str]:
-        """Return the decisions' canonical JSON, if the texts are that of layers and configs, which are not parsed.
+    def table_text(self, layers: Lookup[ExpertLayer], configs: Lookup[TileConfig], environments: Sequence[str]) -> str:
+        """Return the table's canonical JSON, if that is what the texts of layers and configs are: none is parsed.
 
         Raises CacheError for one that is absent.
         """
         environment, layer, policy, routing, tokens, above, certificate = self._own
-        of_layers = list(map(layers.texts_of(layer).__getitem__, layer))
+        found = list(map(layers.texts_of(layer).__getitem__, layer))
         ups, downs = _texts(configs, *self._up), _texts(configs, *self._down)
-        return decision_texts(environment, of_layers, policy, routing, tokens, above, certificate, ups, downs)
+        return table_text(environment, found, policy, routing, tokens, above, certificate, ups, downs, environments)
 
 
 def _are_plain(

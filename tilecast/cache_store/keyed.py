@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, cast
 
+from tilecast.canonical import digest_of_text
 from tilecast.errors import CacheError, InputError
 
 NAME_LIMIT = 256
@@ -77,15 +78,16 @@ class Lookup(dict[str, T], Generic[T]):
         return [self[digest] for digest in sorted(cast(Iterable[str], self._texts))]
 
     def _checked(self, digest: str, text: object) -> T:
-        name = f"{self._what} {digest[:12]!r}"
         try:
             entry = self._parse(parsed_json(text))
         except InputError as error:
-            raise CacheError(f"{name}: {error}") from error
+            raise CacheError(f"{self._what} {digest[:12]!r}: {error}") from error
         if entry.canonical != text:
-            raise CacheError(f"{name}: its fields are not canonical JSON")
-        if entry.digest != digest:
-            raise CacheError(f"{name}: its fields have digest {entry.digest[:12]}")
+            raise CacheError(f"{self._what} {digest[:12]!r}: its fields are not canonical JSON")
+        found = digest_of_text(entry.canonical)
+        if found != digest:
+            raise CacheError(f"{self._what} {digest[:12]!r}: its fields have digest {found[:12]}")
+        vars(entry)["digest"] = digest  # Where the entry itself would keep it.
         return entry
 
 
@@ -130,7 +132,9 @@ def parsed_json(text: object) -> object:
     if not isinstance(text, str):
         raise CacheError(f"expected JSON text, got {type(text).__name__}")
     try:
-        return DECODER.decode(text)
+        value, end = DECODER.raw_decode(text)
+        # White space may follow, which is rare; what else may not, this says.
+        return value if end == len(text) else DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise CacheError(f"not JSON: {error}") from error
 
