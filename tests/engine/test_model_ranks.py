@@ -14,42 +14,47 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import table_of
-from tests.tiny_models import FAMILIES, NAMED_FAMILIES, save_tiny
+from tests.tiny_models import FAMILIES, LATER_FAMILIES, NAMED_FAMILIES, save_tiny
 from tests.torchrun.launch import ROOT, Ended, environment, processes
 from tilecast.cache_store.bundle import export_table
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
 
+# Inkling fails in transformers' own code on two ranks, with its own experts too; Zaya has no plan for them.
+LATER = tuple(family for family in FAMILIES if family in LATER_FAMILIES and family not in ("inkling_text", "zaya"))
 FEW = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 RUNS = {
     ("tp", 2, "few"): (*FEW, "qwen3_next"),
     ("ep", 2, "few"): FEW,
     # An I that four does not divide.
     ("tp", 4, "few"): ("mixtral", "uneven"),
-    ("tp", 2, "all"): tuple(FAMILIES),
+    ("tp", 2, "all"): tuple(family for family in FAMILIES if family not in LATER_FAMILIES),
+    ("tp", 2, "later"): LATER,
+    ("ep", 2, "later"): LATER,
     ("ep", 2, "all"): (*NAMED_FAMILIES, "minimax", "nemotron_h", "lfm2_moe"),
     # What is split in another way: dense, latent and linear attention, biases.
     ("tp", 4, "all"): ("mixtral", "uneven", "deepseek_v3", "gpt_oss", "jamba", "qwen3_next"),
 }
 PARAMS = [
-    pytest.param(run, id="-".join(map(str, run)), marks=[pytest.mark.long] * (run[2] == "all" or run[1] == 4))
+    pytest.param(run, id="-".join(map(str, run)), marks=[pytest.mark.long] * (run[2] != "few" or run[1] == 4))
     for run in RUNS
 ]
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for family in FAMILIES:
-        save_tiny(family, folder / family)
-    # Four ranks hold 13, 13, 13 and 11 of it.
-    save_tiny("mixtral", folder / "uneven", intermediate_size=50)
-    return folder
+    return tmp_path_factory.mktemp("checkpoints")
 
 
 @pytest.fixture(scope="module", params=PARAMS)
 def run(request: pytest.FixtureRequest, checkpoints: Path) -> list[dict]:  # type: ignore[type-arg]
     mode, ranks, _ = request.param
+    for family in RUNS[request.param]:
+        if family == "uneven":
+            # Four ranks hold 13, 13, 13 and 11 of it.
+            save_tiny("mixtral", checkpoints / family, intermediate_size=50)
+        elif not (checkpoints / family).exists():
+            save_tiny(family, checkpoints / family)
     launch = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     script = ["-m", "tests.torchrun.models", str(checkpoints), mode, *RUNS[request.param]]
     done = subprocess.run(
