@@ -5,7 +5,7 @@ python benchmarks/sparse.py --sparsity 0.9 --tokens 1 --seconds 10
 
 Each round times both kernels' default configs on the same operands, cold, one after the other; ratios are taken within
 a round, and of the least times, which other processes disturbed least. The roofline is the time to read what has to be
-read: gate rows, and of up and down the live neurons' rows.
+read: gate rows, or their codes and those that the screen leaves open; and of up and down the live neurons' rows.
 """
 
 from __future__ import annotations
@@ -29,23 +29,32 @@ from tilecast.environment import cpu_environment
 from tilecast.errors import TilecastError
 from tilecast.kernels import registry
 from tilecast.kernels.cpu.peak import measure_peaks
-from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
+from tilecast.kernels.cpu.screen_work import CODE_BYTES, open_share
+from tilecast.kernels.cpu.sparse import SCREEN
+from tilecast.problem import DTYPES, ExpertGemm, ExpertLayer, TileConfig
 
 KERNELS = ("llvm.moe_gemm", "llvm.sparse_experts")
 MAX_COPIES = 8
 """Copies of the weights at most: 10% of as many of a layer as published are more than a last-level cache holds."""
 
 
-def needed_bytes(gemm: ExpertGemm, tokens: int, dead: float) -> dict[str, float]:
-    """Return the weight bytes that each kernel has to read for this many tokens under uniform routing."""
+def needed_bytes(gemm: ExpertGemm, tokens: int, dead: float, layout: str) -> dict[str, float]:
+    """Return the weight bytes that each kernel has to read for this many tokens under uniform routing.
+
+    layout: of the sparse kernel.
+    """
     layer = gemm.layer
     experts = typical_active_experts(layer, tokens)
     whole = gemm.weight_bytes(experts)
     # A neuron is read if it is alive in any row of its expert.
     rows = tokens * layer.top_k * layer.experts / layer.global_experts / experts
     alive = 1 - dead**rows
-    gates = whole / 2 if gemm.name == "up" else 0.0
-    return {KERNELS[0]: float(whole), KERNELS[1]: gates + alive * (whole - gates)}
+    rest = whole / 2 if gemm.name == "up" else 0.0
+    gates = rest
+    if layout == SCREEN:
+        code = CODE_BYTES / DTYPES[gemm.layer.dtype]
+        gates *= code + 1 - (1 - open_share(dead)) ** rows
+    return {KERNELS[0]: float(whole), KERNELS[1]: gates + alive * (whole - rest)}
 
 
 def alternate(
@@ -80,7 +89,7 @@ def measure(layer: ExpertLayer, tokens: int, sparsity: str, seconds: float) -> d
     workload = Workload(environment, routing=parse_profile(f"uniform+sparsity:{sparsity}"))
     parts: dict[str, dict[str, Json]] = {}
     samples: dict[str, list[float]] = {}
-    least = dict.fromkeys(KERNELS, 0.0)
+    least, bytes_read = dict.fromkeys(KERNELS, 0.0), dict.fromkeys(KERNELS, 0.0)
     for gemm in layer.gemms:
         configs = {name: registry[name].default(gemm, tokens, environment) for name in KERNELS}
         # The bits compared are those of one class: fused multiply-adds on both sides.
@@ -91,6 +100,9 @@ def measure(layer: ExpertLayer, tokens: int, sparsity: str, seconds: float) -> d
             before = samples.get(name, [0.0] * rounds)
             samples[name] = [a + b for a, b in zip(before[:rounds], seen[:rounds], strict=True)]
             least[name] += min(seen)
+        layout = str(configs[KERNELS[1]]["layout"])
+        for name, needed in needed_bytes(gemm, tokens, float(sparsity), layout).items():
+            bytes_read[name] += needed
         parts[gemm.name] = {
             name: {"config": configs[name].label, "p50_us": statistics.median(seen), "least_us": min(seen)}
             for name, seen in times.items()
@@ -98,7 +110,6 @@ def measure(layer: ExpertLayer, tokens: int, sparsity: str, seconds: float) -> d
         workload.release()
     ratios = sorted(a / b for a, b in zip(*samples.values(), strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
-    bytes_read = {name: sum(needed_bytes(g, tokens, float(sparsity))[name] for g in layer.gemms) for name in KERNELS}
     # On a busy machine a kernel's best launch may find more bandwidth than the peak's few tries.
     rates = {name: bytes_read[name] / least[name] / 1e3 for name in KERNELS}
     bandwidth = max(measure_peaks().read_gb_s, *rates.values())

@@ -10,10 +10,12 @@ from tilecast.autotune.prescreen import prescreen
 from tilecast.engine.runtime import default_registry
 from tilecast.environment import cpu_environment
 from tilecast.kernels.cpu._codes import codes_of
+from tilecast.kernels.cpu._screen import GROUP
 from tilecast.kernels.cpu.isa import CROSS
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.onednn import KERNEL as ONEDNN
-from tilecast.kernels.cpu.sparse import SparseExperts
+from tilecast.kernels.cpu.screen_work import open_share
+from tilecast.kernels.cpu.sparse import SCREEN, SparseExperts
 from tilecast.kernels.cpu.work import INTEGER_PIPES, Shape, pair_cycles, row_blocks, step_cycles, word_cycles
 from tilecast.kernels.gpu.target import TARGETS, parse_target
 from tilecast.kernels.gpu.work import column_tiles, efficiency, resident_programs
@@ -193,7 +195,7 @@ def test_dead_neurons_are_not_read(dead: float) -> None:
     kernel, dense = SparseExperts(CROSS["avx2"]), MoeGemm(CROSS["avx2"])
     layer = dataclasses.replace(LAYER, activation="relu")
     for gemm in layer.gemms:
-        config, like = kernel.default(gemm, 1, CPU), dense.default(gemm, 1, CPU)
+        config, like = kernel.default(gemm, 64, CPU), dense.default(gemm, 1, CPU)
         gates = 0.5 if gemm.name == "up" else 0.0
         for counts in ([1, 0, 1, 0], [3, 0, 2, 0]):
             whole = dense.work(gemm, like, CPU, counts)
@@ -203,6 +205,22 @@ def test_dead_neurons_are_not_read(dead: float) -> None:
             assert found.useful_flops == pytest.approx(whole.useful_flops * (gates + (1 - gates) * (1 - dead)))
             assert 0 < found.efficiency <= 1 and 0 < found.memory_efficiency <= 1
     assert kernel.work(layer.up, kernel.default(layer.up, 1, CPU), CPU, [0, 0]).flops == 0
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.9, 1.0])
+def test_of_screened_gates_codes_are_read_and_rows_that_stay_open(dead: float) -> None:
+    kernel = SparseExperts(CROSS["avx2"])
+    gemm = dataclasses.replace(LAYER, activation="relu").up
+    config = kernel.default(gemm, 1, CPU)
+    assert config["layout"] == SCREEN
+    gates, ups = (gemm.weight_bytes(2) / 2,) * 2
+    left_open = open_share(dead)
+    assert left_open == pytest.approx({0.0: 1.0, 0.9: 0.2, 1.0: 0.0}[dead], abs=0.01)
+    found = kernel.work(gemm, config, CPU, [1, 0, 1, 0], dead)
+    wanted = gates * ((1 + 2 / GROUP) / 2 + left_open) + ups * (1 - dead)
+    assert found.weight_bytes == pytest.approx(wanted)
+    assert kernel.work(gemm, config, CPU, [3, 0, 1, 0], dead).weight_bytes >= found.weight_bytes
+    assert kernel.work(gemm, config, CPU, [0, 0], dead).flops == 0
 
 
 def test_products_of_4_bit_codes_are_counted() -> None:

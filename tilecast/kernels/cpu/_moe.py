@@ -27,11 +27,7 @@ class Gemm:
     def __init__(self, module: Value, variant: Variant) -> None:
         self.variant, self.module = variant, module
         v = variant
-        self.micros = {
-            (tile.nr, m): emit_micro(module, f"micro_{m}x{tile.micro.nv}", tile.micro, m, v.fma)
-            for tile in v.tiles
-            for m in range(tile.least, tile.most + 1)
-        }
+        self.micros = self._micros()
         emit_row = emit_short_row if v.shorts else emit_split_row if v.nibbles else emit_widen_row
         self.widen_row = None if v.codes is None else emit_row(module, "widen_row", v.codes, v.dtype, v.fma)
         self.stages = {tile.nr: self._stage(tile.micro) for tile in v.tiles} if v.stage else {}
@@ -46,6 +42,14 @@ class Gemm:
             name: self.emit.load(self.block, 8 * i, PTR if name in pointers else I64) for i, name in enumerate(ARGS)
         }
 
+    def _micros(self) -> dict[tuple[int, int], Value]:
+        """Emit the micro-kernels, by columns and rows."""
+        return {
+            (tile.nr, m): emit_micro(self.module, f"micro_{m}x{tile.micro.nv}", tile.micro, m, self.variant.fma)
+            for tile in self.variant.tiles
+            for m in range(tile.least, tile.most + 1)
+        }
+
     def _stage(self, micro: Micro) -> Value:
         v, name = self.variant, f"stage_{micro.nv}"
         if v.panel:
@@ -56,13 +60,7 @@ class Gemm:
 
     def build(self) -> None:
         """Emit the phases."""
-        self.thread = self._take("thread")
-        scratch = self.emit.at(self.args["scratch"], self.emit.imul(self.thread, self.args["scratch_stride"]))
-        stage, pointers, _, _ = self.variant.scratch_layout(0, 0)
-        self.weight_rows, self.staged = scratch, self.emit.at(scratch, stage)
-        self.row_pointers = self.emit.at(scratch, pointers)
-        self.totals = self.emit.at(self.row_pointers, self.emit.imul(self.args["block_m"], 8))
-        self.totals_stride = self.emit.imul(self.args["block_n"], 4)
+        self._point_at_scratch()
         if self.variant.widens:
             self._widen()
             self._barrier()
@@ -71,6 +69,16 @@ class Gemm:
             self._barrier()
             self._combine()
         self._finish()
+
+    def _point_at_scratch(self) -> None:
+        """Take this thread's number, and find its scratch."""
+        self.thread = self._take("thread")
+        scratch = self.emit.at(self.args["scratch"], self.emit.imul(self.thread, self.args["scratch_stride"]))
+        stage, pointers, _, _ = self.variant.scratch_layout(0, 0)
+        self.weight_rows, self.staged = scratch, self.emit.at(scratch, stage)
+        self.row_pointers = self.emit.at(scratch, pointers)
+        self.totals = self.emit.at(self.row_pointers, self.emit.imul(self.args["block_m"], 8))
+        self.totals_stride = self.emit.imul(self.args["block_n"], 4)
 
     def _finish(self) -> None:
         self.emit.restore_subnormals(self.told)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tilecast.kernels.cpu._dots import interleaved_length
 from tilecast.kernels.cpu._micro import CACHE_LINE
+from tilecast.kernels.cpu._variant import FLUSH_K
 from tilecast.problem import DTYPES, ExpertGemm, weight_format
 
 PLAIN_SCALE_PANEL = 64
@@ -42,3 +44,9 @@ def pitch(length: int, dtype: str) -> int:
 def gate_gemm(gemm: ExpertGemm) -> ExpertGemm:
     """Return the GEMM that a gated up projection's gate rows are by themselves."""
     return ExpertGemm(layer=replace(gemm.layer, gated=False, activation="relu"), name="up")
+
+
+def row_pitch(k: int, dtype: str, lanes: int) -> int:
+    """Return the elements from one interleaved row of K elements to the next; a vector past its end may be read."""
+    length = interleaved_length(k)
+    return pitch(length + (2 * lanes if -(-k // FLUSH_K) % lanes else 0), dtype)

@@ -166,10 +166,12 @@ def kept_plan(kind: type[PlanT], isa: Isa, config: TileConfig, weights: GemmWeig
     return plan
 
 
-def check_stored(kernel: str, what: str, tensor: torch.Tensor, count: int, weights: GemmWeights) -> None:
-    """Raise InputError unless stored weights are `count` contiguous elements of the layer's dtype on the CPU."""
+def check_stored(
+    kernel: str, what: str, tensor: torch.Tensor, count: int, weights: GemmWeights, dtype: torch.dtype | None = None
+) -> None:
+    """Raise InputError unless stored weights are `count` contiguous elements of a dtype, the layer's, on the CPU."""
     gemm = weights.gemm
-    dtype = TORCH_DTYPES[gemm.layer.dtype]
+    dtype = dtype or TORCH_DTYPES[gemm.layer.dtype]
     if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise InputError(
             f"{kernel}: {what} in layout {weights.layout} are {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "

@@ -12,7 +12,9 @@ import sys
 
 import torch
 
-from tilecast.kernels.cpu.columns import padded_columns, padded_k
+from tilecast.kernels.cpu._dots import chain_length, interleaved_length
+from tilecast.kernels.cpu.columns import padded_columns, padded_k, row_pitch
+from tilecast.kernels.dtypes import DTYPE_NAMES
 from tilecast.problem import ExpertGemm
 
 PAGE_BYTES = 4096
@@ -76,3 +78,47 @@ def pack_bias(bias: torch.Tensor, gemm: ExpertGemm, lanes: int) -> torch.Tensor:
     order = column_order(gemm, lanes)
     gathered = bias.to(torch.float32).index_select(1, order.clamp(min=0))
     return torch.where(order >= 0, gathered, 0.0).contiguous()
+
+
+def pack_rows(rows: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Return weight rows [E, N, K] neuron by neuron, [E, N, pitch], chains interleaved as `_dots` multiplies them."""
+    experts, count, k = rows.shape
+    packed = empty_on_large_pages((experts, count, row_pitch(k, DTYPE_NAMES[rows.dtype], lanes)), rows.dtype)
+    length = chain_length(k)
+    chains = interleaved_length(k) // length
+    # Negative zeros: their products leave every sum as it is, −0 too.
+    packed[:, :, chains * length :] = -0.0
+    for expert in range(experts):
+        padded = torch.full((count, chains * length), -0.0, dtype=rows.dtype)
+        padded[:, :k] = rows[expert]
+        for first, part in _side_by_side(padded.view(count, chains, length), lanes):
+            target = packed[expert, :, first * length : first * length + part.numel() // count]
+            target.copy_(_interleaved(part).reshape(count, -1))
+    return packed
+
+
+def unpack_rows(packed: torch.Tensor, k: int, lanes: int) -> torch.Tensor:
+    """Return the weight rows [E, N, K] behind `pack_rows`, bit for bit."""
+    experts, count, _ = packed.shape
+    length = chain_length(k)
+    chains = interleaved_length(k) // length
+    plain = torch.empty((experts, count, k), dtype=packed.dtype)
+    for expert in range(experts):
+        padded = torch.empty((count, chains, length), dtype=packed.dtype)
+        for first, part in _side_by_side(padded, lanes):
+            source = packed[expert, :, first * length : first * length + part.numel() // count]
+            _interleaved(part).copy_(source.view(_interleaved(part).shape))
+        plain[expert] = padded.view(count, -1)[:, :k]
+    return plain
+
+
+def _side_by_side(chains: torch.Tensor, lanes: int) -> list[tuple[int, torch.Tensor]]:
+    """Return the chains [N, chains, length] that stand side by side, each with the number of its first one."""
+    return [(first, chains[:, first : first + lanes]) for first in range(0, chains.shape[1], lanes)]
+
+
+def _interleaved(part: torch.Tensor) -> torch.Tensor:
+    """Return a view of chains side by side [N, n, length] in the order in which they lie; bf16 in pairs of elements."""
+    if part.dtype != torch.bfloat16:
+        return part.transpose(1, 2)
+    return part.view(*part.shape[:2], -1, 2).transpose(1, 2)

@@ -1,9 +1,10 @@
 """`llvm.sparse_experts`: grouped expert GEMMs that leave out what relu, relu² or dReLU made zero.
 
-Up computes every gate row, and of the up rows those whose gate is alive; down reads the weight rows of live neurons
-alone. Nothing is predicted: zeros are exact. Bits are those of `llvm.moe_gemm` with dot=fma, so both are one class
-and the tuner may mix them. What is left out is a product of zero: only where the dense sum meets an infinite or NaN
-weight there (it becomes NaN), or has underflowed to −0 (it may become +0), is the result another one.
+Up reads the up rows whose gate is alive, and every gate row, or those of which a screen leaves open whether the gate is
+dead; down reads the weight rows of live neurons alone. Nothing is predicted: zeros are exact. Bits are those of
+`llvm.moe_gemm` with dot=fma, so both are one class and the tuner may mix them. What is left out is a product of zero:
+only where the dense sum meets an infinite or NaN weight there (it becomes NaN), or has underflowed to −0 (it may become
++0), is the result another one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tilecast.errors import ConfigError
 from tilecast.kernels.cpu.columns import gate_gemm, padded_columns
 from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
+from tilecast.kernels.cpu.screen_work import screen_work
 from tilecast.kernels.cpu.slots import SlotKernel
 from tilecast.kernels.cpu.tiles import rows_per_expert
 from tilecast.kernels.cpu.work import sparse_work
@@ -36,6 +38,10 @@ NEURONS = "neurons"
 """The layout of down: one neuron's row behind the other."""
 GATES = {f"gate{panel}": panel for panel in (16, 32, 64)}
 """The layouts of up, and the columns of their gate rows' panels."""
+SCREEN = "screen128"
+"""The layout of up with a screen: gate rows neuron by neuron, and once more as int8 codes, a scale for 128 of K."""
+SCREENED_ROWS = 2
+"""Rows an expert up to which reading less weighs more than screening each row."""
 _NO_TILE = {"mr": 1, "nv": 1, "unroll": 1, "prefetch": 0}
 """What these parameters are for down, which has no register tile."""
 
@@ -43,10 +49,10 @@ _NO_TILE = {"mr": 1, "nv": 1, "unroll": 1, "prefetch": 0}
 class SparseExperts(SlotKernel):
     """Exact zeros left out. Parameters:
 
-    layout: `gateN` (up: gate rows in panels of N columns, up rows as they were) or `neurons` (down); neurons: vectors
-    of live neurons multiplied at once (up), or live neurons added at once (down); ahead: turns by which live rows are
-    asked for ahead (up), or 1 to ask for the next neurons (down); block_n: columns of one job; threads: at most so many
-    (0 = all that torch uses); mr, nv, unroll, prefetch: of the gate rows' tiles, as `llvm.moe_gemm` has them.
+    layout: `gateN` (up: gate rows in panels of N columns), `screen128` (up: gate rows neuron by neuron, behind a screen
+    of 8-bit codes) or `neurons` (down); neurons: neurons multiplied (up) or added (down) at once; ahead: 1 if the next
+    ones are asked for; block_n: columns of one job; threads: at most so many (0 = all that torch uses); mr, nv, unroll,
+    prefetch: of the tiles of gate rows in panels, as `llvm.moe_gemm` has them.
     """
 
     name = NAME
@@ -57,9 +63,9 @@ class SparseExperts(SlotKernel):
         "nv": (1, 2, 4, 8),
         "unroll": (1, 2, 4, 8),
         "prefetch": (0, 1, 2, 4, 8),
-        "layout": (*GATES, NEURONS),
+        "layout": (*GATES, SCREEN, NEURONS),
         "neurons": (1, 2, 4, 8),
-        "ahead": (0, 1, 2, 4, 8, 16),
+        "ahead": (0, 1),
         "block_n": (64, 128, 256, 512, 1024, 2048, 4096),
         "threads": (0, 1, *range(2, 257)),
     }
@@ -88,17 +94,15 @@ class SparseExperts(SlotKernel):
         if (gemm.name == "down") != (layout == NEURONS):
             return f"layout {layout} is not of {gemm.name}"
         if gemm.name == "down":
-            if any(config[name] != value for name, value in _NO_TILE.items()):
-                return f"down has no tile: {', '.join(f'{name}={value}' for name, value in _NO_TILE.items())}"
-            if config.integer("ahead") > 1:
-                return f"ahead={config['ahead']}, down asks for the next neurons or for none"
+            if reason := _without_tile(config):
+                return reason
             if block_n % (8 * self.isa.lanes):
                 return f"block_n={block_n} is not a multiple of 8 vectors of {self.isa.lanes}"
             return None
-        if config.integer("neurons") > 4:
-            return f"neurons={config['neurons']}, up multiplies at most 4 vectors of neurons at once"
         if block_n > 1024:
             return f"block_n={block_n}, up takes at most 1024"
+        if layout == SCREEN:
+            return _without_tile(config)
         return self.dense.invalid(gate_gemm(gemm), self._gate_config(config), environment)
 
     def space(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> Iterator[TileConfig]:
@@ -107,11 +111,12 @@ class SparseExperts(SlotKernel):
             for block_n, neurons in product((4096, 2048, 1024, 512, 256), (8, 4)):
                 yield self._config(**_NO_TILE, layout=NEURONS, neurons=neurons, ahead=1, block_n=block_n)
             return
-        base = self.default(gemm, tokens, environment)
-        for layout, block_n, ahead in product(
-            dict.fromkeys((str(base["layout"]), "gate32")), (256, 512, 128), (0, 4)
-        ):  # fmt: skip
-            yield base.with_params(layout=layout, block_n=block_n, ahead=ahead)
+        gates = [
+            self._up(gemm, tokens, environment, layout) for layout in (self._gates(gemm, tokens, environment), "gate32")
+        ]
+        for base in dict.fromkeys((self._up(gemm, tokens, environment, SCREEN), *gates)):
+            for block_n, neurons in product((256, 512, 128), (4, 8)):
+                yield base.with_params(block_n=block_n, neurons=neurons)
 
     def default(
         self, gemm: ExpertGemm, tokens: int, environment: Environment, like: TileConfig | None = None
@@ -123,15 +128,22 @@ class SparseExperts(SlotKernel):
             # The longer a stretch, the nearer its rate to that of dense weights; every thread has a job.
             blocks = [n for n in (4096, 2048, 1024) if active * columns >= n * max(1, environment.threads)]
             return self._config(**_NO_TILE, layout=NEURONS, neurons=8, ahead=1, block_n=blocks[0] if blocks else 512)
-        gates = self.dense.default(gate_gemm(gemm), tokens, environment)
-        layout = f"gate{str(gates['layout']).removeprefix('panel')}"
-        if like is not None and like.kernel == NAME and like["layout"] in GATES:
-            layout = str(like["layout"])
-        rows = rows_per_expert(gemm, tokens)
-        return self._config(
-            **{name: gates[name] for name in ("mr", "nv", "unroll", "prefetch")}, layout=layout,
-            neurons=4, ahead=0, block_n=128 if rows == 1 else 256 if rows <= 16 else 512,
-        )  # fmt: skip
+        if like is not None and like.kernel == NAME and like["layout"] != NEURONS:
+            return self._up(gemm, tokens, environment, str(like["layout"]))
+        # The more rows an expert has, the more of its gates are open in one of them.
+        screened = rows_per_expert(gemm, tokens) <= SCREENED_ROWS
+        return self._up(gemm, tokens, environment, SCREEN if screened else self._gates(gemm, tokens, environment))
+
+    def _up(self, gemm: ExpertGemm, tokens: int, environment: Environment, layout: str) -> TileConfig:
+        """Return the heuristic config of an up projection in one of its layouts."""
+        gates, rows = self.dense.default(gate_gemm(gemm), tokens, environment), rows_per_expert(gemm, tokens)
+        tile = _NO_TILE if layout == SCREEN else {name: gates[name] for name in _NO_TILE}
+        block_n = 512 if rows > 16 else 256 if rows > 1 or layout == SCREEN else 128
+        return self._config(**tile, layout=layout, neurons=4, ahead=1, block_n=block_n)
+
+    def _gates(self, gemm: ExpertGemm, tokens: int, environment: Environment) -> str:
+        """Return the layout without a screen whose panels are the dense kernel's."""
+        return f"gate{str(self.dense.default(gate_gemm(gemm), tokens, environment)['layout']).removeprefix('panel')}"
 
     def _config(self, **params: ParamValue) -> TileConfig:
         return TileConfig(NAME, {"threads": 0, **params})
@@ -156,7 +168,9 @@ class SparseExperts(SlotKernel):
     ) -> Work:
         """Return what a launch of a valid config does; counts are the rows of each local expert."""
         gates = None
-        if gemm.name == "up":
+        if config["layout"] == SCREEN:
+            gates = screen_work(self.isa, gemm, config, counts, dead)
+        elif gemm.name == "up":
             gates = self.dense.work(gate_gemm(gemm), self._gate_config(config), environment, counts)
         return sparse_work(gemm, config, gates, counts, dead)
 
@@ -165,7 +179,7 @@ class SparseExperts(SlotKernel):
         gemm = weights.gemm
         if layout == PLAIN or weights.layout == layout:
             return weights
-        if weights.layout != PLAIN or layout not in ((NEURONS,) if gemm.name == "down" else GATES):
+        if weights.layout != PLAIN or layout not in ((NEURONS,) if gemm.name == "down" else (*GATES, SCREEN)):
             raise ConfigError(
                 f"{NAME}: weights of {gemm.name} in layout {weights.layout} cannot be packed as {layout!r}"
             )
@@ -196,3 +210,11 @@ class SparseExperts(SlotKernel):
         from tilecast.kernels.cpu import sparse_launch
 
         sparse_launch.launch(self.isa, config, weights, route, operands)
+
+
+def _without_tile(config: TileConfig) -> str | None:
+    """Return why a config that computes no panels is not valid: it has parameters of a tile."""
+    if all(config[name] == value for name, value in _NO_TILE.items()):
+        return None
+    said = ", ".join(f"{name}={value}" for name, value in _NO_TILE.items())
+    return f"layout {config['layout']} has no tile: {said}"

@@ -1,7 +1,7 @@
 """How `llvm.sparse_experts` holds weights: what is always read lies in panels, what may be skipped neuron by neuron.
 
-Up: gate rows as panels of columns, as an ungated up projection's; up rows as checkpoints hold them, one neuron's K
-elements behind each other. Down: transposed, one neuron's H elements behind each other, padded as panels' columns are.
+Up: gate rows as panels of columns, as an ungated up projection's; up rows neuron by neuron, the chains of
+each interleaved (`_dots`). Down: transposed, one neuron's H elements behind each other, padded as panels' columns are.
 Neurons begin an odd number of cache lines apart: a power of two apart, rows read side by side would share a cache set.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tilecast.kernels.cpu.columns import gate_gemm, padded_columns, pitch
-from tilecast.kernels.cpu.layouts import empty_on_large_pages, pack_panels, unpack_panels
+from tilecast.kernels.cpu.layouts import empty_on_large_pages, pack_panels, pack_rows, unpack_panels, unpack_rows
 from tilecast.problem import ExpertGemm
 
 
@@ -37,15 +37,13 @@ class SparseStack:
 def pack_gated(weights: torch.Tensor, gemm: ExpertGemm, panel: int, lanes: int) -> SparseStack:
     """Return plain up weights [E, 2I, K], gate rows first, in two parts."""
     width = gemm.layer.intermediate
-    up = empty_on_large_pages((gemm.layer.experts, width, pitch(gemm.k, gemm.layer.dtype)), weights.dtype)
-    up[:, :, : gemm.k] = weights[:, width:]
-    up[:, :, gemm.k :] = 0
-    return SparseStack(gate=pack_panels(weights[:, :width], gate_gemm(gemm), panel, lanes), up=up)
+    gate = pack_panels(weights[:, :width], gate_gemm(gemm), panel, lanes)
+    return SparseStack(gate=gate, up=pack_rows(weights[:, width:], lanes))
 
 
 def unpack_gated(packed: SparseStack, gemm: ExpertGemm, lanes: int) -> torch.Tensor:
     """Return the plain weights [E, 2I, K] behind the two parts, bit for bit."""
-    return torch.cat([unpack_panels(packed.gate, gate_gemm(gemm), lanes), packed.up[:, :, : gemm.k]], 1)
+    return torch.cat([unpack_panels(packed.gate, gate_gemm(gemm), lanes), unpack_rows(packed.up, gemm.k, lanes)], 1)
 
 
 def pack_neurons(weights: torch.Tensor, gemm: ExpertGemm, lanes: int) -> torch.Tensor:
