@@ -157,6 +157,9 @@ class MoeGemm(SlotKernel):
         if weight_format(gemm.layer.weight_format).bits == 4 and dot != SHORTS:
             # One row's products of 4-bit codes leave the hardware's prefetchers behind, several rows' do not.
             prefetch = prefetch_lines(isa, nv, unroll, dtype) if rows == 1 else 0
+        if dot == SHORTS and rows <= 2:
+            # Jobs of one row or two take four vectors, where there are several rows at all.
+            prefetch = prefetch_lines(isa, nv if tokens == 1 else max(nv, 4), unroll, dtype)
         active = min(gemm.layer.experts, tokens * gemm.layer.top_k)
         jobs = active * padded_columns(gemm, isa.lanes) // 256
         enough = jobs >= 8 * max(1, environment.threads)

@@ -45,7 +45,9 @@ def shapes_of(gemm: ExpertGemm, isa: Isa, tokens: int, rows: int, dot: str = "fm
     wide = isa.registers > 16
     if dot == SHORTS:
         if tokens == 1:
-            return ((1, 8), (1, 4), (1, 2), (2, 4))
+            # One stream of 4-bit codes, two of those of 8, asked for ahead: more of them keep the core from computing.
+            few = (1, 2) if weight_format(gemm.layer.weight_format).bits == 4 else (1, 4)
+            return tuple(dict.fromkeys((few, (1, 4), (1, 8), (1, 2))))
         if rows <= 6:
             return ((4, 4), (8, 2), (6, 4), (2, 8)) if wide else ((4, 2), (2, 4), (6, 2), (3, 2))
         return ((12, 2), (8, 2), (6, 4)) if wide else ((5, 2), (6, 2), (4, 2), (2, 4))
@@ -72,7 +74,9 @@ def takes_shorts(gemm: ExpertGemm) -> bool:
 
 def most_vectors(gemm: ExpertGemm, isa: Isa, nv: int, block_n: int, dot: str = "fma") -> int:
     """Return the vectors of the widest tile for jobs of few rows: as many sums as before, in fewer rows."""
-    nibbles = weight_format(gemm.layer.weight_format).bits == 4 and dot != SHORTS
+    if dot == SHORTS:
+        return max(nv, min(4, block_n // isa.lanes))
+    nibbles = weight_format(gemm.layer.weight_format).bits == 4
     return max(nv, min((4 if isa.registers > 16 else 2) if nibbles else 8, block_n // isa.lanes))
 
 
