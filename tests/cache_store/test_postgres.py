@@ -8,20 +8,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy import URL, create_engine, make_url, text
 
-from tests.store_contract import HERE, SharedStoreContract, StoreContract, decision, in_threads, measurement
+from tests.store_contract import HERE, LAYER, SharedStoreContract, StoreContract, decision, in_threads, measurement
 from tilecast.cache_store import session
 from tilecast.cache_store.adopt import adopt_under
-from tilecast.cache_store.bundle import export_store, import_table, read_bundle
+from tilecast.cache_store.bundle import export_store, import_table, open_evidence, read_bundle
 from tilecast.cache_store.gc import Unwanted, collect
 from tilecast.cache_store.merge import merge_files
 from tilecast.cache_store.session import open_server
 from tilecast.cache_store.store import open_store
 from tilecast.errors import CacheError
+from tilecast.problem import TileConfig
 from tilecast.store import Store
 
 pgserver = pytest.importorskip("pgserver", reason="no embedded PostgreSQL for this machine and Python")
@@ -151,3 +153,26 @@ def test_a_server_is_merged_with_a_file(where: str, tmp_path: Path) -> None:
     assert found.measurements == tuple(measurement(round=number) for number in range(3))
     # And back: what the file holds is adopted under a policy.
     assert adopt_under(found, where, "newest").measurements == 0
+
+
+def test_a_servers_decisions_are_read_layer_by_layer_with_what_they_rest_on(where: str) -> None:
+    wider = replace(LAYER, hidden=128)
+    odd = TileConfig("fake.kernel", {"name": "a\\b"})
+    with open_store(where) as store:
+        store.add_environment(HERE)
+        kept = [measurement(), measurement(gemm=LAYER.down), measurement(config=odd)]
+        store.add_measurements([*kept, measurement(gemm=wider.up)])
+        store.put_decisions([decision(layer=wider), decision(4, 16), decision()])
+        whole = store.table()
+    with open_evidence(where) as evidence:
+        parts = [evidence.table(layer) for layer in evidence.layers(evidence.layer_digests())]
+        assert [d for part in parts for d in part.decisions] == list(whole.decisions)
+        assert evidence.digest() == whole.digest
+        assert sorted(m.key for m in evidence.of(decision())) == sorted(m.key for m in kept)
+    engine = create_engine(where)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE measurement SET samples_us = '[-1.0]'"))
+    engine.dispose()
+    with open_evidence(where) as evidence, pytest.raises(CacheError, match=r"^postgresql.*sample is -1\.0") as caught:
+        evidence.of(decision())
+    assert "\n" not in str(caught.value)

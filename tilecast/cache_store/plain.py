@@ -106,8 +106,9 @@ def plain_rows(connection: Connection, sql: str, parameters: Mapping[str, Any] |
 
 
 def single_row(connection: Connection, sql: str) -> PlainRow | None:
-    """Return the first row of a query, None if there is none."""
-    return next(iter(plain_rows(connection, sql)), None)
+    """Return the first row of a query that has few, None if there is none."""
+    # All are read: a server's cursor would stay open.
+    return next(iter(list(plain_rows(connection, sql))), None)
 
 
 def translate(error: Exception, name: str) -> CacheError:

@@ -34,7 +34,7 @@ def sqlite_state(connection: Connection, name: str) -> State:
     (journal,) = next(plain_rows(connection, "PRAGMA journal_mode"))
     if "alembic_version" not in tables:
         return State(fresh=empty, revision="", journal_mode=str(journal))
-    row = single_row(connection, "SELECT version_num FROM alembic_version")
+    row = single_row(connection, "SELECT version_num FROM alembic_version LIMIT 1")
     return State(fresh=False, revision=str((row or ("",))[0] or ""), journal_mode=str(journal))
 
 

@@ -33,7 +33,7 @@ def check_measurements(connection: Connection, name: str, digest: str | None = N
         return
     if "measurements_digest" not in {row[1] for row in plain_rows(connection, "PRAGMA table_info(export)")}:
         return
-    row = single_row(connection, "SELECT measurements_digest FROM export")
+    row = single_row(connection, "SELECT measurements_digest FROM export LIMIT 1")
     stored = "" if row is None else row[0]
     if stored is None:
         return
