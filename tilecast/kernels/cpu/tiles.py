@@ -45,7 +45,7 @@ def shapes_of(gemm: ExpertGemm, isa: Isa, tokens: int, rows: int, dot: str = "fm
     wide = isa.registers > 16
     if dot == SHORTS:
         if tokens == 1:
-            # Fastest with weights in the last-level cache: one stream of 4-bit codes, two of 8-bit ones, asked for ahead.
+            # Fastest from the last-level cache: one stream of 4-bit codes, two of 8-bit ones, asked for ahead.
             few = (1, 2) if weight_format(gemm.layer.weight_format).bits == 4 else (1, 4)
             return tuple(dict.fromkeys((few, (1, 4), (1, 8), (1, 2))))
         if rows <= 6:
