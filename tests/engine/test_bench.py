@@ -16,6 +16,7 @@ from tilecast.environment import cpu_environment
 from tilecast.errors import InputError, UsageError
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.peak import Peaks
+from tilecast.kernels.cpu.screen_work import open_share
 from tilecast.kernels.cpu.sparse import SparseExperts
 from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.reference import reference_layer
@@ -198,13 +199,22 @@ def test_what_sparse_configs_leave_out_is_not_counted() -> None:
     dense, sparse = MoeGemm(), SparseExperts()
     both = [(kernel.default(layer.up, 2, here), kernel.default(layer.down, 2, here)) for kernel in (dense, sparse)]
     assert left_to_do(layer, ids, both[0], here) == work(layer, ids)
-    active, flops, size = left_to_do(layer, ids, both[1], here)
+    up_config, down_config = both[1]
+    gates = up_config.with_params(layout="gate16")
+    active, flops, size = left_to_do(layer, ids, (gates, down_config), here)
     neuron = 2 * layer.hidden
     # Of expert 0, with two rows, what is alive in one of them; of experts 1 and 2 what is alive in one.
     up, down = (1 - 0.5**2) + 2 * 0.5, (1 - 0.75**2) + 2 * 0.25
     saved = (6 - up - down) * layer.intermediate * neuron
     assert active == 3 and size == pytest.approx(work(layer, ids)[2] - saved)
     assert flops == pytest.approx(2 * 4 * layer.intermediate * layer.hidden * (1 + 0.5 + 0.25))
+    # A screen reads codes and scales in place of the gates, and the gates that it leaves open.
+    screened = left_to_do(layer, ids, (up_config.with_params(layout="screen128"), down_config), here)[2]
+    left_open = open_share(0.5)
+    gate = (1 - (1 - left_open) ** 2) + 2 * left_open - 3
+    columns = -(-layer.intermediate // 64) * 64
+    codes = 3 * columns * layer.hidden * (1 + 2 / 128)
+    assert screened - size == pytest.approx(codes + gate * layer.intermediate * neuron)
 
 
 def point_of(tokens: int, **p50_us: float) -> Point:

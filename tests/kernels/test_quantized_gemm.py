@@ -155,7 +155,7 @@ def tiles(layer: ExpertLayer, dot: str = "") -> list[TileConfig]:
     ]
     eights: list[dict[str, int | str]] = [
         {},
-        {"layout": PLAIN, "stage": 1, "mr": 3, "nv": 4, "unroll": 2, "block_n": 64},
+        {"layout": PLAIN, "stage": 1, "mr": 3, "nv": 4, "unroll": 2, "block_n": 64, "prefetch": 0},
         {"mr": 1, "nv": 1, "unroll": 2, "block_n": 16, "layout": "panel16"},
         {"mr": 4, "nv": 2, "prefetch": 2, "block_k": 256, "layout": "panel64", "block_n": 128, "threads": 1},
         {"mr": 6, "nv": 2, "stage": 1, "unroll": 4, "layout": "panel32", "block_k": 512, "threads": 2},
