@@ -18,7 +18,7 @@ from tilecast.cache_store.store import open_store
 from tilecast.settings import child_environment
 
 TUNE = ["tune", "E=4,H=256,I=192,k=2", "--tokens", "1,4,16"]
-KILLS = 4
+KILLS = 3
 PATIENCE_S = 90
 WITNESS = """
 import os, sys

@@ -139,7 +139,7 @@ def test_a_start_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
         tune_together(plan, store, Group.alone(), registry=small_registry(), progress=stop)
     kept = {m.key: m for m in store.measurements()}
     assert kept
-    table = tune_together(plan, store, Group.alone(), registry=small_registry())
+    table = tune_together(plan, store, Group.alone(), registry=small_registry(), budget_s=2)
     assert {key: m for key, m in ((m.key, m) for m in store.measurements()) if key in kept} == kept
     assert [d.bucket.tokens for d in table.decisions] == [1, 4]
     assert store.table().digest == table.digest
@@ -149,7 +149,7 @@ def test_fresh_tuning_measures_again(tmp_path: Path) -> None:
     store = MemoryStore()
     plan = make_plan([LAYER], (1,), HERE)
     for fresh in (False, False, True):
-        tune_together(plan, store, Group.alone(), registry=small_registry(), fresh=fresh)
+        tune_together(plan, store, Group.alone(), registry=small_registry(), budget_s=2, fresh=fresh)
     assert {m.run for m in store.measurements()} == {0, 1}
 
 

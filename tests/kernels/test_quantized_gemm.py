@@ -176,7 +176,9 @@ def wide_exponents(given: Operands) -> Operands:
 @pytest.mark.parametrize(
     ("form", "dtype", "dot"),
     [
-        (form, dtype, dot) if form in (*FEW, "int8_channel") else pytest.param(form, dtype, dot, marks=pytest.mark.long)
+        pytest.param(
+            form, dtype, dot, marks=[pytest.mark.long] * (form not in (*FEW, "int8_channel") or dtype == "fp32")
+        )
         for form in KINDS
         for dtype, dot in (("fp32", "fma"), ("bf16", "fma"), ("bf16", "int16"))
         if dot == "fma" or form in WHOLE
