@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -306,10 +306,10 @@ def table_text(
     Layers, choices and environments are given by their canonical JSON. Object keys stand in the order of their code
     points, as canonical JSON has them; in all that is written here.
     """
-    heads = [f',{{"above":{a},"certificate":{quoted(b)},"down":' for a, b in zip(above, certificate, strict=True)]
+    heads = [f',{{"above":{a},"certificate":{b},"down":' for a, b in zip(above, _quoted(certificate), strict=True)]
+    named = zip(_quoted(environment), layer, _quoted(policy), _quoted(routing), tokens, strict=True)
     between = [
-        f',"environment":{quoted(a)},"layer":{b},"policy":{quoted(c)},"routing":{quoted(d)},"tokens":{e},"up":'
-        for a, b, c, d, e in zip(environment, layer, policy, routing, tokens, strict=True)
+        f',"environment":{a},"layer":{b},"policy":{c},"routing":{d},"tokens":{e},"up":' for a, b, c, d, e in named
     ]
     heads[:1] = [head[1:] for head in heads[:1]]
     parts = zip(heads, down, between, up, itertools.repeat("}", len(heads)), strict=True)
@@ -324,12 +324,17 @@ def choice_texts(
 ) -> list[str]:  # fmt: skip
     """Return the canonical JSON of choices, given by columns: configs by theirs, no runner-up as `null` and None."""
     return [
-        f'{{"config":{a},"default":{c},"default_us":{d!r},"noise":{g!r},"numerics":{quoted(h)},"p50_us":{b!r},'
+        f'{{"config":{a},"default":{c},"default_us":{d!r},"noise":{g!r},"numerics":{h},"p50_us":{b!r},'
         f'"runner_up":{e},"runner_up_us":{"null" if f is None else repr(f)}}}'
         for a, b, c, d, e, f, g, h in zip(
-            config, p50_us, default, default_us, runner_up, runner_up_us, noise, numerics, strict=True
+            config, p50_us, default, default_us, runner_up, runner_up_us, noise, _quoted(numerics), strict=True
         )
     ]
+
+
+def _quoted(values: Sequence[str]) -> Iterator[str]:
+    """Return each as JSON text; a column of thousands has few different ones."""
+    return map({value: quoted(value) for value in set(values)}.__getitem__, values)
 
 
 def _refuse_constant(name: str) -> object:

@@ -21,6 +21,7 @@ from tilecast.cache_store.layout import COLUMNS, EXPORT_FORMAT, EXPORT_FORMATS, 
 from tilecast.cache_store.measurement_rows import storable
 from tilecast.cache_store.plain import Connection, plain_rows, reading_untrusted, single_row
 from tilecast.cache_store.queries import (
+    keeping_all,
     layers_in,
     no_configs,
     read_digest,
@@ -131,7 +132,7 @@ def read_bundle(where: str | Path, *, measurements: bool = False) -> Bundle:
             assert isinstance(store, SqlStore)  # Those in memory have no server's URL.
             table, kept = store.snapshot(measurements=measurements)
             return Bundle(table=table, measurements=tuple(kept))
-    with _naming(path), _untrusted(path) as (connection, header):
+    with keeping_all(), _naming(path), _untrusted(path) as (connection, header):
         _check_schema(connection, header, str(path))
         _check_undamaged(connection, str(path))
         return _read(connection, header, str(path), measurements=measurements)
