@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny_models import save_tiny, save_tokenizer, tiny_model
 from tilecast.engine.checkpoint import inspect_checkpoint
-from tilecast.engine.load import available_memory, check_heads, check_loading, check_parallel, load_model
+from tilecast.engine.load import available_memory, check_parallel, load_model
+from tilecast.engine.pretrained import check_heads, check_loading
 from tilecast.engine.runtime import forget_table
 from tilecast.engine.transformers import _options, register_transformers
 from tilecast.errors import DeviceError, ModelError, UsageError

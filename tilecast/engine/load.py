@@ -1,17 +1,14 @@
 """Loading a checkpoint folder into transformers' model, strictly: all weights or none, on all ranks or on none.
 
-transformers fills weights that a checkpoint lacks with random numbers and warns; here that is an error. What one
-rank alone can notice (a missing file, too little memory) is agreed on before the first collective.
+What does not fit is an error (`pretrained`). What one rank alone can notice (a missing file, too little memory) is
+agreed on before the first collective.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,18 +18,11 @@ import torch
 import torch.distributed as dist
 
 from tilecast.engine.agreement import process_group
-from tilecast.engine.checkpoint import (
-    TOKENIZER_FILES,
-    Checkpoint,
-    agree_on_checkpoint,
-    agree_on_table_file,
-    inspect_checkpoint,
-)
+from tilecast.engine.checkpoint import Checkpoint, agree_on_checkpoint, agree_on_table_file, inspect_checkpoint
 from tilecast.engine.group import Group
 from tilecast.engine.placed_choice import Asked, Choice, as_choice
-from tilecast.engine.quantized import recipe_of
-from tilecast.engine.transformers_facts import values_of
-from tilecast.engine.watch import is_connection_error, together
+from tilecast.engine.pretrained import first_line, import_transformers, model_of, quiet, tokenizer_of
+from tilecast.engine.watch import together
 from tilecast.errors import DeviceError, ModelError, TilecastError, UsageError
 from tilecast.settings import Settings, launcher
 
@@ -41,9 +31,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Of torch.distributed: a rank may compile for long; one that died is noticed by the watch, within seconds."""
-
-NAMED = 3
-"""How many of the weights that do not fit an error names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +78,7 @@ def load_model(
     """
     group = group or process_group()
     with group.guard():
-        transformers = _transformers()
+        transformers = import_transformers()
         choice = None if gpu_experts is None else _placement(gpu_experts, max(group.world_size, tp * ep), experts)
         check_parallel(group.world_size, tp, ep)
         settings = _settings(policy, table)
@@ -112,14 +99,12 @@ def load_model(
         if group.world_size > 1:
             _join_collectives(group, place)
     with together(group, on_stuck):
-        with _quiet(transformers):
-            with _experts_as_stored(checkpoint):
-                model = _loaded(transformers, checkpoint, wanted, _distributed(tp, ep))
-            check_heads(model, tp * ep)
+        with quiet(transformers):
+            model = model_of(transformers, checkpoint, wanted, tp=tp, ep=ep)
             if group.world_size == 1 and choice is None:
                 model = model.to(place)
             model.eval()
-            tokenizer = _tokenizer(transformers, checkpoint.folder)
+            tokenizer = tokenizer_of(transformers, checkpoint.folder)
         used = _use_experts(
             model, experts, settings, None if choice is None else replace(choice, near=place), experts_only
         )
@@ -153,13 +138,6 @@ def check_parallel(world_size: int, tp: int, ep: int) -> None:
             f"start with torchrun --nproc-per-node {ranks}" if ranks > 1 else "leave out torchrun, or give --tp or --ep"
         )
         raise UsageError(f"tp={tp} and ep={ep} need {ranks} ranks, but there are {world_size}; {start}")
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise UsageError(f"transformers cannot be imported ({error}); install tilecast[hf]") from error
 
 
 def _settings(policy: str | None, table: str | None) -> Settings | None:
@@ -261,105 +239,7 @@ def _join_collectives(group: Group, device: torch.device) -> None:
     )
 
 
-# transformers itself -----------------------------------------------------------------------------------------
-
-
-def _distributed(tp: int, ep: int) -> Any | None:
-    """Return transformers' DistributedConfig for what was asked; 5.17 has one switch for expert parallelism."""
-    ranks = tp * ep
-    if ranks == 1:
-        return None
-    if importlib.util.find_spec("accelerate") is None:
-        raise UsageError("transformers needs accelerate to load a model on several ranks; install tilecast[hf]")
-    made = importlib.import_module("transformers.distributed").DistributedConfig
-    if ep == 1:
-        return made(tp_size=ranks, tp_plan="auto")
-    if "ep_size" not in {field.name for field in dataclasses.fields(made)}:
-        return made(tp_size=ranks, tp_plan="auto", enable_expert_parallel=True)
-    return made(tp_size=ranks, ep_size=ranks, tp_plan="auto")
-
-
-@contextmanager
-def _experts_as_stored(checkpoint: Checkpoint) -> Iterator[None]:
-    """Keep experts as a quantised checkpoint has them while it is loaded; `_use_experts` says what runs them."""
-    if recipe_of(checkpoint.config) is None:
-        yield
-        return
-    from tilecast.engine import quantized_loading
-    from tilecast.engine import transformers as adapter
-
-    adapter.register_transformers()
-    with quantized_loading.experts_as_stored():
-        yield
-
-
-def _loaded(transformers: Any, checkpoint: Checkpoint, dtype: torch.dtype, distributed: Any | None) -> Any:
-    folder = checkpoint.folder
-    options: dict[str, Any] = {} if distributed is None else {"distributed_config": distributed}
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            # They are an error below, which names them.
-            ignore_mismatched_sizes=True, output_loading_info=True, **options,
-        )  # fmt: skip
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise DeviceError(f"{folder} does not fit into memory: {_line(error)}") from error
-    except TilecastError:
-        raise
-    except Exception as error:  # Configs and weights that it does not expect make it raise anything.
-        if is_connection_error(error):
-            raise
-        raise ModelError(f"{folder}: transformers cannot load it: {type(error).__name__}: {_line(error)}") from error
-    check_loading(folder, info)
-    return model
-
-
-def check_loading(folder: Path | str, info: Mapping[str, Any]) -> None:
-    """Raise ModelError, naming some, where `output_loading_info` tells of weights that did not fit the model."""
-    for what, key in (
-        ("lacks weights that the model needs", "missing_keys"),
-        ("has weights of other shapes than the model's", "mismatched_keys"),
-        ("has weights that the model does not", "unexpected_keys"),
-        ("cannot be loaded", "error_msgs"),
-    ):
-        found = _names(info.get(key) or ())
-        if found:
-            more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-            raise ModelError(f"{folder} {what}: {', '.join(found[:NAMED])}{more}")
-
-
-def check_heads(model: Any, ranks: int) -> None:
-    """Raise ModelError where transformers' plan would cut through an attention head: it only fails when it runs."""
-    plan = getattr(model, "_tp_plan", None) or {}
-    config = model.config.get_text_config(decoder=True)
-    for projection, field in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-        sharded = any(name.endswith(f".{projection}") and style.startswith("colwise") for name, style in plan.items())
-        for heads in values_of(config, field) if sharded else ():
-            if isinstance(heads, int) and heads % ranks:
-                raise ModelError(
-                    f"{field} is {heads}, which {ranks} ranks cannot share out; use a number that divides it"
-                )
-
-
-def _names(found: Iterable[Any]) -> list[str]:
-    """Return weights' names; a mismatched one comes as (name, its shape, the model's)."""
-    texts = []
-    for item in found:
-        if isinstance(item, tuple) and len(item) == 3:
-            texts.append(f"{item[0]} {tuple(item[1])} instead of {tuple(item[2])}")
-        else:
-            texts.append(_line(item))
-    return sorted(texts)
-
-
-def _tokenizer(transformers: Any, folder: Path) -> Any | None:
-    """Return the checkpoint's own tokenizer, None where it has no file of one."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers itself raises that, and nothing narrower.
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {type(error).__name__}: {_line(error)}") from error
+# After it ----------------------------------------------------------------------------------------------------
 
 
 def _use_experts(
@@ -379,25 +259,5 @@ def _use_experts(
         with adapter.started_by(settings, placement, experts_only) if experts == adapter.NAME else nullcontext():
             model.set_experts_implementation(experts)
     except ValueError as error:
-        raise UsageError(f"experts are to run on {experts!r:.40}: {_line(error)}") from error
+        raise UsageError(f"experts are to run on {experts!r:.40}: {first_line(error)}") from error
     return experts
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep transformers' progress bars and reports back: what they report is an error here."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-
-
-def _line(error: object) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
