@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -179,7 +180,7 @@ class GpuProbe:
             size = MATMUL_SIZES[path]
             left = torch.ones((size, size), dtype=dtype, device=self._device)
             right, out = torch.ones_like(left), torch.empty_like(left)
-            rates[path] = 2 * size**3 / self._s(lambda a=left, b=right, c=out: torch.mm(a, b, out=c))  # type: ignore[misc]
+            rates[path] = 2 * size**3 / self._s(partial(torch.mm, left, right, out=out))
         return rates
 
     def launch_us(self) -> float:

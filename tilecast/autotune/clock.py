@@ -123,7 +123,7 @@ class CudaQueue:
         self._device = device
         size = max(FLUSH_FACTOR * llc_bytes, MIN_FLUSH_BYTES)
         self._buffer = torch.empty(size // 4, dtype=torch.int32, device=device)
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(device)
         self._last: torch.cuda.CUDAGraph | None = None
 
     def guard(self) -> AbstractContextManager[Any]:
@@ -159,7 +159,7 @@ class CudaQueue:
 
     def mark(self) -> torch.cuda.Event:
         """Record a timing event."""
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 

@@ -28,7 +28,7 @@ from tilecast.errors import DeviceError
 try:
     import fcntl
 except ImportError:  # There is none on Windows.
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # the name is a module to mypy
 
 logger = logging.getLogger(__name__)
 

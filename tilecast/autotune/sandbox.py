@@ -225,7 +225,7 @@ class _Worker:
     def start(self, factory: bytes, limit_s: float) -> None:
         """Send what the worker starts from, and wait until its measurer is there."""
         # No use of the device before: a process that never opened it leaves the choice to the worker.
-        opened = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        opened = torch.cuda.is_initialized()
         device = torch.cuda.current_device() if opened else None
         start = {"threads": torch.get_num_threads(), "device": device, "factory": factory}
         self._exchange("start", start, limit_s)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -165,10 +165,10 @@ def _rest(remaining_s: float | None) -> str:
     return "" if remaining_s is None else f", {duration(remaining_s)} left"
 
 
-def _console(stream: object) -> Console:
+def _console(stream: TextIO) -> Console:
     terminal = bool(getattr(stream, "isatty", lambda: False)())
     # The stream is looked up at each use by Rich only if none is given, which is not wanted for captured output.
-    return _Console(file=stream, width=None if terminal else PIPE_WIDTH)  # type: ignore[arg-type]
+    return _Console(file=stream, width=None if terminal else PIPE_WIDTH)
 
 
 def table(title: str, columns: Iterable[str], *, left: Iterable[str] = ()) -> Table:

@@ -21,7 +21,7 @@ from tilecast.cli._run import launched_rank, use_threads
 from tilecast.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from tilecast.engine.generate import Generation, Sampling
+    from tilecast.engine.generate import Generation, Sampling, TextStream
     from tilecast.engine.load import Loaded
 
 MAX_PROMPT_BYTES = 64 << 20
@@ -244,9 +244,9 @@ def _run(
     output.emit(_json(loaded, lines, done))
 
 
-def _writer(stream: object) -> Callable[[int, int], None]:
+def _writer(stream: TextStream) -> Callable[[int, int], None]:
     def write(_: int, token: int) -> None:
-        sys.stdout.write(stream.push(token))  # type: ignore[attr-defined]
+        sys.stdout.write(stream.push(token))
         sys.stdout.flush()
 
     return write

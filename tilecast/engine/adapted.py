@@ -91,7 +91,7 @@ class Adapted:
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Run the experts: hidden [T, H], ids [T, k], weights [T, k] to a fresh [T, H] of hidden's dtype."""
         if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
-            out: torch.Tensor = _ForwardOnly.apply(hidden, ids, weights, self)  # type: ignore[no-untyped-call]
+            out: torch.Tensor = _ForwardOnly.apply(hidden, ids, weights, self)  # type: ignore[no-untyped-call]  # torch's, untyped
             return out
         return self.run(hidden, ids, weights)
 
@@ -189,8 +189,8 @@ class Adapted:
         if HOOKED not in module.__dict__:
             # They do nothing while the module has its weights.
             module.__dict__[HOOKED] = True
-            module.register_state_dict_post_hook(_fill_state_dict)  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_pre_hook(_restore_before_load)  # type: ignore[no-untyped-call]
+            module.register_state_dict_post_hook(_fill_state_dict)
+            module.register_load_state_dict_pre_hook(_restore_before_load)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Adapted:
         """Return a state that a copied module starts from; the packed weights never change, so they are shared."""

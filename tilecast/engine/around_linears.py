@@ -182,8 +182,7 @@ def give_linear_back(module: torch.nn.Module) -> None:
     """Have a linear run as torch's own again."""
     module.__dict__.pop(STATE, None)
     if type(module) is TilecastLinear:
-        # Checked to be of this very class, and so for mypy no object of another one's.
-        module.__class__ = torch.nn.Linear  # type: ignore[assignment]
+        module.__class__ = torch.nn.Linear  # type: ignore[assignment]  # to mypy it stays what it was checked to be
 
 
 def is_packable(module: torch.nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Keep = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Collectives(TorchDispatchMode):
     """Tells `keep` of every all-reduce and all-gather: this rank's share, and the result once it is there.
 
     What is gathered comes as one tensor, the ranks' parts beside one another.
@@ -19,7 +19,7 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, keep: Keep) -> None:
         """Call `keep(share, result)` for each collective, before the operation around it ends or goes on."""
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's, untyped
         self._keep = keep
         self._ended: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
 

@@ -87,7 +87,7 @@ def run_plain(
     options = (topk_ids.shape[-1], activation, gated, global_experts, dtype)
     form: _Form | None = None
     if bias13 is None and bias2 is None:
-        form = _forms.get(tensors_of(w13)[0])  # type: ignore[no-untyped-call]
+        form = _forms.get(tensors_of(w13)[0])
     if form is None or form.options != options or not form.fits(w13, w2):
         layer = layer_of(
             w13, w2, top_k=options[0], activation=activation, gated=gated, bias13=bias13, bias2=bias2,

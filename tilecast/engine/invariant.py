@@ -63,8 +63,8 @@ class Invariant:
                 )
         if torch.compiler.is_compiling():
             raise InputError("invariant() inside torch.compile: compiled code fuses operations; run the model eagerly")
-        self._dispatch.__enter__()  # type: ignore[no-untyped-call]
-        self._functions.__enter__()  # type: ignore[no-untyped-call]
+        self._dispatch.__enter__()  # type: ignore[no-untyped-call]  # torch's, untyped
+        self._functions.__enter__()  # type: ignore[no-untyped-call]  # torch's, untyped
         _entered().append(self)
         self._depth += 1
         return self
@@ -73,8 +73,8 @@ class Invariant:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give torch's operations back, and say once what was not covered."""
-        self._functions.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        self._dispatch.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._functions.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # torch's, untyped
+        self._dispatch.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # torch's, untyped
         _entered().remove(self)
         self._depth -= 1
         if self.uncovered and self._depth == 0 and error is None and not self._quiet:
@@ -170,9 +170,9 @@ def _attention_signature(
 _attention = inspect.signature(_attention_signature)
 
 
-class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Dispatch(TorchDispatchMode):
     def __init__(self, uncovered: Counter[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's, untyped
         self._uncovered = uncovered
         self.paused = False
 

@@ -329,7 +329,7 @@ _ranges: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def ranges_for(mask: torch.Tensor, batch: int, queries: int, keys: int) -> KeyRanges:
     """Return `ranges_of` a mask, kept as long as the mask is and stays as it is. Raises InputError."""
     key = (batch, queries, keys, mask.data_ptr(), 0 if mask.is_inference() else mask._version)
-    known: Any = _ranges.get(mask)  # type: ignore[no-untyped-call]
+    known: Any = _ranges.get(mask)
     if known is None or known[0] != key or mask.is_inference():
         known = _ranges[mask] = (key, ranges_of(mask, batch, queries, keys))
     found: KeyRanges = known[1]

@@ -105,7 +105,7 @@ def experts(
 
     owner = None if handle == IN_USE else _owners.get(handle)
     if w13 is not None and w2 is not None:
-        known: ReferenceType[PreparedExperts] | None = _by_weight.get(w13)  # type: ignore[no-untyped-call]
+        known: ReferenceType[PreparedExperts] | None = _by_weight.get(w13)
         prepared = None if known is None or handle == IN_USE else known()
         if prepared is None:
             runtime = owner if isinstance(owner, Runtime) else None

@@ -92,7 +92,7 @@ class Transfer:
         if not self.asynchronous:
             return None
         with build.device_guard(self.near):
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.near))
             return event
 
@@ -165,7 +165,7 @@ class Transfer:
         with build.device_guard(self.near):
             stream = _mine.streams.get(self.near)
             if stream is None:
-                stream = _mine.streams[self.near] = torch.cuda.Stream(self.near)  # type: ignore[no-untyped-call]
+                stream = _mine.streams[self.near] = torch.cuda.Stream(self.near)
             with torch.cuda.stream(stream):
                 yield stream
 
@@ -173,6 +173,6 @@ class Transfer:
 def _recorded(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
     if stream is None:
         return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event()
     event.record(stream)
     return event

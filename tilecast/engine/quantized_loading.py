@@ -101,7 +101,7 @@ class _Plan:
             handle.remove()
             self.take_out(model)
 
-        handle = model.register_state_dict_pre_hook(placed)  # type: ignore[no-untyped-call]
+        handle = model.register_state_dict_pre_hook(placed)
 
     def fill_in(self, model: torch.nn.Module) -> None:
         """Read this rank's share of the experts of a model whose other weights are loaded. Raises ModelError."""
@@ -145,7 +145,7 @@ def _share_of(down: torch.Tensor, name: str, *, inner: int) -> Share:
     dimension = getattr(cut[0], "dim", -2) % 3
     if len(placements) != 1 or dimension not in (0, inner):
         raise ModelError(f"{name} is split as {placements} over ranks, which its quantised weights cannot be")
-    mesh: Any = down.device_mesh  # type: ignore[attr-defined]
+    mesh: Any = down.device_mesh  # type: ignore[attr-defined]  # a DTensor, as it has placements
     # As torch.distributed cuts: equal parts as far as they reach.
     size = -(-down.shape[dimension] // mesh.size())
     part = range(down.shape[dimension])[mesh.get_local_rank() * size :][:size]
@@ -267,6 +267,7 @@ def _config_class() -> Any:
     auto = importlib.import_module("transformers.quantizers.auto")
     mixin = importlib.import_module("transformers.utils.quantization_config").QuantizationConfigMixin
 
+    # Both bases are known when transformers is imported, and not to mypy.
     class ExpertsConfig(mixin):  # type: ignore[misc, valid-type]
         """Carries the plan of one loading."""
 
@@ -278,7 +279,7 @@ def _config_class() -> Any:
         def to_dict(self) -> dict[str, Any]:
             return {"quant_method": METHOD}
 
-    class ExpertsQuantizer(quantizers.HfQuantizer):  # type: ignore[misc, name-defined]
+    class ExpertsQuantizer(quantizers.HfQuantizer):  # type: ignore[misc, name-defined]  # as above
         """Keeps experts out of transformers' loading, and reads them when it is done."""
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:

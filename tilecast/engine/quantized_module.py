@@ -38,6 +38,7 @@ def attach(module: torch.nn.Module, stacks: Stacks, known: dict[str, torch.Tenso
     Its parameters are split over ranks as `known` are, and the stacks are this rank's part. Raises InputError where
     those are not.
     """
+    # What is hashed is the class; mypy judges how its objects are.
     module.__class__ = _movable(type(module))  # type: ignore[arg-type]
     transposed = bool(getattr(module, "is_transposed", False))
     for (name, parameter), stack in zip(known.items(), stacks, strict=True):
@@ -122,7 +123,7 @@ class _Quantized(torch.nn.Module):
         bare = {name: p for name, p in held.items() if not any(local(p).stride())}
         for name in bare:
             self._parameters[name] = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, untyped
         for name, parameter in bare.items():
             one = fn(local(parameter)[(0,) * parameter.dim()].clone())
             self._parameters[name] = _without_memory(parameter, one.dtype, one.device)

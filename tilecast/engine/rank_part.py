@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 
@@ -21,7 +23,7 @@ def placed_like(known: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     # Imported here: it takes a while, and whole tensors need none of it.
     from torch.distributed.tensor import DTensor
 
-    mesh = known.device_mesh  # type: ignore[attr-defined]
+    mesh = cast(DTensor, known).device_mesh
     found: torch.Tensor = DTensor.from_local(
         part, mesh, placements, run_check=False, shape=known.shape, stride=known.stride()
     )

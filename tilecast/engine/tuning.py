@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tilecast.autotune.calibrate import Calibration, calibration_for
 from tilecast.autotune.classes import ClassVerifier
@@ -312,8 +312,8 @@ def _to_json(measurement: Measurement) -> dict[str, Json]:
 
 
 def _from_json(value: dict[str, object]) -> Measurement:
-    fields = dict(value)
+    fields: dict[str, Any] = dict(value)
     gemm = ExpertGemm(layer=ExpertLayer.from_json(fields.pop("layer")), name=cast(GemmName, fields.pop("gemm")))
     config = TileConfig.from_json(fields.pop("config"))
     samples = tuple(cast(list[float], fields.pop("samples_us")))
-    return Measurement(gemm=gemm, config=config, samples_us=samples, **fields)  # type: ignore[arg-type]
+    return Measurement(gemm=gemm, config=config, samples_us=samples, **fields)

@@ -9,12 +9,14 @@ float32's range. Codes of 4 bits stay integers (`_nibbles`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, cast
 
 from llvmlite import ir
 
 from tilecast.kernels.cpu._build import F32, I8, I16, I64, PTR, VOID, Emit, Value, load_one, vector
 from tilecast.problem import DTYPES, WeightFormat
 
+CodeKind = Literal["int4", "int8", "fp8"]
 CODES_PER_WORD = {"int4": 8, "int8": 4, "fp8": 4}
 LIMBS = {"fp32": 4, "bf16": 3, "fp16": 3}
 """Bytes that stand for an element of a row where it is multiplied with codes of 4 bits."""
@@ -36,7 +38,7 @@ class Codes:
     (`_shorts`), whatever the bits of codes.
     """
 
-    kind: str
+    kind: CodeKind
     group: int
     span: int
     moves: bool
@@ -82,7 +84,7 @@ def codes_of(
     """Return how a format's weights lie; without groups, chains of `chain` elements are scaled alike."""
     span, nibbles = form.group or chain, form.bits == 4
     return Codes(
-        kind="int4" if nibbles else form.kind, group=span, span=span, moves=form.group > 0, scale=scale,
+        kind="int4" if nibbles else cast(CodeKind, form.kind), group=span, span=span, moves=form.group > 0, scale=scale,
         shared=form.rows != 1, zero={"awq": "stored", "int4": "eight"}.get(form.kind, ""), panel=panel,
         limbs=LIMBS[dtype] if nibbles and not short else 0, byte_pairs=byte_pairs and (nibbles or short), short=short,
     )  # fmt: skip

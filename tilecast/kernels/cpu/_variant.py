@@ -9,6 +9,9 @@ from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes
 from tilecast.kernels.cpu._micro import Micro, Source
 from tilecast.problem import DTYPES
 
+DENSE_SOURCES: dict[str, Source] = {"fp32": "f32", "fp16": "f16", "bf16": "pairs"}
+"""How packed dense weights lie, by their dtype."""
+
 FLUSH_K = 256
 """Length of one accumulation chain along K; the chains' sums are added in ascending order."""
 
@@ -120,8 +123,8 @@ class Variant:
     def packed_source(self) -> Source:
         """How packed weights lie."""
         if self.codes is not None:
-            return self.codes.kind  # type: ignore[return-value]
-        return {"fp32": "f32", "fp16": "f16", "bf16": "pairs"}[self.dtype]  # type: ignore[return-value]
+            return self.codes.kind
+        return DENSE_SOURCES[self.dtype]
 
     @property
     def staged_source(self) -> Source:
