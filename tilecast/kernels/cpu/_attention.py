@@ -16,7 +16,21 @@ from collections.abc import Iterator
 from llvmlite import ir
 
 from tilecast.kernels.cpu._attention_variant import ARGS, ENTRY, POINTERS, VALUE_CHAIN, Variant
-from tilecast.kernels.cpu._build import F32, I8, I32, I64, PTR, VOID, Emit, Value, i32, i64, load_one, vector
+from tilecast.kernels.cpu._build import (
+    F32,
+    I8,
+    I32,
+    I64,
+    PTR,
+    VOID,
+    Emit,
+    Value,
+    i32,
+    i64,
+    internal_function,
+    load_one,
+    vector,
+)
 from tilecast.kernels.cpu._math import const, exp
 from tilecast.kernels.cpu._micro import emit_micro
 from tilecast.kernels.cpu._stage import emit_stage_plain
@@ -327,11 +341,7 @@ def _emit_weighted(module: Value, name: str, v: Variant, mr: int) -> Value:
     Each of mr rows goes on with its chains sums[d] = fma(p[j], values[j, d], sums[d]) over ascending j, from zero if
     `first` is set. p: float32 rows; values: rows of the operand's dtype, value_vectors wide; strides in bytes.
     """
-    kind = ir.FunctionType(VOID, [PTR, I64, I64, PTR, I64, PTR, I64, I64])
-    function = ir.Function(module, kind, name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    function.attributes.add("nounwind")
+    function = internal_function(module, name, [PTR, I64, I64, PTR, I64, PTR, I64, I64], inline=False)
     emit = Emit(function, v.lanes, v.fma)
     p, p_stride, keys, values, values_stride, sums, sums_stride, first = function.args
     rows = [emit.at(p, emit.imul(p_stride, m)) for m in range(mr)]

@@ -54,6 +54,16 @@ def keeps_subnormals(triple: str) -> bool:
     return triple.startswith(("x86_64", "aarch64"))
 
 
+def internal_function(module: Value, name: str, words: Sequence[Value], *, inline: bool = True) -> Value:
+    """Add a function of those arguments and no result, called inside the module alone; nothing is thrown in it."""
+    function = ir.Function(module, ir.FunctionType(VOID, words), name)
+    function.linkage = "internal"
+    if not inline:
+        function.attributes.add("noinline")
+    function.attributes.add("nounwind")
+    return function
+
+
 class Emit:
     """Emits into one function. Offsets are in bytes; integers are i64 unless said."""
 

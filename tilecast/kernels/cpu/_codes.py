@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 from llvmlite import ir
 
-from tilecast.kernels.cpu._build import F32, I8, I16, I64, PTR, VOID, Emit, Value, load_one, vector
+from tilecast.kernels.cpu._build import F32, I8, I16, I64, PTR, Emit, Value, internal_function, load_one, vector
 from tilecast.problem import DTYPES, WeightFormat
 
 CodeKind = Literal["int4", "int8", "fp8"]
@@ -154,9 +154,7 @@ def load_scale(emit: Emit, codes: Codes, base: Value, column: int) -> Value:
 
 def emit_widen_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool) -> Value:
     """Emit `name`(source, target, k, k_padded): a row as float32 times its factor, zeros up to k_padded."""
-    function = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I64, I64]), name)
-    function.linkage = "internal"
-    function.attributes.add("nounwind")
+    function = internal_function(module, name, [PTR, PTR, I64, I64])
     emit = Emit(function, SUM_LANES, fma)
     source, target, k, k_padded = function.args
     size, factor = DTYPES[dtype], codes.row_factor()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from tilecast.kernels.cpu._build import F32, I64, PTR, VOID, Emit, Value, i64, load_one, transpose
+from tilecast.kernels.cpu._build import F32, I64, PTR, Emit, Value, i64, internal_function, load_one, transpose
 from tilecast.kernels.cpu._micro import CACHE_LINE, _halves
 from tilecast.kernels.cpu._variant import FLUSH_K
 from tilecast.problem import DTYPES
@@ -34,9 +34,7 @@ def emit_interleave(module: Value, name: str, dtype: str, lanes: int, fma: bool)
 
     Element i of chain c, of the n ≤ lanes that stand side by side, is at i·n + c of those.
     """
-    function = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I64]), name)
-    function.linkage = "internal"
-    function.attributes.add("nounwind")
+    function = internal_function(module, name, [PTR, PTR, I64])
     emit = Emit(function, lanes, fma)
     source, target, k = function.args
     size = DTYPES[dtype]
@@ -73,10 +71,7 @@ def emit_dots(module: Value, name: str, dtype: str, lanes: int, fma: bool, neuro
     rows: addresses of `neurons` interleaved weight rows; following: of as many that are asked for, if `ahead`; a:
     interleaved float32. A vector's width past the end of either may be read.
     """
-    function = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, PTR, I64, PTR]), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    function.attributes.add("nounwind")
+    function = internal_function(module, name, [PTR, PTR, PTR, I64, PTR], inline=False)
     emit = Emit(function, lanes, fma)
     rows, following, a, k, out = function.args
     size = DTYPES[dtype]

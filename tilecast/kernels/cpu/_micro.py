@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from llvmlite import ir
-
-from tilecast.kernels.cpu._build import BF16, F16, F32, I32, I64, PTR, VOID, Emit, Value, i64, vector
+from tilecast.kernels.cpu._build import BF16, F16, F32, I32, I64, PTR, Emit, Value, i64, internal_function, vector
 from tilecast.kernels.cpu._codes import CODES_PER_WORD, Codes, emit_group_end, load_code
 from tilecast.kernels.cpu._nibbles import GROUP_BYTES, TURN, emit_nibble_group_end, emit_turn, row_bytes
 from tilecast.kernels.cpu._shorts import code_pairs, emit_short_group_end, first_sums, pair_product
@@ -80,11 +78,8 @@ def emit_micro(module: Value, name: str, micro: Micro, mr: int, fma: bool) -> Va
     zero points in the first panel, bytes from panel to panel, and where in a row lies what is kept of its groups.
     """
     words = [PTR, I64, PTR, I64, I64, PTR, I64, I64, PTR, I64]
-    kind = ir.FunctionType(VOID, words if micro.codes is None else [*words, PTR, I64, PTR, I64, I64])
-    function = ir.Function(module, kind, name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    function.attributes.add("nounwind")
+    more = [] if micro.codes is None else [PTR, I64, PTR, I64, I64]
+    function = internal_function(module, name, [*words, *more], inline=False)
     emit = Emit(function, micro.lanes, fma)
     a_pointers, a_offset, b, panel_stride, steps, c, c_stride, first, later, later_stride = function.args[:10]
 

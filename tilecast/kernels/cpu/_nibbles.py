@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from tilecast.kernels.cpu._build import F32, I8, I16, I32, I64, PTR, VOID, Emit, Value, i32, vector
+from tilecast.kernels.cpu._build import F32, I8, I16, I32, I64, PTR, Emit, Value, i32, internal_function, vector
 from tilecast.kernels.cpu._codes import SUM_LANES, Codes, load_scale
 from tilecast.problem import DTYPES
 
@@ -43,9 +43,7 @@ def emit_split_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool
     For each word of codes: for each half of it (bytes) or quarter (pairs of 16 bits), each limb of the elements there.
     Groups with an infinite element or a NaN have limbs of zero and a factor of NaN.
     """
-    function = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I64, I64]), name)
-    function.linkage = "internal"
-    function.attributes.add("nounwind")
+    function = internal_function(module, name, [PTR, PTR, I64, I64])
     emit = Emit(function, SUM_LANES, fma)
     source, target, k, k_padded = function.args
     size = DTYPES[dtype]

@@ -17,11 +17,11 @@ from tilecast.kernels.cpu._build import (
     I32,
     I64,
     PTR,
-    VOID,
     Emit,
     Value,
     i32,
     i64,
+    internal_function,
     load_one,
     transpose,
     vector,
@@ -66,9 +66,7 @@ def padded_groups(k: int, lanes: int) -> int:
 
 def emit_screen_row(module: Value, name: str, lanes: int, dtype: str, fma: bool) -> Value:
     """Emit `name`(source, target, k, padded groups): units t, bounds of norms, integers q of a row of a dtype."""
-    function = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I64, I64]), name)
-    function.linkage = "internal"
-    function.attributes.add("nounwind")
+    function = internal_function(module, name, [PTR, PTR, I64, I64])
     emit = Emit(function, lanes, fma)
     source, target, k, padded = function.args
     size = DTYPES[dtype]
@@ -153,10 +151,7 @@ def emit_screen(module: Value, name: str, lanes: int, fma: bool, rows: int) -> V
     neuron's sum and bound goes, in one number, bytes from row to row and from neuron to neuron.
     """
     words = [PTR, I64, PTR, I64, PTR, I64, PTR, I64, I64, PTR, PTR, I64, I64]
-    function = ir.Function(module, ir.FunctionType(VOID, words), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    function.attributes.add("nounwind")
+    function = internal_function(module, name, words, inline=False)
     emit = Emit(function, lanes, fma)
     (codes, code_stride, scales, scale_stride, bounds, bound_stride, pointers, groups, padded, units, out, out_stride,
      sum_stride) = function.args  # fmt: skip

@@ -10,7 +10,20 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from tilecast.kernels.cpu._build import F32, I8, I16, I32, I64, PTR, VOID, Emit, Value, i32, i64, vector
+from tilecast.kernels.cpu._build import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    PTR,
+    Emit,
+    Value,
+    i32,
+    i64,
+    internal_function,
+    vector,
+)
 from tilecast.kernels.cpu._codes import SUM_LANES, Codes, load_scale
 from tilecast.kernels.cpu._nibbles import GROUP_BYTES, LOW_EXPONENT, NAN_BITS, largest_bits, row_bytes, whole_numbers
 from tilecast.problem import DTYPES
@@ -30,9 +43,7 @@ def emit_short_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool
 
     Groups with an infinite element or a NaN have integers of zero and a factor of NaN.
     """
-    function = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I64, I64]), name)
-    function.linkage = "internal"
-    function.attributes.add("nounwind")
+    function = internal_function(module, name, [PTR, PTR, I64, I64])
     emit = Emit(function, SUM_LANES, fma)
     source, target, k, k_padded = function.args
     size = DTYPES[dtype]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from tilecast.kernels.cpu._build import F32, I32, I64, PTR, VOID, Emit, Value, i64, load_one
+from tilecast.kernels.cpu._build import F32, I32, I64, PTR, Emit, Value, i64, internal_function, load_one
 from tilecast.kernels.cpu._micro import CACHE_LINE, _halves
 from tilecast.kernels.cpu._sparse import Sparse, SparseVariant
 from tilecast.kernels.cpu._variant import FLUSH_K
@@ -119,10 +119,7 @@ def emit_add(module: Value, name: str, sparse: SparseVariant, count: int) -> Val
     follow; columns: a multiple of 8 vectors; first: 1 if sums start from zero.
     """
     v = sparse.dense
-    function = ir.Function(module, ir.FunctionType(VOID, [PTR, PTR, I64, I64, PTR, I64]), name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    function.attributes.add("nounwind")
+    function = internal_function(module, name, [PTR, PTR, I64, I64, PTR, I64], inline=False)
     emit = Emit(function, v.lanes, v.fma)
     values, rows, offset, columns, sums, first = function.args
     size = DTYPES[v.dtype]
