@@ -51,13 +51,7 @@ def emit_split_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool
     with emit.loop(0, k, codes.group) as begin:
         end = emit.iadd(begin, codes.group)
         top = largest_bits(emit, lambda i: emit.load_floats(source, emit.imul(i, size), dtype), begin, end)
-        finite = emit.icmp_signed("<", top, i32(0x7F800000))
-        exponent = emit.lshr(top, i32(23))
-        exponent = emit.select(emit.icmp_signed("<", exponent, i32(LOW_EXPONENT)), i32(LOW_EXPONENT), exponent)
-        # x · 2^-e is below 2^(bits + 1) then; biased exponents of 2^-e and 2^e follow.
-        up = emit.bitcast(emit.shl(emit.sub(i32(254 + bits), exponent), i32(23)), F32)
-        down = emit.select(finite, emit.shl(emit.sub(exponent, i32(bits)), i32(23)), i32(NAN_BITS))
-        scale, alive = emit.splat(up), emit.splat(finite, vector(finite.type, SUM_LANES))
+        scale, alive, down = group_factors(emit, top, bits)
         upper, lower = emit.slot(emit.words), emit.slot(emit.words)
         for slot in (upper, lower):
             emit.set(slot, emit.splat(0, emit.words))
@@ -71,11 +65,7 @@ def emit_split_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool
         kept = emit.at(target, group_offset(codes, k_padded, begin, emit))
         emit.store(down, kept, 0, align=4)
         for place, slot in ((4, upper), (8, lower)):
-            lanes = emit.get(slot, emit.words)
-            total = emit.extract_element(lanes, i32(0))
-            for lane in range(1, SUM_LANES):
-                total = emit.add(total, emit.extract_element(lanes, i32(lane)))
-            emit.store(total, kept, place, align=4)
+            emit.store(sum_of_lanes(emit, emit.get(slot, emit.words)), kept, place, align=4)
     emit.finish()
     return function
 
@@ -93,6 +83,28 @@ def largest_bits(emit: Emit, elements: Callable[[Value], Value], begin: Value, e
         other = emit.extract_element(lanes, i32(lane))
         top = emit.select(emit.icmp_signed(">", other, top), other, top)
     return top
+
+
+def group_factors(emit: Emit, top: Value, bits: int) -> tuple[Value, Value, Value]:
+    """Return 2^-e and whether the group is finite, both in every lane, and the bits of 2^e, a NaN where it is not.
+
+    top: the bits of the group's largest magnitude; times 2^-e that is below 2^(bits + 1).
+    """
+    finite = emit.icmp_signed("<", top, i32(0x7F800000))
+    exponent = emit.lshr(top, i32(23))
+    exponent = emit.select(emit.icmp_signed("<", exponent, i32(LOW_EXPONENT)), i32(LOW_EXPONENT), exponent)
+    # Biased exponents of 2^-e and 2^e.
+    up = emit.bitcast(emit.shl(emit.sub(i32(254 + bits), exponent), i32(23)), F32)
+    down = emit.select(finite, emit.shl(emit.sub(exponent, i32(bits)), i32(23)), i32(NAN_BITS))
+    return emit.splat(up), emit.splat(finite, vector(finite.type, SUM_LANES)), down
+
+
+def sum_of_lanes(emit: Emit, lanes: Value) -> Value:
+    """Return the sum of `SUM_LANES` integers."""
+    total = emit.extract_element(lanes, i32(0))
+    for lane in range(1, SUM_LANES):
+        total = emit.add(total, emit.extract_element(lanes, i32(lane)))
+    return total
 
 
 def _magnitude(emit: Emit, value: Value) -> Value:

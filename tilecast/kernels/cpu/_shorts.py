@@ -25,7 +25,14 @@ from tilecast.kernels.cpu._build import (
     vector,
 )
 from tilecast.kernels.cpu._codes import SUM_LANES, Codes, load_scale
-from tilecast.kernels.cpu._nibbles import GROUP_BYTES, LOW_EXPONENT, NAN_BITS, largest_bits, row_bytes, whole_numbers
+from tilecast.kernels.cpu._nibbles import (
+    GROUP_BYTES,
+    group_factors,
+    largest_bits,
+    row_bytes,
+    sum_of_lanes,
+    whole_numbers,
+)
 from tilecast.problem import DTYPES
 
 BITS = 14
@@ -65,13 +72,7 @@ def emit_short_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool
     with emit.loop(0, k, codes.group) as begin:
         end = emit.imin(k, emit.iadd(begin, codes.group))
         top = largest_bits(emit, elements, begin, end)
-        finite = emit.icmp_signed("<", top, i32(0x7F800000))
-        exponent = emit.lshr(top, i32(23))
-        exponent = emit.select(emit.icmp_signed("<", exponent, i32(LOW_EXPONENT)), i32(LOW_EXPONENT), exponent)
-        # x · 2^-e is below 2^(BITS + 1) then; biased exponents of 2^-e and 2^e follow.
-        up = emit.bitcast(emit.shl(emit.sub(i32(254 + BITS), exponent), i32(23)), F32)
-        down = emit.select(finite, emit.shl(emit.sub(exponent, i32(BITS)), i32(23)), i32(NAN_BITS))
-        scale, alive = emit.splat(up), emit.splat(finite, vector(finite.type, SUM_LANES))
+        scale, alive, down = group_factors(emit, top, BITS)
         sums = emit.slot(emit.words)
         emit.set(sums, emit.splat(0, emit.words))
         with emit.loop(begin, end, SUM_LANES) as i:
@@ -82,11 +83,7 @@ def emit_short_row(module: Value, name: str, codes: Codes, dtype: str, fma: bool
             emit.store(small, target, row_bytes(codes, i, emit), align=4)
         kept = emit.at(target, kept_offset(codes, k_padded, begin, emit))
         emit.store(down, kept, 0, align=4)
-        lanes = emit.get(sums, emit.words)
-        total = emit.extract_element(lanes, i32(0))
-        for lane in range(1, SUM_LANES):
-            total = emit.add(total, emit.extract_element(lanes, i32(lane)))
-        emit.store(total, kept, 4, align=4)
+        emit.store(sum_of_lanes(emit, emit.get(sums, emit.words)), kept, 4, align=4)
     emit.finish()
     return function
 
