@@ -79,6 +79,11 @@ def listed_layers(name: str, sparse: Sparse) -> Sparse:
     return listed
 
 
+def first_k_dense(default: int) -> Sparse:
+    """Layers that mlp_layer_types calls sparse; without that list all but the first first_k_dense_replace."""
+    return listed_layers("mlp_layer_types", every_layer_from("first_k_dense_replace", default=default))
+
+
 def nemotron_kinds(fields: Fields, layers: int) -> list[bool]:
     """The layers whose kind is `moe`, or the letter E."""
     kinds = fields.get("layers_block_type", "hybrid_override_pattern")
