@@ -19,6 +19,7 @@ from tilecast.kernels.cpu.sparse import SCREEN, SparseExperts
 from tilecast.kernels.cpu.work import (
     INTEGER_PIPES,
     LIMB_ISSUE,
+    LIVE_UP_EFFICIENCY,
     Shape,
     pair_cycles,
     row_blocks,
@@ -229,6 +230,19 @@ def test_of_screened_gates_codes_are_read_and_rows_that_stay_open(dead: float) -
     assert found.weight_bytes == pytest.approx(wanted)
     assert kernel.work(gemm, config, CPU, [3, 0, 1, 0], dead).weight_bytes >= found.weight_bytes
     assert kernel.work(gemm, config, CPU, [0, 0], dead).flops == 0
+
+
+def test_an_open_gate_row_costs_what_a_live_row_costs() -> None:
+    gemm = dataclasses.replace(LAYER, activation="relu").up
+    kernel = SparseExperts(CROSS["avx2"])
+    config = kernel.default(gemm, 1, CPU)
+    cycles, flops = {}, {}
+    for dead in (0.0, 0.9, 1.0):
+        done = kernel.work(gemm, config, CPU, [1, 0, 1, 0], dead)
+        cycles[dead], flops[dead] = done.flops / done.efficiency, done.flops
+    # With all dead, codes are screened and nothing else is done.
+    rates = [(flops[dead] - flops[1.0]) / (cycles[dead] - cycles[1.0]) for dead in (0.0, 0.9)]
+    assert rates == pytest.approx([LIVE_UP_EFFICIENCY] * 2)
 
 
 def test_products_of_4_bit_codes_are_counted() -> None:

@@ -8,6 +8,7 @@ from statistics import NormalDist
 from tilecast.kernels.cpu._screen import GROUP
 from tilecast.kernels.cpu.columns import gate_gemm, padded_columns
 from tilecast.kernels.cpu.isa import Isa
+from tilecast.kernels.cpu.work import LIVE_UP_EFFICIENCY
 from tilecast.kernels.work import Work, nothing, present
 from tilecast.problem import DTYPES, ExpertGemm, TileConfig
 
@@ -17,8 +18,6 @@ CODE_BYTES = 1 + 2 / GROUP
 """A code, and its part of a scale."""
 SCREEN_RATE = 0.7
 """Products of codes a cycle, of the multiply-adds of floats at their peak."""
-OPEN_EFFICIENCY = 0.4
-"""Part of the multiply-add peak that open gate rows reach."""
 
 
 def open_share(dead: float) -> float:
@@ -38,7 +37,7 @@ def screen_work(isa: Isa, gemm: ExpertGemm, config: TileConfig, counts: Sequence
     read = len(rows_present) * columns * k * CODE_BYTES
     read += sum(1 - (1 - left_open) ** count for count in rows_present) * width * k * size
     screened, exact = 2.0 * rows * columns * k, 2.0 * rows * left_open * width * k
-    cycles = screened / SCREEN_RATE + exact / OPEN_EFFICIENCY
+    cycles = screened / SCREEN_RATE + exact / LIVE_UP_EFFICIENCY
     jobs = len(rows_present) * -(-columns // config.integer("block_n"))
     return Work(
         weight_bytes=read, row_bytes=0.0, out_bytes=0.0, flops=screened + exact, useful_flops=screened + exact,

@@ -59,7 +59,8 @@ PLAIN_EFFICIENCY = 0.8
 PIECE_BYTES = 1024
 """What a stretch of a live neuron's row takes longer than its bytes: the hardware has to find the stream anew."""
 LIVE_UP_EFFICIENCY, LIVE_DOWN_EFFICIENCY = 0.3, 0.5
-"""Part of the multiply-add peak that live rows reach: a chain in each lane (up), sums in memory (down).
+"""Part of the multiply-add peak that live rows reach: a chain in each lane (up, and gates that a screen leaves open),
+sums in memory (down).
 
 Up reaches 0.30 to 0.33 in bf16 and 0.17 to 0.20 in fp32 from the second-level cache (Zen 3, 16 and 64 rows)."""
 OVERLAP, PREFETCHED_OVERLAP = 0.5, 0.8
