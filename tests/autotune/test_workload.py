@@ -9,10 +9,11 @@ import torch
 from tests.autotune.shared import HERE, LAYER
 from tests.torch_kernel import TorchKernel
 from tilecast.autotune.draws import typical_active_experts, uniform_ids
+from tilecast.autotune.measure import DeviceMeasurer
 from tilecast.autotune.workload import Workload, check_memory, normal_stack
 from tilecast.errors import DeviceError
-from tilecast.kernels.spec import GemmWeights
-from tilecast.problem import ExpertLayer
+from tilecast.kernels.spec import GemmWeights, Registry
+from tilecast.problem import ExpertGemm, ExpertLayer
 
 WIDE = ExpertLayer(hidden=32, intermediate=32, experts=64, top_k=8)
 SHARE = ExpertLayer(hidden=32, intermediate=32, experts=4, top_k=2, global_experts=64)
@@ -118,6 +119,39 @@ def test_weights_never_take_more_memory_than_was_checked(
     for turn in range(18):
         alive.add(work.weights(LAYER.up, kernels[turn % 9], "transposed" if turn % 5 else "plain"))
     assert max(peaks) <= most
+
+
+class Doubled(TorchKernel):
+    """Holds more than the weights in its packed layout."""
+
+    def stack_bytes(self, gemm: ExpertGemm, layout: str) -> int:
+        return 2 * gemm.weight_bytes()
+
+
+def test_a_layout_that_holds_more_than_the_weights_takes_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = LAYER.up.weight_bytes()
+    monkeypatch.setattr("tilecast.autotune.workload._memory_bytes", lambda device: 8 * stack)
+    work, plain, doubled = Workload(HERE), TorchKernel(name="other.moe_gemm"), Doubled()
+    kept = work.weights(LAYER.up, plain, "plain")
+    first = work.weights(LAYER.up, doubled, "transposed")
+    assert work.weights(LAYER.up, plain, "plain") is kept, "one of both fits beside a source"
+    work.weights(LAYER.up, doubled, "transposed", 1)
+    assert work.weights(LAYER.up, plain, "plain") is kept, "the oldest goes first"
+    assert work.weights(LAYER.up, doubled, "transposed") is not first
+    assert work.fits(LAYER.up, [stack, 2 * stack]) and not work.fits(LAYER.up, [2 * stack, 2 * stack])
+    assert work.fits(LAYER.up, [9 * stack]), "a single one always stands alone"
+
+
+def test_the_largest_layout_is_what_has_to_fit_beside_the_plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = LAYER.up.weight_bytes()
+    measurers = [DeviceMeasurer(HERE, Registry((kernel,))) for kernel in (TorchKernel(), Doubled())]
+    monkeypatch.setattr("tilecast.autotune.workload._memory_bytes", lambda device: 3 * stack)
+    for measurer in measurers:
+        measurer.prepare(LAYER.up)
+    monkeypatch.setattr("tilecast.autotune.workload._memory_bytes", lambda device: 3 * stack - 1)
+    measurers[0].prepare(LAYER.up)
+    with pytest.raises(DeviceError, match="for weights in two layouts"):
+        measurers[1].prepare(LAYER.up)
 
 
 def test_inputs_have_the_shapes_of_their_gemm() -> None:

@@ -46,7 +46,9 @@ def test_two_devices_are_timed_beside_one(layer: ExpertLayer) -> None:
         assert [timing.name for timing in point.timings] == [OURS, DEFAULT], "placements are no peers"
         for placed, number in zip(point.placed, (1, 0, 4), strict=True):
             assert (placed.near_experts, placed.near, placed.far) == (number, "cpu", "cpu")
-            assert (placed.near_bytes, placed.far_bytes) == (number * expert, (4 - number) * expert)
+            # With the columns that the kernel pads every expert to.
+            assert placed.near_bytes * (4 - number) == placed.far_bytes * number
+            assert 4 * expert <= placed.near_bytes + placed.far_bytes < 5 * expert
             assert (placed.near_share is None, placed.far_share is None) == (number == 0, number == 4)
             assert all(timing.status == "ok" and len(timing.samples_us) == 2 for timing in placed.timings)
             # One class, one result: the gate sees the same error.

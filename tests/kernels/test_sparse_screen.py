@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.cases import ODD, SMALL, Operands, operands, run_up
 from tests.kernels.test_sparse import DENSE, HERE, KERNEL, LONG, dense_config, same_bits, sparse
 from tilecast.errors import InputError
+from tilecast.kernels import registry
 from tilecast.kernels.cpu._screen import GROUP, LARGEST_STEP
 from tilecast.kernels.cpu._screened import ScreenedUp
 from tilecast.kernels.cpu._sparse import SparseVariant
@@ -22,8 +23,9 @@ from tilecast.kernels.cpu._variant import Variant
 from tilecast.kernels.cpu.isa import CROSS
 from tilecast.kernels.cpu.jit import optimised
 from tilecast.kernels.cpu.screens import screen_of
-from tilecast.kernels.cpu.sparse import SCREEN
+from tilecast.kernels.cpu.sparse import GATES, NEURONS, SCREEN
 from tilecast.kernels.dtypes import TORCH_DTYPES
+from tilecast.kernels.spec import PLAIN, stack_bytes
 from tilecast.problem import ExpertGemm, ExpertLayer, TileConfig
 
 PLAIN_LAYER = ExpertLayer(hidden=300, intermediate=70, experts=2, top_k=1, activation="relu", dtype="fp32", bias=True)
@@ -240,3 +242,22 @@ def test_it_compiles_for_every_instruction_set(name: str, product: str) -> None:
     variant = SparseVariant(dense=dense, neurons=4, ahead=1, screen=True)
     module, machine = optimised(lambda m: ScreenedUp(m, variant).build(), isa)
     assert product in str(machine.emit_assembly(module))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("layer", [LONG, dataclasses.replace(LONG, hidden=64, intermediate=40)])
+def test_what_a_stack_takes_is_known_before_it_is_packed(layer: ExpertLayer, dtype: str) -> None:
+    given = operands(dataclasses.replace(layer, dtype=dtype), 1)
+    for weights, layouts in ((given.up, (*GATES, SCREEN)), (given.down, (NEURONS,))):
+        for layout in layouts:
+            assert stack_bytes(KERNEL, weights.gemm, layout) == KERNEL.pack(weights, layout).data.nbytes
+        assert stack_bytes(KERNEL, weights.gemm, PLAIN) == weights.gemm.weight_bytes() == weights.data.nbytes
+
+
+@pytest.mark.parametrize(("dtype", "more"), [("bf16", 1 / 6), ("fp16", 1 / 6), ("fp32", 1 / 12)])
+def test_a_screen_counts_in_what_a_layer_may_take(dtype: str, more: float) -> None:
+    layer = ExpertLayer(hidden=4096, intermediate=1792, experts=8, top_k=2, dtype=dtype, activation="drelu")
+    for one, wanted in ((layer, 1 + more), (dataclasses.replace(layer, activation="silu"), 1.0)):
+        taken = sum(registry.largest_stack(gemm, HERE) for gemm in one.gemms)
+        # Neurons begin a cache line or two further apart.
+        assert taken / sum(gemm.weight_bytes() for gemm in one.gemms) == pytest.approx(wanted, abs=0.015)

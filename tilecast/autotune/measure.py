@@ -16,7 +16,7 @@ from tilecast.autotune.seeds import hash_seed
 from tilecast.autotune.timing import centre
 from tilecast.autotune.workload import Workload, check_memory, launch, poisoned_output
 from tilecast.environment import Environment
-from tilecast.kernels.spec import GemmWeights, Registry
+from tilecast.kernels.spec import GemmWeights, Registry, stack_bytes
 from tilecast.problem import ExpertGemm, TileConfig
 
 SAMPLE_US = {"cpu": 24000.0, "cuda": 200.0}
@@ -150,7 +150,8 @@ class DeviceMeasurer:
 
     def prepare(self, gemm: ExpertGemm) -> None:
         """Raise DeviceError if the weights of `gemm` do not fit into the device's memory."""
-        check_memory(gemm, self._workload.device)
+        packed = self._registry.largest_stack(gemm, self._workload.environment)
+        check_memory(gemm, self._workload.device, packed_bytes=packed)
 
     def check(self, gemm: ExpertGemm, tokens: int, config: TileConfig) -> Verdict:
         """Run the correctness gate on the full problem; see `Gate`."""
@@ -202,8 +203,12 @@ class DeviceMeasurer:
         is a graph of its own, all of whose launches take less than such a disturbance lasts.
         """
         kernels = [self._registry[config.kernel] for config in configs]
-        layouts = {(kernel.name, kernel.layout(gemm, config)) for kernel, config in zip(kernels, configs, strict=True)}
-        held = self._workload.fits(gemm, len(layouts) * self._workload.copies(gemm))
+        stacks = {
+            (kernel.name, layout): stack_bytes(kernel, gemm, layout)
+            for kernel, config in zip(kernels, configs, strict=True)
+            for layout in [kernel.layout(gemm, config)]
+        }
+        held = self._workload.fits(gemm, [*stacks.values()] * self._workload.copies(gemm))
         if self._workload.device.type != "cpu" or not held:
             return [self.sample(gemm, tokens, config, round=round, count=count) for config in configs]
         repeats = [self._repeats_of(gemm, tokens, config) for config in configs]

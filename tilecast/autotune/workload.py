@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,7 @@ from tilecast.errors import DeviceError
 from tilecast.kernels import sort_slots
 from tilecast.kernels.dtypes import TORCH_DTYPES
 from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel
+from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel, stack_bytes
 from tilecast.kernels.stacks import Weights
 from tilecast.problem import ExpertGemm, TileConfig
 
@@ -165,6 +166,7 @@ class Workload:
         self.seed = seed
         self.device = device_of(environment) if device is None else device
         self._stacks: OrderedDict[tuple[str, str, int], GemmWeights] = OrderedDict()
+        self._bytes: dict[tuple[str, str, int], int] = {}
         self._gemm: ExpertGemm | None = None
         self._memory_bytes = 0
         self._inputs: dict[tuple[int, int], Inputs] = {}
@@ -186,15 +188,17 @@ class Workload:
             self._stacks.move_to_end(key)
             return self._stacks[key]
         # Before and not after: what is dropped, what is packed and the result would stand there all at once.
-        self._make_room(gemm)
+        needed = stack_bytes(kernel, gemm, layout)
+        self._make_room(gemm, needed)
+        self._bytes[key] = needed
         made = self._plain(gemm, copy) if layout == PLAIN else kernel.pack(self._source(gemm, copy), layout)
         self._stacks[key] = made
         return made
 
-    def fits(self, gemm: ExpertGemm, stacks: int) -> bool:
-        """Whether so many copies of the weights, all layouts taken together, are kept in memory at once."""
+    def fits(self, gemm: ExpertGemm, stacks: Sequence[int]) -> bool:
+        """Whether stacks of so many bytes each are kept in memory at once; a single one always is."""
         self._hold(gemm)
-        return stacks <= self._room(gemm)
+        return len(stacks) <= 1 or sum(stacks) <= self._room(gemm)
 
     def plain(self, gemm: ExpertGemm) -> GemmWeights:
         """Return the weights as checkpoints hold them, the source of copy 0 of every layout."""
@@ -231,6 +235,7 @@ class Workload:
     def release(self) -> None:
         """Drop every operand."""
         self._stacks.clear()
+        self._bytes.clear()
         self._inputs.clear()
         self._sorted.clear()
         self._gemm = None
@@ -270,15 +275,14 @@ class Workload:
         bias = normal_stack(data.shape[:2], dtype, 0.5, seed + 1, self.device) if gemm.layer.bias else None
         return GemmWeights(gemm=gemm, layout=PLAIN, data=data, bias=bias)
 
-    def _make_room(self, gemm: ExpertGemm) -> None:
-        while len(self._stacks) >= self._room(gemm):
+    def _make_room(self, gemm: ExpertGemm, needed: int) -> None:
+        while self._stacks and sum(self._bytes[key] for key in self._stacks) + needed > self._room(gemm):
             self._stacks.popitem(last=False)
 
     def _room(self, gemm: ExpertGemm) -> int:
-        """Return how many stacks may stand in memory."""
-        # Packed data is opaque; every layout holds the same elements, so that the plain size stands for it.
-        # One more is about to be made, and stands beside its source until it is.
-        return max(1, self._memory_bytes // 2 // gemm.weight_bytes() - 1)
+        """Return how many bytes of stacks may stand in memory."""
+        # One that is made stands beside its source, plain weights, until it is.
+        return self._memory_bytes // 2 - gemm.weight_bytes()
 
 
 def weight_copies(gemm: ExpertGemm, llc_bytes: int) -> int:
@@ -302,10 +306,14 @@ def _memory_bytes(device: torch.device) -> int:
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def check_memory(gemm: ExpertGemm, device: torch.device | None = None) -> None:
-    """Raise DeviceError if the weights of `gemm` do not fit into the device's memory in two layouts."""
+def check_memory(gemm: ExpertGemm, device: torch.device | None = None, *, packed_bytes: int | None = None) -> None:
+    """Raise DeviceError if the weights of `gemm` do not fit into the device's memory in two layouts.
+
+    `packed_bytes` are those of the largest packed one, by default as many as of the plain one.
+    """
     # A packed layout stands beside the plain weights while both race.
-    needed, there = 2 * gemm.weight_bytes(), _memory_bytes(device or torch.device("cpu"))
+    plain, there = gemm.weight_bytes(), _memory_bytes(device or torch.device("cpu"))
+    needed = plain + (plain if packed_bytes is None else packed_bytes)
     if needed > there:
         where = "this machine has" if device is None or device.type == "cpu" else f"{device} has left"
         raise DeviceError(

@@ -149,14 +149,15 @@ def benched_layers(splits: Sequence[ShardedModel], choice: Choice) -> PlacedLaye
 def _fitting(split: ShardedModel, choice: Choice) -> list[Shares]:
     """Return a model's layers with as many experts near as fit, the layers numbered as if all of them had experts."""
     from tilecast.engine.placed_choice import Candidate, near_ids, shares_of
-    from tilecast.engine.placed_model import free_bytes, near_device, room
+    from tilecast.engine.placed_model import expert_bytes, free_bytes, near_device, room
 
     layers = [group.shards[0].layer for group in split.groups for _ in range(group.count)]
+    near = near_device()
     candidates = [
-        Candidate(index=place, name=layer.label, layer=layer, expert_bytes=sum(g.weight_bytes(1) for g in layer.gemms))
+        Candidate(index=place, name=layer.label, layer=layer, expert_bytes=expert_bytes(layer, near))
         for place, layer in enumerate(layers)
     ]
-    chosen = near_ids(choice, candidates, room(free_bytes(near_device())))
+    chosen = near_ids(choice, candidates, room(free_bytes(near)))
     return [shares_of(layer, len(ids)) for layer, ids in zip(layers, chosen, strict=True)]
 
 

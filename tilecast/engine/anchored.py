@@ -10,7 +10,7 @@ from tilecast.canonical import Json
 from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import Environment
 from tilecast.kernels.routing import ExpertLayout
-from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel, Registry, numerics_class
+from tilecast.kernels.spec import PLAIN, GemmWeights, Kernel, Registry, numerics_class, stack_bytes
 from tilecast.problem import ExpertGemm, ExpertLayer, GemmName, ParamValue, TileConfig
 
 
@@ -85,6 +85,9 @@ class _Anchored:
     def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
         """Pass on."""
         return self._kernel.order(gemm, config)
+
+    def stack_bytes(self, gemm: ExpertGemm, layout: str) -> int:
+        return stack_bytes(self._kernel, gemm, layout)
 
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         return self._kernel.pack(weights, layout)

@@ -71,13 +71,13 @@ class BenchedPlacement:
         crossing = [
             crossing_bytes(self.shares.layer, one, len(self.experts.near_experts), streamed=streamed) for one in ids
         ]
-        near, far = self.shares[1:]
+        held = {experts: part.weight_bytes for experts, part in self.experts.shares}
         return PlacedPoint(
             near_experts=len(self.experts.near_experts),
             near=str(self.experts.near),
             far=str(self.experts.far),
-            near_bytes=0 if near is None else sum(gemm.weight_bytes() for gemm in near.gemms),
-            far_bytes=0 if far is None else sum(gemm.weight_bytes() for gemm in far.gemms),
+            near_bytes=held.get(self.experts.near_experts, 0),
+            far_bytes=held.get(self.experts.far_experts, 0),
             crossing_bytes=sum(crossing) / len(crossing),
             stream_from=self.stream_from,
             alone=timings[ALONE],

@@ -27,6 +27,7 @@ from tilecast.engine.quantized_loading import LAYER
 from tilecast.engine.quantized_module import STACKS, detach
 from tilecast.engine.streaming import break_even_in, break_even_line, may_stream, stream_from
 from tilecast.engine.table_runtime import Runtime
+from tilecast.environment import environment_for
 from tilecast.errors import DeviceError, InputError, UsageError
 from tilecast.problem import ExpertLayer
 
@@ -180,8 +181,8 @@ def place_model(model: torch.nn.Module, found: Sequence[Inspected], choice: Choi
     candidates = []
     for place, (name, _, _, layer) in enumerate(found):
         match = LAYER.search(f"{name}.")
-        size = sum(gemm.weight_bytes(1) for gemm in layer.gemms)
-        candidates.append(Candidate(index=int(match[1]) if match else place, name=name, layer=layer, expert_bytes=size))
+        index = int(match[1]) if match else place
+        candidates.append(Candidate(index=index, name=name, layer=layer, expert_bytes=expert_bytes(layer, near)))
     with _experts_held_back([(module, form) for _, module, form, _ in found]):
         model.to(near)
     free = free_bytes(near)
@@ -244,6 +245,13 @@ def free_bytes(device: torch.device) -> int | None:
     from tilecast.engine.load import available_memory
 
     return available_memory()
+
+
+def expert_bytes(layer: ExpertLayer, device: torch.device) -> int:
+    """Return the bytes of one expert's weights on a device, in the largest layout that a kernel may store them in."""
+    here = environment_for(device)
+    whole = sum(runtime_module.default_registry().largest_stack(gemm, here) for gemm in layer.gemms)
+    return -(-whole // layer.experts)
 
 
 def room(free: int | None) -> int | None:

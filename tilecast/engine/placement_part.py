@@ -87,6 +87,11 @@ class Part:
         self._apart = slots_apart(self._up, down)
         self._places = _places(layer.experts, experts).to(plain.w13.device)
 
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of the weights as they are stored, padding and what a layout holds besides included."""
+        return int(self._up.data.nbytes) + int(self._apart[1].data.nbytes)
+
     def plain(self) -> PlainExperts:
         """Return the weights as they were given, bit for bit."""
         anchor, up, down = self.runtime.anchor(self.layer), self._up, self._apart[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tilecast.canonical import Json, digest
 from tilecast.environment import Environment
@@ -136,6 +136,24 @@ class Kernel(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsMore(Protocol):
+    """A kernel that in some layouts holds more than the weights: in those what it says counts where memory does."""
+
+    def stack_bytes(self, gemm: ExpertGemm, layout: str) -> int:
+        """Return the bytes of the stack that `pack` makes for this layout, one of those of its configs."""
+        ...
+
+
+def stack_bytes(kernel: Kernel, gemm: ExpertGemm, layout: str) -> int:
+    """Return the bytes that weights in a layout of `kernel` take; but for padding, where it does not say, those of
+    the weights. What a launch reads of them is another thing (`Work`).
+    """
+    if layout != PLAIN and isinstance(kernel, HoldsMore):
+        return kernel.stack_bytes(gemm, layout)
+    return gemm.weight_bytes()
+
+
 def numerics_class(kernel: Kernel, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> str:
     """Return the digest that names the config's numerics class."""
     return digest({"device": environment.arch, **kernel.numerics(gemm, config, environment)})
@@ -196,6 +214,19 @@ class Registry:
                 return kernel
             reasons.append(f"{kernel.name}: {reason}")
         raise DeviceError(f"no kernel runs {gemm.layer.label} on this {environment.device_kind}: {'; '.join(reasons)}")
+
+    def largest_stack(self, gemm: ExpertGemm, environment: Environment) -> int:
+        """Return the bytes of the largest stack that a kernel may store the weights of `gemm` in here."""
+        found = [gemm.weight_bytes()]
+        for kernel in self:
+            if kernel.device_kind != environment.device_kind or not isinstance(kernel, HoldsMore):
+                continue
+            if kernel.rejects(gemm, environment) is None:
+                space = kernel.space(gemm, 1, environment)
+                valid = (config for config in space if kernel.invalid(gemm, config, environment) is None)
+                layouts = {kernel.layout(gemm, config) for config in valid}
+                found.extend(stack_bytes(kernel, gemm, layout) for layout in layouts)
+        return max(found)
 
     def invalid(self, gemm: ExpertGemm, config: TileConfig, environment: Environment) -> str | None:
         """Return why `config` cannot run `gemm` here: unknown kernel, outside its domain, or not valid."""

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from tilecast.canonical import Json
 from tilecast.environment import Environment
 from tilecast.errors import ConfigError
-from tilecast.kernels.cpu.columns import gate_gemm, padded_columns
+from tilecast.kernels.cpu._screen import GROUP, groups_of, padded_groups
+from tilecast.kernels.cpu.columns import gate_gemm, padded_columns, padded_k, pitch, row_pitch
 from tilecast.kernels.cpu.isa import Isa, host_isa
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.kernels.cpu.screen_work import screen_work
@@ -25,7 +26,7 @@ from tilecast.kernels.cpu.tiles import rows_per_expert
 from tilecast.kernels.cpu.work import sparse_work
 from tilecast.kernels.spec import PLAIN, GemmWeights
 from tilecast.kernels.work import UNKNOWN_SPARSITY, Work
-from tilecast.problem import EXACT_ZEROS, ExpertGemm, ParamValue, TileConfig
+from tilecast.problem import DTYPES, EXACT_ZEROS, ExpertGemm, ParamValue, TileConfig
 
 if TYPE_CHECKING:
     import torch
@@ -173,6 +174,19 @@ class SparseExperts(SlotKernel):
         elif gemm.name == "up":
             gates = self.dense.work(gate_gemm(gemm), self._gate_config(config), environment, counts)
         return sparse_work(gemm, config, gates, counts, dead)
+
+    def stack_bytes(self, gemm: ExpertGemm, layout: str) -> int:
+        """Return the bytes of the stack that `pack` makes for one of the layouts."""
+        layer, size, lanes = gemm.layer, DTYPES[gemm.layer.dtype], self.isa.lanes
+        if layout == NEURONS:
+            return layer.experts * gemm.k * pitch(padded_columns(gemm, lanes), layer.dtype) * size
+        gate = gate_gemm(gemm)
+        columns, rows = padded_columns(gate, lanes), layer.intermediate * row_pitch(gemm.k, layer.dtype, lanes) * size
+        if layout != SCREEN:
+            return layer.experts * (columns * padded_k(gate, pairs=layer.dtype == "bf16") * size + rows)
+        # Gate rows lie as up rows do; their codes, the scales of those as bf16 and two bounds as float32 come besides.
+        screen = columns * (GROUP * groups_of(gemm.k) + 2 * padded_groups(gemm.k, lanes) + 8)
+        return layer.experts * (2 * rows + screen)
 
     def pack(self, weights: GemmWeights, layout: str) -> GemmWeights:
         """Return `plain` weights stored in another layout. The plain tensor is left as it was."""
