@@ -190,6 +190,15 @@ def test_the_demo_ends_as_its_step_did(
     assert capsys.readouterr().err == f"tilecast: demo ended with its step `tilecast check {SPEC}`, exit code {code}\n"
 
 
+def test_check_warns_where_the_table_was_tuned_with_other_threads(cli: Command, tmp_path: Path) -> None:
+    path = tmp_path / "threads.db"
+    export_table(table_of(threads=77), path)
+    done = cli("check", SPEC, "--tokens", "1", "--table", path)
+    assert done.code == 0, done.err
+    told = [line for line in done.err.splitlines() if "threads" in line]
+    assert len(told) == 1 and told[0].startswith("warning: the table was tuned with threads '77'"), done.err
+
+
 def test_doctor_is_loud_about_weak_certificates(cli: Command, tmp_path: Path) -> None:
     path = tmp_path / "weak.db"
     export_table(table_of(certificate="none"), path)

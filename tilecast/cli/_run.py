@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -43,6 +44,33 @@ def launched_rank() -> int:
 
     started = launcher()
     return 0 if started is None else started.rank
+
+
+class _Notes(logging.Handler):
+    """Shows what is logged, such as which table runs the experts, as remarks of the command."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        show = self._output.warn if record.levelno >= logging.WARNING else self._output.note
+        show(record.getMessage())
+
+
+@contextmanager
+def logged(output: Output, level: int = logging.INFO) -> Iterator[None]:
+    """Show what is logged from `level` on as remarks of the command, warnings marked as such."""
+    log, handler = logging.getLogger("tilecast"), _Notes(output)
+    handler.setLevel(level)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def tune_layers(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,8 @@ from tilecast.cli._options import (
     parse_policy,
     parse_token_option,
 )
-from tilecast.cli._output import Output, add_row, plural, table
-from tilecast.cli._run import launched_rank, use_threads
+from tilecast.cli._output import Output, Reporter, add_row, plural, table
+from tilecast.cli._run import launched_rank, logged, use_threads
 from tilecast.errors import AgreementError, CoverageError
 from tilecast.problem import ExpertLayer, tokens_text
 from tilecast.settings import Settings
@@ -103,22 +105,30 @@ def check(
     rank = group.rank if parallel else 0
     mine = [part.layer for found in split.groups for part in found.shards if rank in part.ranks]
     unsharded = [part for found in split.model.layers for part in found.parts(found.layer)]
-    runtime = startup(mine, settings, group=group)
-    bits: list[Bits] = []
-    with group.guard(), output.progress("checking") as reporter:
-        for place, local in enumerate(mine):
-            whole = unsharded[place] if parallel else local
-            run = _runner(whole, runtime, group, parallel=parallel)
-            for count in counts:
-                reporter.update(
-                    done=len(bits),
-                    total=len(mine) * len(counts),
-                    text=f"{whole.label}, {tokens_text(count)}",
-                    remaining_s=None,
-                )
-                bits.append(_bits(run, whole, local, count, runtime, group))
+    pairs = list(zip(unsharded if parallel else mine, mine, strict=False))
+    with logged(output, logging.WARNING):
+        runtime = startup(mine, settings, group=group)
+        with group.guard(), output.progress("checking") as reporter:
+            bits = _checked(pairs, counts, runtime, group, reporter, parallel=parallel)
     _report(output, split, bits, runtime, ranks=group.world_size, parallel=parallel)
     _judge(bits, runtime)
+
+
+def _checked(
+    layers: Sequence[tuple[ExpertLayer, ExpertLayer]], counts: Sequence[int], runtime: Runtime, group: Group,
+    reporter: Reporter, *, parallel: bool,
+) -> list[Bits]:  # fmt: skip
+    """Run each layer, whole and as this rank has it, at all token counts."""
+    bits: list[Bits] = []
+    for whole, local in layers:
+        run = _runner(whole, runtime, group, parallel=parallel)
+        for count in counts:
+            reporter.update(
+                done=len(bits), total=len(layers) * len(counts), text=f"{whole.label}, {tokens_text(count)}",
+                remaining_s=None,
+            )  # fmt: skip
+            bits.append(_bits(run, whole, local, count, runtime, group))
+    return bits
 
 
 def _runner(layer: ExpertLayer, runtime: Runtime, group: Group, *, parallel: bool) -> Any:

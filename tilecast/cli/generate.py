@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +15,7 @@ from tilecast.cli._exit import end_process
 from tilecast.cli._options import DtypeOption, JsonOption, PolicyOption, ThreadsOption, parse_dtypes, parse_policy
 from tilecast.cli._output import Output
 from tilecast.cli._placement import ExpertCountsOption, GpuExpertsOption, parse_gpu_experts, placement_json
-from tilecast.cli._run import launched_rank, use_threads
+from tilecast.cli._run import launched_rank, logged, use_threads
 from tilecast.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -128,7 +126,7 @@ def generate(
             inspect_checkpoint(folder)
             parse_ids(ids or "")
         lines = _lines(prompt, prompts, ids) if rank == 0 else []
-    with _logged(output):
+    with logged(output):
         loaded = load_model(
             folder, dtype=chosen_dtype, tp=tp, ep=ep, policy="reproducible" if reproducible else chosen_policy,
             table=table, group=group, experts=experts, gpu_experts=placement,
@@ -138,31 +136,6 @@ def generate(
         _run(loaded, lines, encoded, output, max_new_tokens=max_new_tokens, sampling=sampling, batch=batch,
              reproducible=reproducible)  # fmt: skip
         leave(loaded)
-
-
-class _Notes(logging.Handler):
-    """Shows what is logged, such as which table runs the experts, as remarks of the command."""
-
-    def __init__(self, output: Output) -> None:
-        super().__init__(logging.INFO)
-        self._output = output
-
-    def emit(self, record: logging.LogRecord) -> None:
-        show = self._output.warn if record.levelno >= logging.WARNING else self._output.note
-        show(record.getMessage())
-
-
-@contextmanager
-def _logged(output: Output) -> Iterator[None]:
-    log, handler = logging.getLogger("tilecast"), _Notes(output)
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
 
 
 def _sampling(
