@@ -160,9 +160,10 @@ def measure(rounds: int) -> dict[str, Json]:
             "cycles": quartiles(by_round),
             "least_cycles": min(times) / min(cycles),
             "operations_a_cycle": {
-                "median": LOOPS[name][0] / statistics.median(by_round), "best": LOOPS[name][0] * min(cycles) / min(times),
+                "median": LOOPS[name][0] / statistics.median(by_round),
+                "best": LOOPS[name][0] * min(cycles) / min(times),
             },
-        }  # fmt: skip
+        }
     ratios = [wide / short for wide, short in zip(seconds["float32 tile"], seconds["int16 tile"], strict=True)]
     return {
         "rows": ROWS, "vectors": VECTORS, "lanes": host_isa().lanes, "depth": DEPTH, "unroll": UNROLL,
