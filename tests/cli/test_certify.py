@@ -16,6 +16,7 @@ from tilecast.cli._certificates import updated_table
 from tilecast.environment import Environment, cpu_environment
 from tilecast.evidence import TuningTable
 from tilecast.kernels import registry
+from tilecast.kernels.cpu.isa import host_isa
 from tilecast.kernels.spec import Registry, numerics_class
 
 # Thousands of tiny launches: on a busy machine each would wait for its slowest thread.
@@ -104,6 +105,28 @@ def test_a_control_that_cannot_fail_is_told(cli: Command, liar: TorchKernel) -> 
     assert done.code == 4
     assert "with K reversed only 0 of 9" in done.err.splitlines()[-1]
     assert "UNPROVEN" in done.out
+
+
+def test_a_layer_whose_sums_are_exact_is_proven(cli: Command) -> None:
+    """int8 codes and rows of 16 bits: K fits one group, so the class of floats is the control."""
+    done = cli("certify", "E=2,H=128,I=128,k=1,w=int8_channel", "--tokens", "1", "--members", "1", *LOOK, "--json")
+    assert done.code == 0, done.err
+    results = [result for certificate in certificates(done.out) for result in certificate.classes]
+    assert {result.verdict for result in results} == {"equal"}
+    exact = [result for result in results if "group_sums" in result.fields]
+    assert len(exact) == (2 if host_isa().byte_pairs else 0)
+    for result in exact:
+        assert result.control == 0 and result.foreign is not None and result.foreign.config is not None
+        assert result.reference["dot"] == "int16" and result.foreign.config["dot"] == "fma"
+        assert 2 * result.foreign.different > result.inputs
+
+
+def test_exact_sums_without_another_class_are_not_proven(cli: Command) -> None:
+    """4-bit codes with rows of fp32 have one class on every CPU: nothing shows that another would have been seen."""
+    done = cli("certify", "E=2,H=64,I=64,k=1,w=awq_g64,dtype=fp32", "--tokens", "1", "--members", "1", *LOOK)
+    assert done.code == 4
+    assert "llvm.moe_gemm has no other class to tell it from, so equal bits prove nothing" in done.err.splitlines()[-1]
+    assert done.out.count("UNPROVEN") == 2 and done.out.count("0 differ") == 2
 
 
 def test_nothing_to_certify_is_told(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,12 +87,36 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """The control of a class whose sums over K are exact: on how many inputs another class had other bits.
+
+    `config` is of that other class of the same kernel, None where the kernel has no other for the GEMM.
+    """
+
+    config: TileConfig | None
+    different: int
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON form."""
+        return {"config": None if self.config is None else self.config.to_json(), "different": self.different}
+
+    @classmethod
+    def from_json(cls, value: object) -> Foreign:
+        """Build from parsed JSON. Raises InputError."""
+        kinds: dict[str, type | tuple[type, ...]] = {"config": (dict, type(None)), "different": int}
+        parsed: Any = fields_of(value, kinds, "foreign class")
+        config = None if parsed["config"] is None else TileConfig.from_json(parsed["config"])
+        return cls(config=config, different=parsed["different"])
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassResult:
     """What was seen of one numerics class.
 
     `numerics` is the class's digest, `fields` what it is the digest of besides the device. `control` counts the inputs
-    on which the reversed sum had other bits; `control_error` is what it raised. `outputs` is the SHA-256 of the
-    reference's outputs, each input alone, empty if the reference raised (`error`).
+    on which the reversed sum had other bits; `foreign` is what another class had, asked only of a class whose sums over
+    K are exact (`controls`); `control_error` is what either raised. `outputs` is the SHA-256 of the reference's
+    outputs, each input alone, empty if the reference raised (`error`).
     """
 
     numerics: str
@@ -105,6 +129,7 @@ class ClassResult:
     error: str = ""
     control_error: str = ""
     seconds: float = 0.0
+    foreign: Foreign | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -113,9 +138,28 @@ class ClassResult:
             return "different"
         if self.error or not self.members or any(member.error for member in self.members):
             return "raised"
-        if self.control_error or 2 * self.control < max(1, self.inputs):
-            return "control failed"
-        return "equal"
+        return "equal" if self.unproven is None else "control failed"
+
+    @property
+    def unproven(self) -> str | None:
+        """Why the control does not show that other bits would have been seen, in one line; None if it does."""
+        if self.control_error:
+            return f"the control raised {self.control_error}"
+        if self.foreign is None:
+            seen = f"only {self.control} of {self.inputs} inputs had other bits"
+            return f"with K reversed {seen}, so equal bits prove nothing" if self._few(self.control) else None
+        if self.control:
+            return f"claims exact sums, but with K reversed {self.control} of {self.inputs} inputs had other bits"
+        if self.foreign.config is None:
+            lacking = f"{self.reference.kernel} has no other class to tell it from"
+            return f"sums over K are exact and {lacking}, so equal bits prove nothing"
+        if self._few(self.foreign.different):
+            seen = f"other bits on only {self.foreign.different} of {self.inputs} inputs"
+            return f"{self.foreign.config.label} of another class had {seen}, so equal bits prove nothing"
+        return None
+
+    def _few(self, different: int) -> bool:
+        return 2 * different < max(1, self.inputs)
 
     @property
     def certified(self) -> bool:
@@ -133,17 +177,15 @@ class ClassResult:
         for member in self.members:
             if member.error:
                 return f"{member.config.label} raised {member.error}"
-        if self.control_error:
-            return f"the control raised {self.control_error}"
-        if self.verdict == "control failed":
-            seen = f"only {self.control} of {self.inputs} inputs had other bits"
-            return f"with K reversed {seen}, so equal bits prove nothing"
-        return None
+        return self.unproven if self.verdict == "control failed" else None
 
     def to_json(self) -> dict[str, Json]:
-        """Return the JSON form, the verdict with it for readers."""
+        """Return the JSON form, the verdict with it for readers; `foreign` only where it was asked."""
+        own = {name: value for name, value in vars(self).items() if name != "foreign"}
+        if self.foreign is not None:
+            own["foreign"] = self.foreign.to_json()
         return {
-            **vars(self),
+            **own,
             "reference": self.reference.to_json(),
             "members": [member.to_json() for member in self.members],
             "verdict": self.verdict,
@@ -158,8 +200,12 @@ class ClassResult:
             "outputs": str, "error": str, "control_error": str, "seconds": (float, int), "verdict": str,
             "certified": bool,
         }  # fmt: skip
+        if isinstance(value, dict) and "foreign" in value:
+            kinds["foreign"] = dict
         parsed: Any = dict(fields_of(value, kinds, "class"))
         del parsed["verdict"], parsed["certified"]
+        if "foreign" in parsed:
+            parsed["foreign"] = Foreign.from_json(parsed["foreign"])
         parsed["reference"] = TileConfig.from_json(parsed["reference"])
         parsed["members"] = tuple(Member.from_json(member) for member in parsed["members"])
         return cls(**parsed)

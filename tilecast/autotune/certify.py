@@ -14,8 +14,17 @@ from itertools import combinations
 
 import torch
 
-from tilecast.autotune.certificate import CERTIFICATE_INPUTS, Certificate, ClassResult, Comparison, Difference, Member
+from tilecast.autotune.certificate import (
+    CERTIFICATE_INPUTS,
+    Certificate,
+    ClassResult,
+    Comparison,
+    Difference,
+    Foreign,
+    Member,
+)
 from tilecast.autotune.classes import INTEGERS, wide_operands
+from tilecast.autotune.controls import foreign_config, sums_exactly
 from tilecast.autotune.prescreen import prescreen
 from tilecast.autotune.seeds import hash_seed
 from tilecast.autotune.workload import Inputs, in_order, in_slot_order, launch, poisoned_output
@@ -89,7 +98,8 @@ def certify(
     An input is one token, in all its slots. The class's reference (`default(like=…)` at one token) runs each input
     alone; each of up to `members` members (None: all) runs all inputs in batches of 7 and of 251 tokens, at other
     places in each, and some alone. `down` is compared once rounded and once not. The negative control runs the
-    reference with K reversed: most inputs must then have other bits. Everything follows from `seed`.
+    reference with K reversed: most inputs must then have other bits. Where a class takes all of K as one exact sum none
+    may, and most must have other bits in another class of the kernel (`controls`). Everything follows from `seed`.
 
     Configs that do not claim to be free of the batch promise no bits and are left out. What a kernel raises becomes
     part of the result, unless it left the device unusable: DeviceError. Raises InputError for `inputs` below 1 or a
@@ -154,12 +164,17 @@ def _certify_class(
         found[config] = bench.member(config, expected)
     progress((1 + len(found)) / (len(chosen) + 2), "negative control")
     control, control_error = bench.control(reference, expected)
+    foreign = None
+    if sums_exactly(result.fields, bench.gemm):
+        foreign, foreign_error = bench.foreign(reference, expected)
+        control_error = control_error or foreign_error
     return (
         replace(
             result,
             members=tuple(found[config] for config in chosen),
             control=control,
             control_error=control_error,
+            foreign=foreign,
             outputs=_sha256(expected),
             seconds=time.monotonic() - start,
         ),
@@ -173,7 +188,7 @@ class _Bench:
     def __init__(
         self, gemm: ExpertGemm, environment: Environment, registry: Registry, *, inputs: int, seed: int
     ) -> None:
-        self._true = gemm
+        self.gemm = gemm
         self._environment = environment
         self._registry = registry
         self.inputs = inputs
@@ -182,7 +197,7 @@ class _Bench:
         on_gpu = environment.device_kind != "cpu" and torch.cuda.is_available()
         self._device = torch.device("cuda" if on_gpu else "cpu")
         made = wide_operands(gemm, seed, inputs, self._device)
-        self._gemm, self._weights = made.gemm, made.weights
+        self._small, self._weights = made.gemm, made.weights
         self._rows, self._topk_weights = made.rows, made.topk_weights
         # A token without any expert has no sum: every input must have one to count.
         self._ids = made.ids.cpu()
@@ -193,15 +208,15 @@ class _Bench:
 
     def reference(self, config: TileConfig, numerics: str) -> TileConfig:
         """Return the class's config for one token, or `config` where the kernel's is of another class."""
-        found = self._registry[config.kernel].default(self._true, 1, self._environment, like=config)
-        same = numerics_class(self._registry[found.kernel], self._true, found, self._environment) == numerics
-        return found if same and self._registry.invalid(self._true, found, self._environment) is None else config
+        found = self._registry[config.kernel].default(self.gemm, 1, self._environment, like=config)
+        same = numerics_class(self._registry[found.kernel], self.gemm, found, self._environment) == numerics
+        return found if same and self._registry.invalid(self.gemm, found, self._environment) is None else config
 
     def fields(self, config: TileConfig) -> dict[str, Json]:
-        return dict(self._registry[config.kernel].numerics(self._true, config, self._environment))
+        return dict(self._registry[config.kernel].numerics(self.gemm, config, self._environment))
 
     def layout(self, config: TileConfig) -> tuple[str, str]:
-        return config.kernel, self._registry[config.kernel].layout(self._true, config)
+        return config.kernel, self._registry[config.kernel].layout(self.gemm, config)
 
     # What runs -----------------------------------------------------------------------
 
@@ -228,13 +243,26 @@ class _Bench:
 
     def control(self, config: TileConfig, expected: Outputs) -> tuple[int, str]:
         """Return on how many inputs the sum taken from the other end has other bits, and what raised, if so."""
-        turned = replace(self._weights, data=backward(self._weights.data, self._gemm), plans={})
+        turned = replace(self._weights, data=backward(self._weights.data, self._small), plans={})
         batch, order = self._arrangements()[-1]
         try:
             got = self._in_batches(config, self._packed_as(config, turned), batch, order, turned=True)
         except Exception as error:  # As for the reference.
             return 0, self.raised(config, error)
         return int(_differing(got, {dtype: rows[order] for dtype, rows in expected.items()}).sum()), ""
+
+    def foreign(self, config: TileConfig, expected: Outputs) -> tuple[Foreign, str]:
+        """Return on how many inputs another class of the kernel has other bits, and what raised, if so."""
+        other = foreign_config(self.gemm, config, self._environment, self._registry)
+        if other is None:
+            return Foreign(config=None, different=0), ""
+        batch, order = self._arrangements()[-1]
+        try:
+            got = self._in_batches(other, self._pack(other), batch, order)
+        except Exception as error:  # As for the reference.
+            return Foreign(config=other, different=0), self.raised(other, error)
+        found = _differing(got, {dtype: rows[order] for dtype, rows in expected.items()})
+        return Foreign(config=other, different=int(found.sum())), ""
 
     def raised(self, config: TileConfig, error: Exception) -> str:
         """Return what a kernel raised, in one line. Raises DeviceError if nothing else can run after it."""
@@ -254,15 +282,15 @@ class _Bench:
     def _in_batches(
         self, config: TileConfig, weights: GemmWeights, batch: int, order: torch.Tensor, *, turned: bool = False
     ) -> Outputs:
-        layer = self._gemm.layer
+        layer = self._small.layer
         dtype = TORCH_DTYPES[layer.dtype]
         # As in the class check: the partial sum of a rank hides nothing, the rounded one is what a single rank returns.
-        dtypes = (dtype,) if self._gemm.name == "up" else tuple(dict.fromkeys((torch.float32, dtype)))
+        dtypes = (dtype,) if self._small.name == "up" else tuple(dict.fromkeys((torch.float32, dtype)))
         parts: dict[torch.dtype, list[torch.Tensor]] = {kind: [] for kind in dtypes}
         for tokens in torch.split(order, batch):
             route = sort_slots(self._ids[tokens].to(self._device), layer.experts)
             rows = self._rows[tokens.to(self._device)].flatten(0, -2)
-            rows = rows.index_select(-1, reversal(self._gemm).to(self._device)) if turned else rows
+            rows = rows.index_select(-1, reversal(self._small).to(self._device)) if turned else rows
             for kind in dtypes:
                 parts[kind].append(self._launch(config, weights, tokens, route, rows, kind))
         return {kind: torch.cat(made) for kind, made in parts.items()}
@@ -277,7 +305,7 @@ class _Bench:
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """Run one batch: [tokens, slots of a token (1 for down), columns] in slot order, on the CPU."""
-        gemm, kernel = self._gemm, self._registry[config.kernel]
+        gemm, kernel = self._small, self._registry[config.kernel]
         order = kernel.order(gemm, config)
         out = poisoned_output(gemm, len(tokens), dtype, self._device)
         given = Inputs(rows=rows, route=route, topk_weights=self._topk_weights[tokens.to(self._device)])

@@ -12,10 +12,11 @@ from typing import Protocol
 
 import torch
 
+from tilecast.autotune.controls import foreign_config, sums_exactly
 from tilecast.autotune.measure import device_lost, failure
 from tilecast.autotune.prescreen import describe
 from tilecast.autotune.seeds import hash_seed
-from tilecast.autotune.stacks import half_of, moved, wide_stack
+from tilecast.autotune.stacks import half_of, moved, one_exact_sum, wide_stack
 from tilecast.autotune.workload import Inputs, device_of, in_order, in_slot_order, launch, poisoned_output, synchronise
 from tilecast.environment import Environment
 from tilecast.errors import DeviceError
@@ -27,6 +28,8 @@ from tilecast.problem import Bucket, ExpertGemm, TileConfig
 
 EXPONENTS = 12
 """Operands spread over this many powers of two, products over twice as many."""
+LOUDER = 4
+"""Powers of two that rows may be raised by as wholes, where only their rounding can tell classes apart."""
 PROBES = 12
 """Tokens whose rows are compared; each gives top_k × N (up) or H (down) sums of K products."""
 MAX_EXPERTS = 2
@@ -45,7 +48,7 @@ class Verifier(Protocol):
         ...
 
     def control(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
-        """Return why the check could not tell another order of summation from `config`'s, None if it can."""
+        """Return why the check could not tell another class from `config`'s, None if it can."""
         ...
 
     def release(self) -> None:
@@ -120,27 +123,45 @@ class ClassVerifier:
         return None
 
     def control(self, gemm: ExpertGemm, config: TileConfig) -> str | None:
-        """Return why the check could not tell another order of summation from `config`'s, None if it can.
+        """Return why the check could not tell another class from `config`'s, None if it can.
 
         The negative control: the probes' tokens once more, with K reversed in rows and weights alike. The sums are
         mathematically the same, taken by the same kernel in the opposite order; so most rows must have other bits.
+        Where the class takes all of K as one exact sum no row may, and most must have other bits in another class of
+        the kernel: `controls` says why that is evidence.
         """
         operands = self._prepare(gemm)
         try:
             inputs = operands.inputs(torch.arange(PROBES))
-            dtype = self._out_dtypes(operands.gemm)[0]
-            rows = self._run(operands, config, inputs, dtype)
+            rows = self._run(operands, config, inputs, self._out_dtypes(operands.gemm)[0])
             turned = inputs.rows.index_select(-1, reversal(operands.gemm).to(inputs.rows.device))
-            other_way = self._launch(config, replace(inputs, rows=turned), self._backward(operands, config), dtype)
+            backwards = self._backward(operands, config)
+            other_way = self._launch(config, replace(inputs, rows=turned), backwards, rows.dtype)
         except Exception as error:  # As in `verify`.
             return _raised(config, error)
-        present = (inputs.route.ids >= 0) & (inputs.route.ids < operands.gemm.layer.experts)
-        compared = present.flatten() if gemm.name == "up" else present.any(1)
-        kind = INTEGERS[rows.dtype]
-        other = (rows.view(kind) != other_way.view(kind)).any(1)[compared]
-        if 2 * int(other.sum()) >= max(1, len(other)):
+        other, compared = _other_rows(operands.gemm, inputs, rows, other_way)
+        seen = f"{other} of {compared} rows had other bits"
+        if sums_exactly(self._registry[config.kernel].numerics(gemm, config, self._environment), gemm):
+            if other:
+                return f"the class claims exact sums, but with K reversed {seen}"
+            return self._foreign_control(gemm, operands, config, inputs, rows)
+        return None if 2 * other >= max(1, compared) else f"with K reversed only {seen}"
+
+    def _foreign_control(
+        self, gemm: ExpertGemm, operands: _Operands, config: TileConfig, inputs: Inputs, rows: torch.Tensor
+    ) -> str | None:
+        """Return why another class of the kernel cannot be told from the one that gave `rows`, None if it can."""
+        foreign = foreign_config(gemm, config, self._environment, self._registry)
+        if foreign is None:
+            return f"sums over K are exact and {config.kernel} has no other class to tell it from"
+        try:
+            others = self._run(operands, foreign, inputs, rows.dtype)
+        except Exception as error:  # As in `verify`.
+            return _raised(foreign, error)
+        other, compared = _other_rows(operands.gemm, inputs, rows, others)
+        if 2 * other >= max(1, compared):
             return None
-        return f"with K reversed only {int(other.sum())} of {len(other)} rows had other bits"
+        return f"with {foreign.label} of another class only {other} of {compared} rows had other bits"
 
     def release(self) -> None:
         """Drop the operands and expected rows."""
@@ -230,6 +251,15 @@ class ClassVerifier:
         return in_slot_order(gemm, out, inputs.route, order)
 
 
+def _other_rows(gemm: ExpertGemm, inputs: Inputs, a: torch.Tensor, b: torch.Tensor) -> tuple[int, int]:
+    """Return how many rows of two outputs differ in any bit, and how many there are of slots or tokens with experts."""
+    present = (inputs.route.ids >= 0) & (inputs.route.ids < gemm.layer.experts)
+    compared = present.flatten() if gemm.name == "up" else present.any(1)
+    kind = INTEGERS[a.dtype]
+    other = (a.view(kind) != b.view(kind)).any(1)[compared]
+    return int(other.sum()), len(other)
+
+
 def _raised(config: TileConfig, error: Exception) -> str:
     """Return what a kernel raised as a reason. Raises DeviceError if nothing can be checked after it."""
     _, detail = failure(error)
@@ -259,7 +289,9 @@ def wide_operands(
     powers of two. The second half of K repeats the first with the rows' sign turned, but for a sixteenth of much
     smaller weights: large partial sums cancel, and what is left is of the size of their rounding errors, so that
     even a result rounded to bfloat16 tells orders apart. Quantised weights cannot be much smaller at some elements of
-    K; there the rows are. Some slots are absent; a token may use an expert twice.
+    K; there the rows are. Where all of K may be one exact sum, rows are of several magnitudes as wholes, too: what is
+    rounded there is a row, against the power of two of its largest element, which short rows would nearly all share.
+    Some slots are absent; a token may use an expert twice.
     """
     device = device or torch.device("cpu")
     layer = replace(gemm.layer, experts=min(MAX_EXPERTS, gemm.layer.experts))
@@ -280,6 +312,9 @@ def wide_operands(
     ids = torch.randint(layer.experts, (tokens, layer.top_k), generator=generator)
     ids[torch.rand(ids.shape, generator=generator) < 1 / 16] = -1
     topk_weights = torch.rand(tokens, layer.top_k, generator=generator) + 0.1
+    if one_exact_sum(small):
+        # Drawn last: the rest is what it is for other sizes.
+        rows = torch.ldexp(rows, torch.randint(LOUDER + 1, (tokens, per_token, 1), generator=generator)).to(dtype)
     bias = None if bias is None else bias.to(device)
     weight = weight.to(device) if isinstance(weight, torch.Tensor) else moved(weight, device)
     return _Operands(

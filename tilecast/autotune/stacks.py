@@ -98,6 +98,16 @@ def half_of(gemm: ExpertGemm) -> int:
     return gemm.k // group // 2 * group if group and gemm.k >= 2 * group else min(gemm.k, group or gemm.k) // 2
 
 
+LONGEST_SUM = 256
+"""Elements of K that kernels may sum as integers where the format has no groups: products of 16 and 8 bits, in 32."""
+
+
+def one_exact_sum(gemm: ExpertGemm) -> bool:
+    """Return whether codes are integers and all of K is so short that a kernel may take it as one exact sum."""
+    form = weight_format(gemm.layer.weight_format)
+    return form.kind in ("awq", "int4", "int8") and gemm.k <= (form.group or LONGEST_SUM)
+
+
 def _codes(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> torch.Tensor:
     """Return random codes of a kind, one in each uint8."""
     count = math.prod(shape)

@@ -79,7 +79,7 @@ def _cells(result: ClassResult) -> tuple[str, ...]:
         str(len(result.members)),
         f"{result.inputs:,}",
         verdict or ("certified" if result.certified else "equal, not a certificate"),
-        f"{result.control:,} differ",
+        f"{result.control:,} differ" if result.foreign is None else f"{result.foreign.different:,} differ, other class",
         result.outputs[:16] or "—",
         f"{result.seconds:.1f}",
     )
