@@ -14,6 +14,7 @@ import torch
 
 from tilecast.engine import op, recording
 from tilecast.engine import runtime as runtime_module
+from tilecast.engine.at_once import AtOnce
 from tilecast.engine.operands import check_device, check_inputs, layer_of, place_of, seen
 from tilecast.engine.table_index import Entry
 from tilecast.engine.table_runtime import Runtime
@@ -39,7 +40,7 @@ class PreparedExperts:
     compiled with it (`torch.compile`) can run as long as it lives.
     """
 
-    __slots__ = ("__weakref__", "_down", "_dtype", "_handle", "_plain", "_up", "layer", "runtime")
+    __slots__ = ("__weakref__", "_at_once", "_down", "_dtype", "_handle", "_plain", "_up", "layer", "runtime")
 
     def __init__(self, *, layer: ExpertLayer, runtime: Runtime, up: GemmWeights, down: GemmWeights) -> None:
         """Take packed weights; `prepare_experts` makes them."""
@@ -48,6 +49,7 @@ class PreparedExperts:
         self._up = up
         self._down = down
         self._dtype = TORCH_DTYPES[layer.dtype]
+        self._at_once = AtOnce(layer, (up, down))
         # Compiled code finds packed and quantised weights by the handle of these experts; plain dense ones it gets as
         # tensors, so that layers which differ in nothing else share one compiled graph.
         self._plain = up.layout == down.layout == PLAIN and layer.weight_format == "dense"
@@ -67,6 +69,9 @@ class PreparedExperts:
         layer = self.layer
         if torch.compiler.is_compiling():
             return self._compiled(hidden, topk_ids, topk_weights, out_dtype or self._dtype)
+        done = self._at_once.run(hidden, topk_ids, topk_weights, out_dtype or self._dtype)
+        if done is not None:
+            return done
         rows, ids, scales = check_inputs(layer, hidden, topk_ids, topk_weights)
         if out_dtype is None:
             out_dtype = self._dtype
@@ -76,6 +81,7 @@ class PreparedExperts:
             return torch.empty(hidden.shape, dtype=out_dtype, device=hidden.device)
         entry = self.runtime.lookup(layer, rows.shape[0])
         out = launch(layer, entry, self._up, self._down, rows, ids, scales, out_dtype)
+        self._at_once.learn(hidden, topk_ids, topk_weights, out_dtype, entry, self.runtime.missed(layer, rows.shape[0]))
         return out if hidden.dim() == 2 else out.view(hidden.shape)
 
     def unpacked(self) -> tuple[GemmWeights, GemmWeights]:

@@ -57,7 +57,9 @@ class Miss:
 
 
 @dataclass(slots=True)
-class _Missed:
+class Missed:
+    """What runs a (layer, tokens) that the table does not cover, and how often it was asked for."""
+
     entry: Entry
     count: int = 0
 
@@ -97,7 +99,7 @@ class Runtime:
         self._routing_given = routing
         self._fails_on_miss = miss == "error"
         self._warns_on_miss = warn_miss
-        self._missed: dict[tuple[ExpertLayer, int], _Missed] = {}
+        self._missed: dict[tuple[ExpertLayer, int], Missed] = {}
         self._forgotten_misses = 0
         self._anchors: dict[ExpertLayer, Entry] = {}
         usable = usable_environments(table, environment, optional=optional)
@@ -120,6 +122,10 @@ class Runtime:
             if position < len(series.edges) and tokens > series.aboves[position]:
                 return series.entries[position]
         return self._miss(layer, tokens)
+
+    def missed(self, layer: ExpertLayer, tokens: int) -> Missed | None:
+        """Return what counts the misses of (layer, tokens), None where none is remembered. Counts nothing."""
+        return self._missed.get((layer, tokens))
 
     def covers(self, layer: ExpertLayer, tokens: int) -> bool:
         """Whether a decision covers (layer, tokens). Counts no miss."""
@@ -193,12 +199,12 @@ class Runtime:
             raise CoverageError(f"{missed.entry.reason}; tune it (tilecast tune) or set TM_GEMM_MISS=default")
         return missed.entry
 
-    def _first_miss(self, layer: ExpertLayer, tokens: int) -> _Missed:
+    def _first_miss(self, layer: ExpertLayer, tokens: int) -> Missed:
         check_int("tokens", tokens, 1)
         # `like` keeps the layout the weights are stored in, and the class that the other buckets have.
         pair = default_pair(self.registry, self.environment, layer, tokens, like=self.anchor(layer))
         entry = entry_of(self.registry, *pair, reason=self.reason(layer, tokens))
-        missed = _Missed(entry)
+        missed = Missed(entry)
         if len(self._missed) < MAX_MISSES:
             self._missed[layer, tokens] = missed
             if self._warns_on_miss:

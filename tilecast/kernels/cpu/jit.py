@@ -30,6 +30,7 @@ from llvmlite import ir
 from tilecast.canonical import digest
 from tilecast.environment import kernel_source_digest
 from tilecast.errors import DeviceError
+from tilecast.kernels.cpu._layer import MAX_THREADS, PARALLEL
 from tilecast.kernels.cpu._moe import Gemm
 from tilecast.kernels.cpu._variant import BARRIER, Variant
 from tilecast.kernels.cpu.isa import Isa, host_isa
@@ -129,6 +130,8 @@ def load(build: Callable[[Any], None], fields: dict[str, Any], entry: str) -> in
     body = _object(build, key, isa)
     with _lock:
         llvm.add_symbol(BARRIER, openmp_symbol("GOMP_barrier") or _noop_address())
+        for symbol, name in ((PARALLEL, "GOMP_parallel"), (MAX_THREADS, "omp_get_max_threads")):
+            llvm.add_symbol(symbol, openmp_symbol(name) or _noop_address())
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine(isa))
         engine.add_object_file(llvm.ObjectFileRef.from_data(body))
         engine.finalize_object()
@@ -246,7 +249,8 @@ def _openmp() -> ctypes.CDLL | None:
             library = ctypes.CDLL(path)
             library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
             library.GOMP_parallel.restype = None
-            library.GOMP_barrier  # noqa: B018  # raises AttributeError where the symbol is missing
+            for name in ("GOMP_barrier", "omp_get_max_threads"):
+                getattr(library, name)  # Raises AttributeError where the symbol is missing.
         except (OSError, AttributeError):
             continue
         return library

@@ -21,11 +21,8 @@ from tilecast.problem import TileConfig
 INDEX = {name: index for index, name in enumerate(ARGS)}
 """Places of the argument block's words; blocks of kernels with more words begin with these."""
 
-_FIELDS = (
-    "threads", "tokens", "top_k", "rows", "ids", "slots", "offsets", "source", "widened", "scale", "partial", "out",
-    "scratch",
-)  # fmt: skip
-(_THREADS, _TOKENS, _TOP_K, _ROWS, _IDS, _SLOTS, _OFFSETS, _SOURCE, _WIDENED, _SCALE, _PARTIAL, _OUT, _SCRATCH) = (
+_FIELDS = ("threads", "tokens", "top_k", "rows", "ids", "slots", "offsets", "source", "scale", "out", "scratch")
+(_THREADS, _TOKENS, _TOP_K, _ROWS, _IDS, _SLOTS, _OFFSETS, _SOURCE, _SCALE, _OUT, _SCRATCH) = (
     INDEX[name] for name in _FIELDS
 )
 
@@ -85,7 +82,7 @@ class Launch:
         block[_SCRATCH] = self.scratch("threads", threads * plan.scratch_bytes)
 
     def scratch(self, name: str, size: int) -> int:
-        """Return the address, a multiple of 64, of at least `size` bytes with undefined contents."""
+        """Take scratch; return the address, a multiple of 64, of at least `size` bytes with undefined contents."""
         buffer = take_scratch(name, size)
         self._borrowed.append(buffer)
         return aligned(buffer)
@@ -99,6 +96,8 @@ class Plan:
     """What stays the same between launches of one config on one stack of weights. Each kernel has its own."""
 
     kernel: ClassVar[str]
+    words: ClassVar[dict[str, int]] = INDEX
+    """Places of the argument block's words."""
     address: int
     template: ctypes.Array[ctypes.c_int64]
     scratch_bytes: int
@@ -115,6 +114,22 @@ class Plan:
         self.threads = config.integer("threads")
         self.lanes = isa.lanes
 
+    def rooms(self, rows: int, *, combined: bool) -> dict[str, int]:
+        """Return the words that point at scratch which all threads share, and its bytes, for so many rows.
+
+        combined: whether slots are weighted and added (down).
+        """
+        found = {"widened": rows * self.row_bytes} if self.widens else {}
+        if combined:
+            # A vector's width beyond the last row is read, though never used.
+            found["partial"] = 4 * (rows * self.width + self.lanes)
+        return found
+
+    def threads_now(self) -> int:
+        """Return how many threads a launch takes."""
+        available = available_threads()
+        return min(self.threads, available) if self.threads else available
+
     def launch(self, route: ExpertLayout, operands: Rows) -> Launch:
         """Return a launch on a routing with at least one token, ready to run. Raises InputError."""
         source, rows, out, scale = operands.source, operands.rows, operands.out, operands.scale
@@ -124,19 +139,16 @@ class Plan:
             )
         self._check("input", source, (rows, self.k), self.dtype)
         self._check("output", out, (route.tokens if scale is not None else rows * route.top_k, self.width), out.dtype)
-        threads = available_threads() if self.threads == 0 else min(self.threads, available_threads())
-        made = Launch(self, threads)
+        made = Launch(self, self.threads_now())
         block = made.block
         block[_TOKENS], block[_TOP_K], block[_ROWS] = route.tokens, route.top_k, rows
         block[_IDS], block[_SLOTS] = route.ids.data_ptr(), route.slots.data_ptr()
         block[_OFFSETS], block[_SOURCE], block[_OUT] = route.offsets.data_ptr(), source.data_ptr(), out.data_ptr()
-        if self.widens:
-            block[_WIDENED] = made.scratch("widened", rows * self.row_bytes)
         if scale is not None:
             self._check("routing weights", scale, (route.tokens, route.top_k), torch.float32)
-            # A vector's width beyond the last row is read, though never used.
-            block[_PARTIAL] = made.scratch("partial", 4 * (rows * self.width + self.lanes))
             block[_SCALE] = scale.data_ptr()
+        for name, size in self.rooms(rows, combined=scale is not None).items():
+            block[self.words[name]] = made.scratch(name, size)
         return made
 
     def _check(self, what: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:

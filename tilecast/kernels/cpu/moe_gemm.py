@@ -30,6 +30,7 @@ from tilecast.problem import ExpertGemm, ParamValue, TileConfig, weight_format
 if TYPE_CHECKING:
     import torch
 
+    from tilecast.kernels.cpu.launch import Plan
     from tilecast.kernels.cpu.slots import Rows
     from tilecast.kernels.routing import ExpertLayout
 
@@ -215,11 +216,11 @@ class MoeGemm(SlotKernel):
 
     # Launching ------------------------------------------------------------------------
 
-    def prepare(self, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> None:
-        """Load what launches into `out_dtype` need, compiled if need be. Raises as a launch does."""
+    def plan(self, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> Plan:
+        """Return what launches into `out_dtype` share, made once and kept with the weights. Raises as a launch does."""
         from tilecast.kernels.cpu import moe_launch
 
-        moe_launch.plan_of(self.isa, config, weights, out_dtype)
+        return moe_launch.plan_of(self.isa, config, weights, out_dtype)
 
     def launch(self, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
         """Run one of the two GEMMs on a routing with at least one token."""

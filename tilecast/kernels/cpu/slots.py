@@ -11,6 +11,7 @@ from tilecast.problem import ExpertGemm, TileConfig
 if TYPE_CHECKING:
     import torch
 
+    from tilecast.kernels.cpu.launch import Plan
     from tilecast.kernels.routing import ExpertLayout
 
 
@@ -38,6 +39,14 @@ class SlotKernel:
     def order(self, gemm: ExpertGemm, config: TileConfig) -> str:
         """Return `slot`: row s of the intermediate belongs to slot s."""
         return "slot"
+
+    def plan(self, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> Plan:
+        """Return what launches into `out_dtype` share, made once and kept with the weights. Raises as a launch does."""
+        raise NotImplementedError
+
+    def prepare(self, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> None:
+        """Load what launches into `out_dtype` need, compiled if need be. Raises as a launch does."""
+        self.plan(config, weights, out_dtype)
 
     def launch(self, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
         """Run one of the two GEMMs on a routing with at least one token."""

@@ -31,6 +31,7 @@ from tilecast.problem import DTYPES, EXACT_ZEROS, ExpertGemm, ParamValue, TileCo
 if TYPE_CHECKING:
     import torch
 
+    from tilecast.kernels.cpu.launch import Plan
     from tilecast.kernels.cpu.slots import Rows
     from tilecast.kernels.routing import ExpertLayout
 
@@ -213,11 +214,11 @@ class SparseExperts(SlotKernel):
         data = sparse_launch.unpacked(self.isa, weights)
         return GemmWeights(gemm=weights.gemm, layout=PLAIN, data=data, bias=weights.bias)
 
-    def prepare(self, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> None:
-        """Load what launches into `out_dtype` need, compiled if need be. Raises as a launch does."""
+    def plan(self, config: TileConfig, weights: GemmWeights, out_dtype: torch.dtype) -> Plan:
+        """Return what launches into `out_dtype` share, made once and kept with the weights. Raises as a launch does."""
         from tilecast.kernels.cpu import sparse_launch
 
-        sparse_launch.plan_of(self.isa, config, weights, out_dtype)
+        return sparse_launch.plan_of(self.isa, config, weights, out_dtype)
 
     def launch(self, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
         """Run one of the two GEMMs on a routing with at least one token."""

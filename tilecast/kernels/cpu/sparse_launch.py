@@ -51,7 +51,6 @@ def unpacked(isa: Isa, weights: GemmWeights) -> torch.Tensor:
 
 
 _WORDS = (*ARGS, *MORE_ARGS)
-(_LIVE, _INTERLEAVED, _SCREENED) = (_WORDS.index(name) for name in ("live", "interleaved", "screened"))
 _Block = ctypes.c_int64 * len(_WORDS)
 
 
@@ -66,6 +65,7 @@ class Plan(LaunchPlan):
     """What stays the same between launches of one config on one stack of weights."""
 
     kernel = NAME
+    words = {name: index for index, name in enumerate(_WORDS)}  # noqa: RUF012  # never changed
 
     def __init__(self, isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: str) -> None:
         """Check the weights, and load the code; raises InputError for weights that are not what their layout says."""
@@ -88,7 +88,6 @@ class Plan(LaunchPlan):
         )
         self.address = _load(self.variant)
         self.scratch_bytes = self.variant.scratch_bytes(BLOCK_M, block_n, gemm.k)
-        self.list_bytes = 0 if up else self.variant.list_bytes(gemm.k)
         self.widens = up and dense.widens and not screen
         depth = padded_k(gemm, pairs=up and not screen and layer.dtype == "bf16")
         self.row_bytes = 4 * depth if self.widens else DTYPES[layer.dtype] * gemm.k
@@ -96,7 +95,11 @@ class Plan(LaunchPlan):
         size, panel = DTYPES[layer.dtype], GATES.get(weights.layout, 0)
         between = row_pitch(gemm.k, layer.dtype, isa.lanes) if up else pitch(self.columns, layer.dtype)
         pitch_stride = size * between
-        self.interleaved_bytes = 4 * (interleaved_length(gemm.k) + isa.lanes) if up else 0
+        self.more_rooms = {"live": self.variant.list_bytes(gemm.k)}
+        if up:
+            self.more_rooms = {"interleaved": 4 * (interleaved_length(gemm.k) + isa.lanes)}
+        if screen:
+            self.more_rooms["screened"] = screened_bytes(gemm.k, isa.lanes)
         fixed = {
             "experts": layer.experts, "k": gemm.k, "k_padded": depth, "row_stride": self.row_bytes,
             "weights": (weights.data.gate if up else weights.data).data_ptr(),
@@ -107,12 +110,16 @@ class Plan(LaunchPlan):
             "expert_stride": self.columns * depth * size if up else gemm.k * pitch_stride,
             "panel_stride": panel * depth * size, "pitch_stride": pitch_stride,
             "block_m": BLOCK_M, "block_n": block_n, "block_k": depth + FLUSH_K,
-            "scratch_stride": self.scratch_bytes, "live_stride": self.list_bytes,
-            "interleaved_stride": self.interleaved_bytes,
+            "scratch_stride": self.scratch_bytes,
+            **{f"{name}_stride": size for name, size in self.more_rooms.items()},
             **(_screen_words(isa, weights) if screen else {}),
         }  # fmt: skip
-        self.screened_bytes = fixed.get("screened_stride", 0)
         self.template = _Block(*(fixed.get(name, 0) for name in _WORDS))
+
+    def rooms(self, rows: int, *, combined: bool) -> dict[str, int]:
+        """Return what the dense kernel's launches want, and this kernel's forms of the rows."""
+        more = {name: rows * size for name, size in self.more_rooms.items()}
+        return {**super().rooms(rows, combined=combined), **more}
 
 
 def _screen_words(isa: Isa, weights: GemmWeights) -> dict[str, int]:
@@ -121,7 +128,7 @@ def _screen_words(isa: Isa, weights: GemmWeights) -> dict[str, int]:
     return {
         "gate_rows": stack.gate.data_ptr(), "codes": stack.codes.data_ptr(), "code_scales": stack.scales.data_ptr(),
         "code_bounds": stack.bounds.data_ptr(), "code_stride": stack.codes.shape[2],
-        "scale_stride": 2 * stack.scales.shape[2], "screened_stride": screened_bytes(weights.gemm.k, isa.lanes),
+        "scale_stride": 2 * stack.scales.shape[2],
     }  # fmt: skip
 
 
@@ -143,15 +150,7 @@ def plan_of(isa: Isa, config: TileConfig, weights: GemmWeights, out_dtype: torch
 
 def launch(isa: Isa, config: TileConfig, weights: GemmWeights, route: ExpertLayout, operands: Rows) -> None:
     """Run one of the two GEMMs on a routing with at least one token. Raises InputError, ConfigError."""
-    plan = plan_of(isa, config, weights, operands.out.dtype)
-    ready = plan.launch(route, operands)
-    if plan.list_bytes:
-        ready.block[_LIVE] = ready.scratch("live", operands.rows * plan.list_bytes)
-    if plan.interleaved_bytes:
-        ready.block[_INTERLEAVED] = ready.scratch("interleaved", operands.rows * plan.interleaved_bytes)
-    if plan.screened_bytes:
-        ready.block[_SCREENED] = ready.scratch("screened", operands.rows * plan.screened_bytes)
-    ready.run()
+    plan_of(isa, config, weights, operands.out.dtype).launch(route, operands).run()
 
 
 def _check_weights(isa: Isa, weights: GemmWeights, columns: int) -> None:

@@ -1,0 +1,116 @@
+"""Calls of an expert layer with few tokens on a CPU, in one call of compiled code.
+
+While weights stream through the caches, Python's own code is read from memory again at every call, and that of each
+function of torch with it: of a layer that takes 3 ms at one token, a sixth was spent outside the kernels. What a call
+needs is therefore learnt from the first of its kind. Whatever is out of the ordinary goes the ordinary way, which says
+why it is refused.
+"""
+
+from __future__ import annotations
+
+from threading import get_ident
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from tilecast.engine import recording
+from tilecast.kernels.cpu.whole_layer import Frame, WholeLayer, whole_layer
+
+if TYPE_CHECKING:
+    from tilecast.engine.table_index import Entry
+    from tilecast.engine.table_runtime import Missed
+    from tilecast.kernels.spec import GemmWeights
+    from tilecast.problem import ExpertLayer, TileConfig
+
+MAX_TOKENS = 256
+"""Beyond, what is outside the kernels is lost in what is inside."""
+MAX_KINDS = 1024
+"""How many kinds of calls a layer remembers, so that a long-lived process cannot grow without bound."""
+
+_Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.Size, torch.dtype, torch.Size, torch.dtype, torch.dtype, int]
+
+
+class _Known:
+    """What runs one kind of calls: a frame, what counts a miss of the table, whether weights are made float32 first."""
+
+    __slots__ = ("frame", "missed", "narrow")
+
+    def __init__(self, frame: Frame, missed: Missed | None, narrow: bool) -> None:
+        self.frame, self.missed, self.narrow = frame, missed, narrow
+
+
+class AtOnce:
+    """What one layer's calls have taught, by the shapes and dtypes of their operands and their Python thread."""
+
+    __slots__ = ("_by_configs", "_known", "_layer", "_weights")
+
+    def __init__(self, layer: ExpertLayer, weights: tuple[GemmWeights, GemmWeights]) -> None:
+        """Take a layer and its weights of up and down, as they are stored."""
+        self._layer = layer
+        self._weights = weights
+        self._known: dict[_Kind, _Known] = {}
+        self._by_configs: dict[tuple[TileConfig, TileConfig, torch.dtype], WholeLayer | None] = {}
+
+    def run(
+        self, hidden: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor, out_dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Return the layer's result, shaped as hidden, or None where the call has to go the ordinary way."""
+        if not (type(hidden) is type(ids) is type(scales) is torch.Tensor) or recording.active() is not None:
+            return None
+        shape = hidden.shape
+        known = self._known.get(
+            (shape, hidden.dtype, ids.shape, ids.dtype, scales.shape, scales.dtype, out_dtype, get_ident())
+        )
+        if known is None or not _served(hidden, ids, scales):
+            return None
+        # Each is itself where nothing has to be done.
+        hidden, ids, scales = hidden.contiguous(), ids.contiguous(), scales.contiguous()
+        if known.narrow:
+            scales = scales.to(torch.float32)
+        out = torch.empty(shape, dtype=out_dtype)
+        if not known.frame.run(hidden.data_ptr(), ids.data_ptr(), scales.data_ptr(), out.data_ptr()):
+            self._known.clear()
+            return None
+        if known.missed is not None:
+            known.missed.count += 1
+        return out
+
+    def learn(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        scales: torch.Tensor,
+        out_dtype: torch.dtype,
+        entry: Entry,
+        missed: Missed | None,
+    ) -> None:
+        """Remember how a call that went the ordinary way could have gone, if all that it wants is an entry's launches.
+
+        missed: what counts the table's misses for so many tokens, None for a hit.
+        """
+        tokens = hidden.numel() // self._layer.hidden
+        if tokens > MAX_TOKENS or not _served(hidden, ids, scales) or (missed is None and not entry.hit):
+            return
+        whole = self._whole(entry, out_dtype)
+        frame = None if whole is None else whole.frame(tokens, ids.dtype)
+        if frame is None:
+            return
+        if len(self._known) >= MAX_KINDS:
+            self._known.clear()
+        kind = (
+            hidden.shape, hidden.dtype, ids.shape, ids.dtype, scales.shape, scales.dtype, out_dtype, get_ident(),
+        )  # fmt: skip
+        self._known[kind] = _Known(frame, missed, scales.dtype is not torch.float32)
+
+    def _whole(self, entry: Entry, out_dtype: torch.dtype) -> WholeLayer | None:
+        configs = entry.up, entry.down
+        key = (*configs, out_dtype)
+        if key not in self._by_configs:
+            kernels = entry.up_kernel, entry.down_kernel
+            self._by_configs[key] = whole_layer(self._layer, kernels, configs, self._weights, out_dtype)
+        return self._by_configs[key]
+
+
+def _served(hidden: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor) -> bool:
+    """Whether operands are on the CPU, and no gradient is asked for."""
+    return hidden.is_cpu and ids.is_cpu and scales.is_cpu and not hidden.requires_grad and not scales.requires_grad
