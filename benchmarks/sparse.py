@@ -3,7 +3,8 @@
 python benchmarks/sparse.py                                              as published
 python benchmarks/sparse.py --sparsity 0.9 --tokens 1 --seconds 10
 
-Each round times both kernels' default configs on the same operands, cold, one after the other; ratios are taken within
+Each round times both kernels' default configs on the same operands, cold, one after the other: first calls of a whole
+layer, routing, sorting and Python around them included, then single launches of its two GEMMs. Ratios are taken within
 a round, and of the least times, which other processes disturbed least. The roofline is the time to read what has to be
 read: gate rows, or their codes and those that the screen leaves open; and of up and down the live neurons' rows.
 """
@@ -22,16 +23,19 @@ from report import write_result
 from shapes import mixtral_tp8
 
 from tilecast.autotune.draws import typical_active_experts
-from tilecast.autotune.routing_profiles import parse_profile
+from tilecast.autotune.routing_profiles import RoutingProfile, parse_profile
 from tilecast.autotune.workload import Workload, launch, poisoned_output
 from tilecast.canonical import Json
-from tilecast.environment import cpu_environment
+from tilecast.engine.experts import PreparedExperts
+from tilecast.engine.table_runtime import Runtime
+from tilecast.environment import Environment, cpu_environment
 from tilecast.errors import TilecastError
+from tilecast.evidence import Choice, Decision, TuningTable
 from tilecast.kernels import registry
 from tilecast.kernels.cpu.peak import measure_peaks
 from tilecast.kernels.cpu.screen_work import CODE_BYTES, open_share
 from tilecast.kernels.cpu.sparse import SCREEN
-from tilecast.problem import DTYPES, ExpertGemm, ExpertLayer, TileConfig
+from tilecast.problem import DTYPES, Bucket, ExpertGemm, ExpertLayer, TileConfig
 
 KERNELS = ("llvm.moe_gemm", "llvm.sparse_experts")
 MAX_COPIES = 8
@@ -83,6 +87,73 @@ def alternate(
     return times
 
 
+def layer_calls(
+    layer: ExpertLayer, tokens: int, profile: RoutingProfile, seconds: float
+) -> tuple[dict[str, str], dict[str, list[float]]]:
+    """Return configs and µs of calls of the prepared layer by each kernel, in turns, weights past the cache."""
+    environment = cpu_environment()
+    sides = [Workload(environment, routing=profile) for _ in layer.gemms]
+    copies = min(MAX_COPIES, *(side.copies(gemm) for side, gemm in zip(sides, layer.gemms, strict=True)))
+    made: dict[tuple[str, int], PreparedExperts] = {}
+    labels = {}
+    for name in KERNELS:
+        configs = {gemm.name: default_of(name, gemm, tokens, environment) for gemm in layer.gemms}
+        labels[name] = "; ".join(config.label for config in configs.values())
+        choice = {gemm: Choice(config=c, p50_us=1.0, default=c, default_us=1.0) for gemm, c in configs.items()}
+        decision = Decision(
+            environment=environment.digest, layer=layer, bucket=Bucket(above=0, tokens=tokens), policy="reproducible",
+            up=choice["up"], down=choice["down"],
+        )  # fmt: skip
+        runtime = Runtime(TuningTable((environment,), (decision,)), environment=environment, registry=registry)
+        for copy in range(copies):
+            up, down = (
+                side.weights(gemm, registry[name], registry[name].layout(gemm, configs[gemm.name]), copy)
+                for side, gemm in zip(sides, layer.gemms, strict=True)
+            )
+            made[name, copy] = PreparedExperts(layer=layer, runtime=runtime, up=up, down=down)
+    times: dict[str, list[float]] = {name: [] for name in KERNELS}
+    for experts in made.values():
+        inputs = sides[0].inputs(layer.up, tokens, 0)
+        experts(inputs.rows, inputs.route.ids, inputs.topk_weights)
+    end = time.perf_counter() + seconds
+    turn = 0
+    with torch.inference_mode():
+        while time.perf_counter() < end or turn < 2 * copies:
+            inputs = sides[0].inputs(layer.up, tokens, turn % (4 * copies))
+            given = inputs.rows, inputs.route.ids, inputs.topk_weights
+            for name in KERNELS if turn // copies % 2 else reversed(KERNELS):
+                run = made[name, turn % copies]
+                begin = time.perf_counter_ns()
+                run(*given)
+                times[name].append((time.perf_counter_ns() - begin) / 1e3)
+            turn += 1
+    return labels, times
+
+
+def default_of(name: str, gemm: ExpertGemm, tokens: int, environment: Environment) -> TileConfig:
+    """Return a kernel's default config; the dense kernel's is of the class whose bits are compared: fused."""
+    config = registry[name].default(gemm, tokens, environment)
+    return config.with_params(dot="fma") if name == KERNELS[0] else config
+
+
+def measure_layer(layer: ExpertLayer, tokens: int, sparsity: str, seconds: float) -> dict[str, Json]:
+    """Time calls of the whole layer, print one line and return the figures."""
+    labels, times = layer_calls(layer, tokens, parse_profile(f"uniform+sparsity:{sparsity}"), seconds)
+    ratios = [a / b for a, b in zip(*times.values(), strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    least = {name: min(seen) for name, seen in times.items()}
+    print(
+        f"  {layer.label} T={tokens} {float(sparsity):.0%} dead, calls of the layer: {middle:.2f}× the dense kernel "
+        f"({low:.2f} to {high:.2f}; least times {least[KERNELS[0]] / least[KERNELS[1]]:.2f}×); {len(ratios)} rounds",
+        flush=True,
+    )
+    return {
+        "rounds": len(ratios), "speedup": middle, "quartiles": [low, high],
+        "speedup_of_least": least[KERNELS[0]] / least[KERNELS[1]], "least_us": dict(least), "configs": dict(labels),
+        "p50_us": {name: statistics.median(seen) for name, seen in times.items()},
+    }  # fmt: skip
+
+
 def measure(layer: ExpertLayer, tokens: int, sparsity: str, seconds: float) -> dict[str, Json]:
     """Time both kernels, print one line and return the figures; times are µs of up and down together."""
     environment = cpu_environment()
@@ -91,9 +162,7 @@ def measure(layer: ExpertLayer, tokens: int, sparsity: str, seconds: float) -> d
     samples: dict[str, list[float]] = {}
     least, bytes_read = dict.fromkeys(KERNELS, 0.0), dict.fromkeys(KERNELS, 0.0)
     for gemm in layer.gemms:
-        configs = {name: registry[name].default(gemm, tokens, environment) for name in KERNELS}
-        # The bits compared are those of one class: fused multiply-adds on both sides.
-        configs[KERNELS[0]] = configs[KERNELS[0]].with_params(dot="fma")
+        configs = {name: default_of(name, gemm, tokens, environment) for name in KERNELS}
         times = alternate(workload, gemm, tokens, configs, seconds / 2)
         for name, seen in times.items():
             rounds = min(len(seen), len(samples.get(name, seen)))
@@ -144,7 +213,10 @@ def main() -> int:
     layer = ExpertLayer(**{**mixtral_tp8().to_json(), "activation": options.activation})  # type: ignore[arg-type]
     try:
         points = [
-            measure(layer, int(tokens), sparsity, options.seconds)
+            {
+                **measure(layer, int(tokens), sparsity, options.seconds / 2),
+                "calls": measure_layer(layer, int(tokens), sparsity, options.seconds / 2),
+            }
             for tokens in options.tokens.split(",")
             for sparsity in options.sparsity.split(",")
         ]

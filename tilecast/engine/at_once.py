@@ -9,12 +9,12 @@ why it is refused.
 from __future__ import annotations
 
 from threading import get_ident
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
 from tilecast.engine import recording
-from tilecast.kernels.cpu.whole_layer import Frame, WholeLayer, whole_layer
+from tilecast.kernels.cpu.whole_layer import DONE, Frame, WholeLayer, whole_layer
 
 if TYPE_CHECKING:
     from tilecast.engine.table_index import Entry
@@ -30,13 +30,12 @@ MAX_KINDS = 1024
 _Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.Size, torch.dtype, torch.Size, torch.dtype, torch.dtype, int]
 
 
-class _Known:
+class _Known(NamedTuple):
     """What runs one kind of calls: a frame, what counts a miss of the table, whether weights are made float32 first."""
 
-    __slots__ = ("frame", "missed", "narrow")
-
-    def __init__(self, frame: Frame, missed: Missed | None, narrow: bool) -> None:
-        self.frame, self.missed, self.narrow = frame, missed, narrow
+    frame: Frame
+    missed: Missed | None
+    narrow: bool
 
 
 class AtOnce:
@@ -61,18 +60,21 @@ class AtOnce:
         known = self._known.get(
             (shape, hidden.dtype, ids.shape, ids.dtype, scales.shape, scales.dtype, out_dtype, get_ident())
         )
-        if known is None or not _served(hidden, ids, scales):
+        if known is None or hidden.requires_grad or scales.requires_grad:
+            return None
+        if not (hidden.is_cpu and ids.is_cpu and scales.is_cpu):
             return None
         # Each is itself where nothing has to be done.
         hidden, ids, scales = hidden.contiguous(), ids.contiguous(), scales.contiguous()
-        if known.narrow:
+        frame, missed, narrow = known
+        if narrow:
             scales = scales.to(torch.float32)
         out = torch.empty(shape, dtype=out_dtype)
-        if not known.frame.run(hidden.data_ptr(), ids.data_ptr(), scales.data_ptr(), out.data_ptr()):
+        if frame.call(frame.address, hidden.data_ptr(), ids.data_ptr(), scales.data_ptr(), out.data_ptr()) != DONE:
             self._known.clear()
             return None
-        if known.missed is not None:
-            known.missed.count += 1
+        if missed is not None:
+            missed.count += 1
         return out
 
     def learn(
@@ -89,7 +91,8 @@ class AtOnce:
         missed: what counts the table's misses for so many tokens, None for a hit.
         """
         tokens = hidden.numel() // self._layer.hidden
-        if tokens > MAX_TOKENS or not _served(hidden, ids, scales) or (missed is None and not entry.hit):
+        elsewhere = not (hidden.is_cpu and ids.is_cpu and scales.is_cpu)
+        if tokens > MAX_TOKENS or elsewhere or (missed is None and not entry.hit):
             return
         whole = self._whole(entry, out_dtype)
         frame = None if whole is None else whole.frame(tokens, ids.dtype)
@@ -109,8 +112,3 @@ class AtOnce:
             kernels = entry.up_kernel, entry.down_kernel
             self._by_configs[key] = whole_layer(self._layer, kernels, configs, self._weights, out_dtype)
         return self._by_configs[key]
-
-
-def _served(hidden: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor) -> bool:
-    """Whether operands are on the CPU, and no gradient is asked for."""
-    return hidden.is_cpu and ids.is_cpu and scales.is_cpu and not hidden.requires_grad and not scales.requires_grad

@@ -66,12 +66,13 @@ class PreparedExperts:
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Run the layer. Raises InputError for operands that do not fit it, CoverageError with miss=error."""
-        layer = self.layer
+        if not torch.compiler.is_dynamo_compiling():
+            done = self._at_once.run(hidden, topk_ids, topk_weights, out_dtype or self._dtype)
+            if done is not None:
+                return done
         if torch.compiler.is_compiling():
             return self._compiled(hidden, topk_ids, topk_weights, out_dtype or self._dtype)
-        done = self._at_once.run(hidden, topk_ids, topk_weights, out_dtype or self._dtype)
-        if done is not None:
-            return done
+        layer = self.layer
         rows, ids, scales = check_inputs(layer, hidden, topk_ids, topk_weights)
         if out_dtype is None:
             out_dtype = self._dtype

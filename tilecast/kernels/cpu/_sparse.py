@@ -51,13 +51,14 @@ class SparseVariant:
         return 2 * self.neurons
 
     def scratch_bytes(self, block_m: int, block_n: int, k: int) -> int:
-        """Return the bytes of a thread's scratch: the dense kernel's, and this one's."""
-        more = 4 * block_n
-        if self.dense.gemm == "up":
-            # Row addresses and columns of two lists, and sums spread over their columns.
-            more = 2 * 12 * (block_n + self.listed) + 4 * (block_n + self.dense.lanes)
-            if self.screen:
-                more += 8 * block_m + 4 * STREAMS * ROWS_AT_ONCE * padded_groups(k, self.dense.lanes)
+        """Return the bytes of a thread's scratch: the dense kernel's and this one's; of down, its own sums alone."""
+        more = 2 * 4 * block_n
+        if self.dense.gemm == "down":
+            return -(-more // 4096) * 4096
+        # Row addresses and columns of two lists, and sums spread over their columns.
+        more = 2 * 12 * (block_n + self.listed) + 4 * (block_n + self.dense.lanes)
+        if self.screen:
+            more += 8 * block_m + 4 * STREAMS * ROWS_AT_ONCE * padded_groups(k, self.dense.lanes)
         return self.dense.scratch_layout(block_m, block_n)[-1] + -(-more // 4096) * 4096
 
     def list_bytes(self, k: int) -> int:

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import torch
 
-from tilecast.kernels.cpu._layer import ENTRY, FRAME_ARGS, OTHER_THREADS, emit_layer
+from tilecast.kernels.cpu._layer import DONE, ENTRY, FRAME_ARGS, OTHER_THREADS, emit_layer
 from tilecast.kernels.cpu.isa import host_isa
 from tilecast.kernels.cpu.jit import available_threads, load, openmp_symbol
 from tilecast.kernels.cpu.launch import Plan, aligned, take_scratch
@@ -35,23 +35,21 @@ _NARROW = {torch.int32: 0, torch.int64: 1}
 
 
 class Frame:
-    """What calls with so many tokens, from one Python thread, find ready. Holds all that it points at."""
+    """What calls with so many tokens, from one Python thread, find ready. Holds all that it points at.
 
-    __slots__ = ("_call", "_kept", "address")
+    `call(address, hidden, ids, routing weights, out)` takes addresses of contiguous tensors, nothing is checked: hidden
+    [T, H] and out [T, H] of the plans' dtypes, ids [T, k] of the frame's, weights float32 [T, k]. It returns DONE, or
+    with another number of threads than when the frame was made OTHER_THREADS, and then did nothing. Only the Python
+    thread that the frame was made in may call it.
+    """
+
+    __slots__ = ("_kept", "address", "call")
 
     def __init__(self, address: int, kept: tuple[object, ...]) -> None:
         """Take the address of the frame's words, and what they point at."""
         self.address = address
+        self.call = _compiled()
         self._kept = kept
-        self._call = _compiled()
-
-    def run(self, hidden: int, ids: int, scales: int, out: int) -> bool:
-        """Run the layer on the operands at these addresses; False, and nothing done, with other threads than then.
-
-        Only the Python thread that the frame was made in may do so. Nothing is checked: hidden [T, H] and out [T, H]
-        of the plans' dtypes, ids [T, k] of the frame's, float32 routing weights [T, k], all contiguous.
-        """
-        return self._call(self.address, hidden, ids, scales, out) != OTHER_THREADS
 
 
 class WholeLayer:
@@ -139,3 +137,6 @@ def _compiled() -> _Call:
     lanes = host_isa().lanes
     address = load(lambda module: emit_layer(module, lanes), {"layer": lanes}, ENTRY)
     return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_void_p] * 5)(address)
+
+
+__all__ = ["DONE", "OTHER_THREADS", "SCRATCH_BYTES", "Frame", "WholeLayer", "whole_layer"]
