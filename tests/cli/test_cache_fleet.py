@@ -109,6 +109,42 @@ def test_coverage_lists_gaps_and_exits_with_4(cli: Command, table: Path) -> None
     assert cli("cache", "coverage", SPEC, table, "--tokens", "2", "--reach", "1.5").code == 4
 
 
+@pytest.mark.parametrize(
+    ("own", "options", "hint"),
+    [
+        ("uniform", ("--routing", "zipf:1.2"), " --routing zipf:1.2 "),
+        ("uniform+sparsity:0.9", (), " --routing uniform+sparsity:0.9 "),
+        ("histogram:5b0c", (), " --routing FILE "),
+        ("zipf:1.2", ("--routing", "uniform"), ""),
+    ],
+)
+def test_coverage_says_how_to_tune_for_the_routing_that_it_asked_for(
+    cli: Command, tmp_path: Path, own: str, options: tuple[str, ...], hint: str
+) -> None:
+    path = tmp_path / "table.db"
+    export_table(with_routing(table_of(), own), path)
+    done = cli("cache", "coverage", SPEC, path, "--tokens", "9", *options)
+    line = done.err.splitlines()[-1]
+    assert done.code == 4 and "lacks 1 of 1 point of" in line and "tune what is missing on" in line
+    assert hint in line and ("--routing" in line) == bool(hint)
+
+
+@pytest.mark.parametrize("own", ["uniform", "zipf:1.2"])
+def test_doctor_asks_for_the_routing_that_serving_would(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    path = tmp_path / "table.db"
+    export_table(with_routing(table_of(), own), path)
+    assert cli("doctor", SPEC, "--table", path, "--tokens", "1").code == 0
+    monkeypatch.setenv("TM_GEMM_ROUTING", "zipf:1.5")
+    done = cli("doctor", SPEC, "--table", path, "--tokens", "1")
+    assert done.code == 4 and "--routing zipf:1.5 --export FILE" in done.err.splitlines()[-1]
+
+
+def with_routing(table: TuningTable, routing: str) -> TuningTable:
+    return TuningTable(table.environments, tuple(replace(d, routing=routing) for d in table.decisions))
+
+
 def test_coverage_says_why_field_by_field(cli: Command, table: Path, foreign: Path) -> None:
     done = cli("cache", "coverage", SPEC, table, "--dtype", "fp32", "--tokens", "1", "--json")
     assert "dtype: here 'fp32', there 'bf16'" in json.loads(done.out)["points"][0]["reasons"]

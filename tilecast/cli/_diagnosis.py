@@ -110,8 +110,9 @@ def kernel_facts(here: Environment, layers: Iterable[ExpertLayer] | None) -> lis
 
 
 def coverage(
-    layers: Iterable[ExpertLayer], found: TuningTable | None, here: Environment, counts: tuple[int, ...], policy: str
-) -> list[Point]:
+    layers: Iterable[ExpertLayer], found: TuningTable | None, here: Environment, counts: tuple[int, ...], policy: str,
+    routing: str,
+) -> list[Point]:  # fmt: skip
     """Return for every layer and token count which decision would run, or why none; `found` None: no table."""
     from tilecast.cache_store.match import Match, match
     from tilecast.engine.table_index import alike_under
@@ -122,7 +123,7 @@ def coverage(
     points = []
     for layer in layers:
         for tokens in counts:
-            result = no_table if found is None else match(found, here, layer, tokens, policy, alike=alike)
+            result = no_table if found is None else match(found, here, layer, tokens, policy, routing, alike=alike)
             decision = result.decision
             points.append(
                 Point(

@@ -24,6 +24,7 @@ from tilecast.cli._options import (
 )
 from tilecast.cli._output import Output, add_row, plural, table
 from tilecast.cli._placement import GpuExpertsOption, parse_gpu_experts, placed_layers
+from tilecast.cli._routing import asked_routing, tuned_routing
 from tilecast.cli._run import use_threads
 from tilecast.cli._stores import check_configs, read_table, store_location
 from tilecast.environment import Environment
@@ -112,7 +113,7 @@ def coverage(
     where = source or settings.import_from or store_location(None, settings)
     found = read_table(where)
     place = _place(found, environment, where, whole=json_)
-    profile = _profile(found, chosen, place, relaxed, routing or settings.routing)
+    profile = asked_routing(found, chosen, place, routing or settings.routing, relaxed)
     # Each device with the layers that it will run: two where experts are placed on a GPU and the CPU.
     asked = ((place, split.layers),) if choice is None else placed_layers(split, choice, near=place).runs
     points = []
@@ -141,10 +142,13 @@ def coverage(
     )
     _show(output, points)
     if gaps:
-        command = tune_command(model, tp=tp, ep=ep, tokens=tokens, dtype=dtype, policy=chosen, gpu_experts=gpu_experts)
+        command = tune_command(
+            model, tp=tp, ep=ep, tokens=tokens, dtype=dtype, policy=chosen, gpu_experts=gpu_experts,
+            routing=tuned_routing(routing or settings.routing, profile, settings),
+        )  # fmt: skip
         raise CoverageError(
-            f"{where} lacks {len(gaps)} of {plural(len(points), 'point')} of {model}; tune them on {place.device}: "
-            f"{command}"
+            f"{where} lacks {len(gaps)} of {plural(len(points), 'point')} of {model}; tune what is missing on "
+            f"{place.device}: {command}"
         )
 
 
@@ -159,17 +163,6 @@ def _place(found: TuningTable, digits: str | None, where: str, *, whole: bool) -
         has = "; ".join(f"{e.digest[:12]} ({e.device})" for e in found.environments) or "none"
         raise InputError(f"--environment {digits!r:.70} names {len(named)} environments of {where}; it has: {has}")
     return named[0]
-
-
-def _profile(found: TuningTable, policy: str, place: Environment, relaxed: tuple[str, ...], given: str | None) -> str:
-    """Return the routing profile's name that serving would ask for."""
-    from tilecast.cache_store.match import blocking
-    from tilecast.engine.runtime import routing_named
-    from tilecast.engine.table_index import routing_of
-
-    named = routing_named(given)
-    fits = frozenset(e.digest for e in found.environments if not blocking(place, e, relaxed))
-    return routing_of(found, policy, fits) if named is None else named
 
 
 def _check_servable(found: TuningTable, place: Environment, policy: str, where: str, *, here: bool) -> Alike:

@@ -24,6 +24,7 @@ from tilecast.cli._options import (
     tune_command,
 )
 from tilecast.cli._output import Output, add_row, plural, table
+from tilecast.cli._routing import asked_routing, tuned_routing
 from tilecast.cli._run import use_threads
 from tilecast.cli._stores import check_configs, origins, read_table
 from tilecast.cli._tables import weak
@@ -84,11 +85,15 @@ def doctor(
     if split is not None:
         split.explain(output)
         document["model"] = split.to_json()
-        document["coverage"], missing = _coverage(output, split, found, here, counts, chosen)
+        routing = "uniform" if found is None else asked_routing(found, chosen, here, settings.routing)
+        document["coverage"], missing = _coverage(output, split, found, here, counts, chosen, routing)
     output.emit(document)
     if missing and found is not None and model is not None:
-        command = tune_command(model, tp=tp, ep=ep, tokens=tokens, dtype=dtype, policy=policy)
-        raise CoverageError(f"{source} does not cover {plural(missing, 'point')} of {model}; tune them: {command}")
+        asked = tuned_routing(settings.routing, routing, settings)
+        command = tune_command(model, tp=tp, ep=ep, tokens=tokens, dtype=dtype, policy=policy, routing=asked)
+        raise CoverageError(
+            f"{source} does not cover {plural(missing, 'point')} of {model}; tune what is missing: {command}"
+        )
 
 
 def _machine(output: Output, here: Environment, measure: bool) -> dict[str, Json]:
@@ -185,8 +190,9 @@ def _coverage(
     here: Environment,
     counts: tuple[int, ...],
     policy: str,
+    routing: str,
 ) -> tuple[list[Json], int]:
-    points = diagnosis.coverage(split.layers, found, here, counts, policy)
+    points = diagnosis.coverage(split.layers, found, here, counts, policy, routing)
     shown = table("Which decision runs", ("layer", "tokens", "hit", "certificate", "why"), left=("layer", "hit", "why"))
     for point in points:
         hit = "yes" if point.hit else "no"
