@@ -68,10 +68,10 @@ def test_generate_gives_the_same_tokens_and_says_what_is_where(cli: Command, mix
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--gpu-experts", "9"), 3, "layers.0.mlp.experts: number of near experts is 9"),
+        (("--gpu-experts", "9"), 3, "gpu_experts is 9, but a layer has 8 experts; give at most as many"),
         (("--gpu-experts=-1",), 2, "gpu_experts is -1, expected 0 or above"),
         (("--gpu-experts", "most"), 2, "'most', expected a number of experts, auto, or a file"),
-        (("--gpu-experts", "short.json"), 3, "short.json lacks layers 1 of the model"),
+        (("--gpu-experts", "short.json"), 3, "short.json lacks layer 1 of the model"),
         (("--gpu-experts", "twice.json"), 3, "near expert 1 is given twice"),
         (("--gpu-experts", "beyond.json"), 3, "near expert is 8"),
         (("--gpu-experts", "broken.json"), 3, "broken.json is not JSON"),
@@ -91,6 +91,16 @@ def test_generate_tells_wrong_input_in_one_line(
     cli("generate", mixtral, "--ids", "1", *given).failed(code, words)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("9", "gpu_experts is 9, but a layer has 8 experts"), ("beyond.json", "layer 0: near expert is 8, expected")],
+)
+def test_compare_tells_what_no_layer_has_before_the_reference_runs(
+    cli: Command, mixtral: Path, files: Path, given: str, words: str
+) -> None:
+    cli("compare", mixtral, "--gpu-experts", files / given if given.endswith("json") else given).failed(3, words)
+
+
 @pytest.mark.torchrun
 def test_all_ranks_say_that_one_process_places_experts(mixtral: Path, tmp_path: Path) -> None:
     command = [
@@ -108,7 +118,7 @@ def test_both_shares_are_tuned_covered_and_run(cli: Command, mixtral: Path, tmp_
     path = tmp_path / "placed.db"
     done = cli("tune", mixtral, "--gpu-experts", "3", *QUICK, "--export", path, "--json")
     assert done.code == 0, done.err
-    assert "both parts are tuned for the CPU" in done.err
+    assert "both parts are for the CPU" in done.err
     near, far = "E3/8 H64 I48 top2 fp32", "E5/8 H64 I48 top2 fp32"
     assert {d.layer.label for d in import_table(path).decisions} == {near, far}
     (even,) = json.loads(done.out)["break_even"]
@@ -182,7 +192,7 @@ def test_bench_times_two_devices_beside_one(cli: Command, tmp_path: Path) -> Non
     options = ("--dtype", "fp32", "--tokens", "4", "--rounds", "2", "--peers", "none", "--threads", "1", "--json")
     done = cli("bench", SPEC, "--gpu-experts", "1", "--table", path, *options, "--budget", "2s")
     assert done.code == 0, done.err
-    assert "both parts are tuned for the CPU" in done.err
+    assert "both parts are for the CPU" in done.err
     document = json.loads(done.out)
     assert (document["table"]["buckets_tuned_now"], document["table"]["decisions"]) == (1, 3), (
         "the far share is lacking"

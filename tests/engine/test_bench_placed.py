@@ -98,7 +98,7 @@ def test_a_share_of_a_layer_is_not_placed() -> None:
 def test_tables_show_both_devices(capsys: pytest.CaptureFixture[str]) -> None:
     show_placed(Output(), bench(replace(LAYER, dtype="fp32"), 1, 4, tokens=(3,)), ["one line"])
     out = capsys.readouterr().out
-    assert "1 experts near (cpu, 0.1 MiB), the others far (cpu, 0.2 MiB): median µs" in out
+    assert "1 expert near (cpu, 0.1 MiB), the others far (cpu, 0.2 MiB): median µs" in out
     assert all(name in out for name in ("one device", "two devices", "near share", "far share", "KiB across"))
     assert out.count("—") == 1, "there is no far share where all experts are near"
     assert out.rstrip().endswith("one line")

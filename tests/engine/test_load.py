@@ -120,7 +120,8 @@ def test_a_file_cut_off_is_an_error(copied: Path) -> None:
         ("config.json", b'{"model_type": "no_such"}', "no_such"),
         ("config.json", b'{"model_type": "mixtral", "dtype": "int3"}', "the config's dtype is 'int3'"),
         ("model.safetensors", b"not this", "is not a safetensors file: its header is longer"),
-        ("model.safetensors", b"", "is not a safetensors file"),
+        ("model.safetensors", b"", "is not a safetensors file: it is empty; copy it again"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "pointer of Git LFS.*git lfs"),
         ("model.safetensors.index.json", b"{}", "has no weight_map"),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "../b.safetensors"}}', "expected files of the folder"),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "x-1.safetensors"}}', "lacks 1 of its 1 weight files"),
@@ -259,6 +260,10 @@ def test_every_kind_of_report_is_an_error() -> None:
     check_loading("x", {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []})
     with pytest.raises(ModelError, match="x cannot be loaded: went wrong"):
         check_loading("x", {"error_msgs": ["went wrong\nsecond line"]})
+    for key, words in (("a.experts.0.w1.qweight", "; a.experts.0.w1.qweight is of quantised weights"), ("a.b", "")):
+        with pytest.raises(ModelError, match=f"^x lacks weights that the model needs: a.experts{words}") as caught:
+            check_loading("x", {"missing_keys": {"a.experts"}, "unexpected_keys": {key, "z"}})
+        assert ("quantization_config" in str(caught.value)) == bool(words)
 
 
 def test_policy_and_table_replace_the_environment(mixtral: Path, tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ def test_ids_by_layer_are_taken_as_they_are(tmp_path: Path) -> None:
         ({"1": ["a"]}, "layer 1 has 'a', expected ids"),
         ('{"1": [0], "1": [1]}', "layer 1 is there twice"),
         ({"format": "tilecast-record", "version": 9}, "version 9"),
-        ({"1": [0]}, "lacks layers 3 of the model"),
-        ({"1": [0], "3": [0], "4": [0]}, "has layers 4 and the model has no experts there, expected 1, 3"),
+        ({"1": [0]}, "lacks layer 3 of the model"),
+        ({"1": [0], "3": [0], "4": [0]}, "has layer 4 and the model has no experts there, expected 1, 3"),
         ({"1": [0, 0], "3": []}, "layers.1.mlp.experts: near expert 0 is given twice"),
         ({"1": [4], "3": []}, "near expert is 4, expected an integer from 0 to 3"),
         ({"1": [-1], "3": []}, "near expert is -1"),
@@ -116,11 +116,20 @@ def test_files_that_do_not_fit_are_told_in_one_line(tmp_path: Path, content: obj
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (record_of((1, 2, 3, 4)), "counts 1 layers of E4 H64 I96 top2 bf16, the model has 2"),
+        (record_of((1, 2, 3, 4)), "counts 1 layer of E4 H64 I96 top2 bf16, the model has 2"),
         (record_of((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4)), "counts 3 layers"),
         (record_of((1, 2), (3, 4), layer=replace(LAYER, experts=2, global_experts=4)), "it has: E2/4"),
         (record_of((1, 2, 3), (1, 2, 3), layer=replace(LAYER, experts=3)), "has no counts of E4"),
         (ServingRecord(layers=()), "it has: none"),
+        (record_of((1, 2, 3, 4), (1, 2, 3, 4), layer=replace(LAYER, intermediate=48)), "has no counts of E4 H64 I96"),
+        (
+            record_of(*[(1, 2, 3, 4)] * 4, layer=replace(LAYER, intermediate=64), world_size=2),
+            "has no counts of E4 H64 I96",
+        ),
+        (
+            record_of(*[(1, 2, 3, 4)] * 4, layer=replace(LAYER, intermediate=48, activation="gelu"), world_size=2),
+            "has no counts of E4 H64 I96",
+        ),
     ],
 )
 def test_records_of_other_models_are_told_in_one_line(record: ServingRecord, words: str) -> None:
@@ -155,7 +164,7 @@ def test_numbers_are_known_without_the_model() -> None:
     assert near_numbers(read_choice({0: [1], 1: [0, 3]}), layers) == (1, 2)
     for asked, words in (
         (read_choice(5), "gpu_experts is 5, but a layer has 4 experts"),
-        (read_choice({0: [1]}), "ids for 1 layers, the model has 2"),
+        (read_choice({0: [1]}), "ids for 1 layer, the model has 2"),
         (read_choice({0: [1], 1: [4]}), "layer 1: near expert is 4"),
         (read_choice({0: [1], 1: [1, 1]}), "layer 1: near expert 1 is given twice"),
     ):

@@ -106,7 +106,10 @@ def test_one_line_says_what_is_where(folders: dict[str, Path], caplog: pytest.Lo
     with caplog.at_level(logging.INFO, "tilecast"):
         load_model(folders["mixtral"], device="cpu", gpu_experts=3)
     (line,) = [record.getMessage() for record in caplog.records if "near" in record.getMessage()]
-    assert line.startswith("3 of 8 experts of each of 2 layers are near (cpu), the others far (cpu), the first ones")
+    assert line.startswith(
+        "3 of 8 experts of each of 2 layers are near (cpu), the first ones, as no counts were given; the others are "
+        "far (cpu); there is no GPU here"
+    )
     assert line.endswith("both parts run on the CPU") and "\n" not in line
 
 
@@ -252,7 +255,7 @@ def test_the_break_even_of_the_table_is_where_weights_are_sent(
     [
         ({"gpu_experts": 9}, InputError, r"layers\.0\.mlp\.experts: number of near experts is 9"),
         ({"gpu_experts": -1}, UsageError, "gpu_experts is -1, expected 0 or above"),
-        ({"gpu_experts": {0: [1]}}, InputError, "lacks layers 1 of the model"),
+        ({"gpu_experts": {0: [1]}}, InputError, "lacks layer 1 of the model"),
         ({"gpu_experts": {0: [1, 1], 1: []}}, InputError, "near expert 1 is given twice"),
         ({"gpu_experts": "nothing"}, UsageError, "'nothing', expected a number of experts"),
         ({"gpu_experts": 2, "experts": "eager"}, UsageError, "they are to run on 'eager'"),

@@ -237,6 +237,33 @@ def test_missing_parts_are_named(folder: Path, part: str) -> None:
     refused(folder, rf"experts\.3\.w1 has no {part}")
 
 
+def test_a_missing_scale_of_fp8_is_named_with_its_folder(tmp_path: Path) -> None:
+    quantize, config = FORMS["fp8_block128"]
+    quantized, _ = quantized_twins(tmp_path, "mixtral", quantize, config, **WIDE)
+    changed(quantized, lambda weights: weights.pop(FIRST + "weight_scale_inv"))
+    words = r"experts\.3\.w1 has neither weight_scale_inv nor weight_scale, expected beside weight$"
+    refused(quantized, rf"^{re.escape(str(quantized))}: .*{words}")
+
+
+def test_a_config_that_names_another_format_is_told_by_what_is_there(folder: Path) -> None:
+    says(folder, FP8_CONFIG)
+    refused(folder, r"w2 has neither weight_scale_inv nor weight_scale, expected beside qweight, qzeros, scales")
+
+
+def test_a_config_that_says_dense_weights_are_quantised_is_told(
+    twins: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in twins[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    says(tmp_path, AWQ_CONFIG)
+    with caplog.at_level("WARNING", logger="tilecast"):
+        found = load_model(tmp_path).model(IDS).logits
+    (line,) = [record.getMessage() for record in caplog.records if "quantised" in record.getMessage()]
+    assert line.startswith(f"{tmp_path / 'config.json'} says that weights are quantised, but no tensor is")
+    assert f"{tmp_path}:dense" in line
+    assert torch.equal(found, load_model(twins[1]).model(IDS).logits)
+
+
 def test_a_missing_expert_is_never_random(folder: Path) -> None:
     def drop(weights: dict[str, torch.Tensor]) -> None:
         for name in [name for name in weights if name.startswith(FIRST)]:
@@ -339,7 +366,6 @@ def test_missing_dense_weights_are_an_error_as_ever(folder: Path) -> None:
         ({"quant_method": "gptq", "bits": 4}, "quantised by gptq"),
         (FP8_CONFIG | {"weight_block_size": [64, 64]}, r"weight_block_size \[64, 64\]"),
         (FP8_CONFIG | {"fmt": "e5m2"}, "fmt 'e5m2'"),
-        (FP8_CONFIG, r"has no weight"),
         (FP8_CONFIG | {"weight_block_size": 128}, "weight_block_size 128"),
         (compressed_config("marlin-24"), "format 'marlin-24'"),
         (compressed_config("pack-quantized", group_size="x"), "group_size 'x'"),
@@ -350,10 +376,26 @@ def test_missing_dense_weights_are_an_error_as_ever(folder: Path) -> None:
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 schemes for weights"),
     ],
 )
-def test_configs_that_are_not_read_are_refused(folder: Path, config: dict[str, Any], pattern: str) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+def test_configs_that_are_not_read_are_refused(folder: Path, config: object, pattern: str) -> None:
+    says(folder, config)
     refused(folder, pattern)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [(AWQ_CONFIG | {"bits": 8}, "with bits 8"), ([1], r"quantization_config is [1], expected an object")],
+)
+def test_loading_names_the_config_that_is_not_read(folder: Path, config: object, words: str) -> None:
+    says(folder, config)
+    with pytest.raises(ModelError) as caught:
+        load_model(folder)
+    assert str(caught.value).startswith(f"{folder / 'config.json'}: ") and words in str(caught.value)
+
+
+def says(folder: Path, quantization: object) -> None:
+    """Have a checkpoint's config say this of its quantisation."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
 
 
 def test_an_order_of_activations_is_refused(tmp_path: Path) -> None:

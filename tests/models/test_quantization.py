@@ -74,7 +74,7 @@ def test_the_dtype_given_is_that_of_hidden_states() -> None:
         ({"quant_method": "mxfp4"}, "mxfp4"),
         ("awq", "quantization_config is 'awq', expected an object"),
         ({**AWQ, "version": "gemv"}, r"awq gemv"),
-        ({**AWQ, "bits": 8}, "bits 8"),
+        ({**AWQ, "bits": 8}, r"with bits 8, .*; expected bits 4, group_size 32, 64 or 128, zero_point true"),
         ({**AWQ, "group_size": -1}, "group_size -1"),
         ({**AWQ, "zero_point": False}, "zero_point False"),
         ({**AWQ, "modules_to_not_convert": "gate"}, "expected a list of names"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tilecast.canonical import Json
-from tilecast.cli._output import Output, add_row, microseconds, percent, ratio, table
+from tilecast.cli._output import Output, add_row, microseconds, percent, plural, ratio, table
 from tilecast.cli._tables import config_text
 from tilecast.evidence import TuningTable
 
@@ -40,8 +40,8 @@ def bench_json(
 def show_bench(output: Output, result: BenchResult) -> None:
     """Print times, rates and configs per layer, then the summaries."""
     output.show(
-        f"This machine, measured on {result.threads} threads: reads {result.read_gb_s:.1f} GB/s, multiply-adds "
-        f"{result.fma_gflop_s:.0f} GFLOP/s, bf16 dot products {result.dot_bf16_gflop_s:.0f} GFLOP/s"
+        f"This machine, measured on {plural(result.threads, 'thread')}: reads {result.read_gb_s:.1f} GB/s, "
+        f"multiply-adds {result.fma_gflop_s:.0f} GFLOP/s, bf16 dot products {result.dot_bf16_gflop_s:.0f} GFLOP/s"
     )
     layers: dict[ExpertLayer, list[Point]] = {}
     for point in result.points:
@@ -62,8 +62,8 @@ def show_placed(output: Output, result: BenchResult, break_evens: Sequence[str])
     for (label, near), points in placements.items():
         held = points[0][1]
         shown = table(
-            f"{label}: {near} experts near ({held.near}, {_mib(held.near_bytes)}), the others far ({held.far}, "
-            f"{_mib(held.far_bytes)}): median µs",
+            f"{label}: {plural(near, 'expert')} near ({held.near}, {_mib(held.near_bytes)}), the others far "
+            f"({held.far}, {_mib(held.far_bytes)}): median µs",
             ("tokens", "one device", "two devices", "near share", "far share", "KiB across"),
         )
         for tokens, placed in points:

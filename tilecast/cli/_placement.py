@@ -115,7 +115,7 @@ class PlacedLayers:
             for layer in layers:
                 output.note(f"  on {environment.device}: {layer.label}")
         if self.far == self.near:
-            output.note("  there is no GPU here: both parts are tuned for the CPU")
+            output.note("  there is no GPU here: both parts are for the CPU")
 
 
 def placed_layers(split: ShardedModel, choice: Choice, near: Environment | None = None) -> PlacedLayers:

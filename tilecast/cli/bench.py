@@ -140,7 +140,9 @@ def bench(
     placed = None if choice is None else benched_layers(splits, choice)
     source = table_file or settings.import_from
     found = TuningTable() if source is None else _read(source)
-    output.note(f"{plural(len(layers), 'layer')} × {plural(len(counts), 'token count')}, {chosen}, {used} threads")
+    output.note(
+        f"{plural(len(layers), 'layer')} × {plural(len(counts), 'token count')}, {chosen}, {plural(used, 'thread')}"
+    )
     if placed is not None:
         placed.explain(output)
     before, tuned = found.digest, 0

@@ -27,6 +27,8 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "t
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
+GIT_LFS = b"version "
+"""How a pointer of Git LFS begins; as the length of a header it would be more than any file has."""
 MAX_HEADER_BYTES = 256 << 20
 SAMPLES, SAMPLE_BYTES = 64, 512
 MAX_JSON_BYTES = 256 << 20
@@ -93,6 +95,14 @@ def _check_config(folder: Path, config: Mapping[str, object]) -> None:
         _check_routing(folder / CONFIG, fields)
     if (folder / GENERATION).is_file():
         _check_tokens(folder / GENERATION, _json(folder / GENERATION))
+
+
+def experts_of(config: Mapping[str, object]) -> tuple[int, ...]:
+    """Return the numbers of experts that layers have, by a config that `inspect_checkpoint` read; () if unknown."""
+    nested = config.get("text_config")
+    parts = (config, nested) if isinstance(nested, Mapping) else (config,)
+    counts = (count for fields in parts for name in EXPERTS for count in _several(fields.get(name)))
+    return tuple(sorted({count for count in counts if _is_count(count, 1)}))
 
 
 def _check_tokens(path: Path, fields: Mapping[str, object]) -> None:
@@ -197,7 +207,12 @@ def _header(path: Path) -> tuple[int, bytes]:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            start = file.read(8)
+            if not start:
+                raise ValueError("it is empty; copy it again")
+            if start == GIT_LFS:
+                raise ValueError("it is a pointer of Git LFS; fetch the weights with git lfs pull")
+            (length,) = struct.unpack("<Q", start)
             if length > min(size, MAX_HEADER_BYTES):
                 raise ValueError("its header is longer than the file")
             header = file.read(length)

@@ -20,6 +20,7 @@ import torch
 
 from tilecast.canonical import Json
 from tilecast.engine.agreement import process_group
+from tilecast.engine.checkpoint import experts_of, inspect_checkpoint
 from tilecast.engine.compare_capture import Prompts, alone, digests, run
 from tilecast.engine.compare_invariance import (
     ARRANGED,
@@ -35,7 +36,8 @@ from tilecast.engine.compare_reference import Reference, ReferenceReport, compar
 from tilecast.engine.group import Group
 from tilecast.engine.invariant import outside
 from tilecast.engine.invariant_attention import row_by_row, row_wise_attention
-from tilecast.engine.load import Loaded, load_model
+from tilecast.engine.load import Loaded, check_parallel, load_model
+from tilecast.engine.placed_choice import as_choice, check_choice
 from tilecast.engine.watch import together
 from tilecast.errors import ModelError, TilecastError, UsageError
 from tilecast.settings import child_environment
@@ -143,6 +145,7 @@ def _compared(request: Request, group: Group, report: Report) -> Comparison:
     reference: Reference | None = None
     prompts: Prompts | None = None
     wide: torch.dtype | None = None
+    _check_first(request, group)
     if request.against is not None:
         report(f"runs the reference ({request.against})")
         loaded = _load(request, request.against, group)
@@ -164,6 +167,13 @@ def _compared(request: Request, group: Group, report: Report) -> Comparison:
         wide=None if wide is None else _name(wide), prompts=prompts, ranks=group.world_size, reference=found,
         invariance=checks, reproducible=request.reproducible, uncovered=tuple(sorted(uncovered)),
     )  # fmt: skip
+
+
+def _check_first(request: Request, group: Group) -> None:
+    """Raise what loading the model under test would for its options, before the reference has run."""
+    check_parallel(group.world_size, request.tp, request.ep)
+    if request.gpu_experts is not None:
+        check_choice(as_choice(request.gpu_experts), experts_of(inspect_checkpoint(request.folder).config))
 
 
 @contextmanager

@@ -18,9 +18,15 @@ import torch
 import torch.distributed as dist
 
 from tilecast.engine.agreement import process_group
-from tilecast.engine.checkpoint import Checkpoint, agree_on_checkpoint, agree_on_table_file, inspect_checkpoint
+from tilecast.engine.checkpoint import (
+    Checkpoint,
+    agree_on_checkpoint,
+    agree_on_table_file,
+    experts_of,
+    inspect_checkpoint,
+)
 from tilecast.engine.group import Group
-from tilecast.engine.placed_choice import Asked, Choice, as_choice
+from tilecast.engine.placed_choice import Asked, Choice, as_choice, check_choice
 from tilecast.engine.pretrained import first_line, import_transformers, model_of, quiet, tokenizer_of
 from tilecast.engine.watch import together
 from tilecast.errors import DeviceError, ModelError, TilecastError, UsageError
@@ -83,6 +89,8 @@ def load_model(
         check_parallel(group.world_size, tp, ep)
         settings = _settings(policy, table)
         checkpoint = inspect_checkpoint(folder)
+        if choice is not None:
+            check_choice(choice, experts_of(checkpoint.config))
         wanted = _dtype(dtype, checkpoint)
         place = _device(device, group)
         # Experts that are placed come into the CPU's memory first.

@@ -151,7 +151,7 @@ def counts_of(record: ServingRecord, candidates: Sequence[Candidate], source: st
 def _loads_of(record: ServingRecord, layer: ExpertLayer, count: int, source: str) -> list[tuple[Load, ...]]:
     """Return what every rank counted at a layer's `count` places of the model."""
     seen = _records_of(record, layer)
-    if not seen:
+    if not _may_be_whole(seen, layer, record.world_size):
         known = sorted({found.layer.label for found in record.layers if found.loads})
         more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
         raise InputError(
@@ -164,8 +164,8 @@ def _loads_of(record: ServingRecord, layer: ExpertLayer, count: int, source: str
     if any(len(part) != count for part in parts) or len(parts) > record.world_size:
         places = sum(len(found.loads) for found in seen)
         raise InputError(
-            f"{source} counts {places} layers of {layer.label}, the model has {count}; it is of another model, or of a "
-            "process that ran several"
+            f"{source} counts {_layers(places)} of {layer.label}, the model has {count}; it is of another model, or of "
+            "a process that ran several"
         )
     return parts
 
@@ -179,11 +179,17 @@ def _records_of(record: ServingRecord, layer: ExpertLayer) -> list[LayerRecord]:
     ]  # fmt: skip
     if dtypes:
         return dtypes
-    wanted = (layer.hidden, layer.experts, layer.global_experts, layer.top_k)
     return [
         found for found in counted
-        if (found.layer.hidden, found.layer.experts, found.layer.global_experts, found.layer.top_k) == wanted
+        if replace(found.layer, dtype=layer.dtype, weight_format=layer.weight_format, intermediate=layer.intermediate)
+        == layer
     ]  # fmt: skip
+
+
+def _may_be_whole(seen: Sequence[LayerRecord], layer: ExpertLayer, ranks: int) -> bool:
+    """Whether what was counted is of the layer, or of shares of its I as so many ranks hold them."""
+    widest = max((found.layer.intermediate for found in seen), default=0)
+    return widest in (layer.intermediate, -(-layer.intermediate // ranks))
 
 
 def _check_layers(choice: Choice, given: Mapping[int, object], candidates: Sequence[Candidate]) -> None:
@@ -192,7 +198,8 @@ def _check_layers(choice: Choice, given: Mapping[int, object], candidates: Seque
         if indices:
             shown = ", ".join(map(str, sorted(indices)[:NAMED])) + (", …" if len(indices) > NAMED else "")
             kind = "of the model" if what == "lacks" else "and the model has no experts there"
-            raise InputError(f"{choice.source} {what} layers {shown} {kind}, expected {', '.join(map(str, known))}")
+            layers = "layer" if len(indices) == 1 else "layers"
+            raise InputError(f"{choice.source} {what} {layers} {shown} {kind}, expected {', '.join(map(str, known))}")
 
 
 def _check_no_counts(counts: object) -> None:
@@ -224,28 +231,42 @@ def near_numbers(choice: Choice, layers: Sequence[tuple[ExpertLayer, int]]) -> t
 
     Raises UsageError for a choice that depends on the device's memory, InputError for one that does not fit the model.
     """
-    fewest = min(layer.experts for layer, _ in layers)
     if isinstance(choice.experts, str):
         raise UsageError(
             f"how many experts {AUTO} or a record puts near depends on the memory that is free when the model is "
             f"loaded; give a number, as generate --gpu-experts {AUTO} says it"
         )
-    if isinstance(choice.experts, int):
-        if choice.experts > fewest:
-            raise InputError(f"gpu_experts is {choice.experts}, but a layer has {fewest} experts; give at most as many")
-        return (choice.experts,)
     total = sum(count for _, count in layers)
-    if len(choice.experts) != total:
+    if isinstance(choice.experts, Mapping) and len(choice.experts) != total:
         raise InputError(
-            f"{choice.source} has ids for {len(choice.experts)} layers, the model has {total} with experts"
+            f"{choice.source} has ids for {_layers(len(choice.experts))}, the model has {total} with experts"
         )
-    most = max(layer.experts for layer, _ in layers)
-    for index, ids in choice.experts.items():
+    check_choice(choice, [layer.experts for layer, _ in layers])
+    if isinstance(choice.experts, int):
+        return (choice.experts,)
+    return tuple(sorted({len(ids) for ids in choice.experts.values()}))
+
+
+def check_choice(choice: Choice, experts: Sequence[int]) -> None:
+    """Raise InputError for a choice that no layer of a model can follow, whose layers have these numbers of experts.
+
+    It needs nothing but a config, so it is known before any weight is read. Without numbers nothing is checked.
+    """
+    if not experts:
+        return
+    if isinstance(choice.experts, int) and choice.experts > min(experts):
+        raise InputError(
+            f"gpu_experts is {choice.experts}, but a layer has {min(experts)} experts; give at most as many"
+        )
+    for index, ids in choice.experts.items() if isinstance(choice.experts, Mapping) else ():
         try:
-            choose_near(most, ids)
+            choose_near(max(experts), ids)
         except InputError as error:
             raise InputError(f"{choice.source}: layer {index}: {error}") from error
-    return tuple(sorted({len(ids) for ids in choice.experts.values()}))
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def profile_of_shares(profile: RoutingProfile, shares: Sequence[Shares]) -> RoutingProfile:

@@ -273,8 +273,9 @@ def announce_placement(places: Mapping[str, PlacedModule], choice: Choice) -> No
         chosen = "the first ones, as no counts were given"
     alike = first.near.type == FAR.type
     announce(
-        logger, "%s of %s experts of each of %d layers are near (%s), the others far (%s), %s%s",
-        shown, "/".join(map(str, experts)), len(places), first.near, FAR, chosen,
+        logger, "%s of %s experts of each of %d layers are near (%s), %s; %s%s",
+        shown, "/".join(map(str, experts)), len(places), first.near, chosen,
+        "none is far" if numbers[0] >= experts[-1] else f"the others are far ({FAR})",
         "; there is no GPU here, so both parts run on the CPU" if alike else "",
     )  # fmt: skip
 

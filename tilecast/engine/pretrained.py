@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tilecast.engine.checkpoint import TOKENIZER_FILES, Checkpoint
+from tilecast.engine.checkpoint import CONFIG, TOKENIZER_FILES, Checkpoint
 from tilecast.engine.quantized import recipe_of
 from tilecast.engine.transformers_facts import values_of
 from tilecast.engine.watch import is_connection_error
@@ -24,6 +24,8 @@ from tilecast.errors import DeviceError, ModelError, TilecastError, UsageError
 
 NAMED = 3
 """How many of the weights that do not fit an error names."""
+PACKED = ("qweight", "weight_packed", "weight_scale_inv", "weight_scale")
+"""Tensors that only quantised weights have."""
 
 
 def import_transformers() -> Any:
@@ -65,7 +67,7 @@ def _distributed(tp: int, ep: int) -> Any | None:
 @contextmanager
 def _experts_as_stored(checkpoint: Checkpoint) -> Iterator[None]:
     """Keep experts as a quantised checkpoint has them while it is loaded; what runs them is said later."""
-    if recipe_of(checkpoint.config) is None:
+    if recipe_of(checkpoint.config, str(checkpoint.folder / CONFIG)) is None:
         yield
         return
     from tilecast.engine import quantized_loading
@@ -108,7 +110,14 @@ def check_loading(folder: Path | str, info: Mapping[str, Any]) -> None:
         found = _names(info.get(key) or ())
         if found:
             more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-            raise ModelError(f"{folder} {what}: {', '.join(found[:NAMED])}{more}")
+            raise ModelError(f"{folder} {what}: {', '.join(found[:NAMED])}{more}{_unsaid(info)}")
+
+
+def _unsaid(info: Mapping[str, Any]) -> str:
+    """Return a remark where weights did not fit because they are quantised, of which the config says nothing."""
+    parts = tuple(f".{part}" for part in PACKED)
+    key = next((name for name in _names(info.get("unexpected_keys") or ()) if name.endswith(parts)), None)
+    return "" if key is None else f"; {key} is of quantised weights, which config.json's quantization_config should say"
 
 
 def check_heads(model: Any, ranks: int) -> None:

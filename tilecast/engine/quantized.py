@@ -53,17 +53,26 @@ class Contents:
     plain: list[str] = field(default_factory=list)
 
 
-def recipe_of(config: Mapping[str, Any]) -> Recipe | None:
+def recipe_of(config: Mapping[str, Any], source: str = "") -> Recipe | None:
     """Return how a config.json says that weights are quantised; None if they are not, or in a way left to transformers.
 
-    Raises ModelError for what neither reads rightly.
+    Raises ModelError, which names the `source`, for what neither reads rightly.
     """
+    try:
+        return _recipe_of(config)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}" if source else str(error)) from error
+
+
+def _recipe_of(config: Mapping[str, Any]) -> Recipe | None:
     nested = config.get("text_config")
     found = config.get("quantization_config")
     if found is None and isinstance(nested, Mapping):
         found = nested.get("quantization_config")
-    if not isinstance(found, Mapping):
+    if found is None:
         return None
+    if not isinstance(found, Mapping):
+        raise ModelError(f"field quantization_config is {found!r:.40}, expected an object")
     if str(found.get("quant_method")) in METHODS:
         return _recipe(found, read_quantization(found))
     if found.get("quant_method") in ("gptq", "autoround", "auto-round"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tilecast.engine.agreement import process_group
-from tilecast.engine.checkpoint import Checkpoint, agree_on_checkpoint, inspect_checkpoint
+from tilecast.engine.checkpoint import CONFIG, Checkpoint, agree_on_checkpoint, inspect_checkpoint
 from tilecast.engine.group import Group
 from tilecast.engine.quantized import (
     Contents,
@@ -41,6 +42,8 @@ from tilecast.engine.quantized_rows import Recipe
 from tilecast.engine.tensor_files import TensorFiles
 from tilecast.errors import ModelError
 from tilecast.problem import ExpertLayer
+
+logger = logging.getLogger(__name__)
 
 METHOD = "tilecast"
 """The name of our quantiser among those of transformers."""
@@ -184,7 +187,7 @@ def load_quantized(
     if not isinstance(config, _transformers().PreTrainedConfig):
         chosen = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
         config = cls.config_class.from_pretrained(where, **chosen)
-    recipe = recipe_of(config.to_dict())
+    recipe = recipe_of(config.to_dict(), str(where))
     if recipe is None:
         return None
     ranks = any(kwargs.get(key) is not None for key in SPLITS)
@@ -204,6 +207,11 @@ def _load(
     """Load a checkpoint's folder; return the model and what transformers tells of the loading."""
     files = TensorFiles(checkpoint)
     contents = contents_of(files)
+    if not contents.experts and not contents.linears:
+        logger.warning(
+            "%s says that weights are quantised, but no tensor is, so experts run dense; tune them as %s:dense",
+            checkpoint.folder / CONFIG, checkpoint.folder,
+        )  # fmt: skip
     config = copy.deepcopy(config)
     said = _taken_out(config)
     options = {key: value for key, value in kwargs.items() if key not in GIVEN}

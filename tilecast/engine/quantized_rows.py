@@ -54,7 +54,7 @@ def shape_of(files: TensorFiles, base: str, parts: Mapping[str, str], recipe: Re
     """Return N and K of a linear layer, as its codes say. Raises ModelError."""
     name = PARTS[recipe.stored][0]
     if name not in parts:
-        raise ModelError(f"{files.folder}: {base} has no {name}")
+        raise _lacks(files, base, parts, f"no {name}")
     shape = files.place(parts[name]).shape
     if len(shape) != 2:
         raise ModelError(f"{files.folder}: {parts[name]} is {shape}, expected two dimensions")
@@ -66,7 +66,7 @@ def shape_of(files: TensorFiles, base: str, parts: Mapping[str, str], recipe: Re
 def form_for(files: TensorFiles, base: str, parts: Mapping[str, str], recipe: Recipe, *widths: int) -> str:
     """Return the weight format that holds a recipe's weights of `widths` inputs; `parts` are those of one of them."""
     if recipe.kind == "fp8":
-        scale = files.place(_scale_key(base, parts)).shape
+        scale = files.place(_scale_key(files, base, parts)).shape
         return f"fp8_{recipe.scaled or ('tensor' if scale in ((), (1,), (1, 1)) else 'channel')}"
     if recipe.stored == "awq":
         return f"awq_g{recipe.group}"
@@ -115,9 +115,9 @@ def check_rows(
     optional = ("weight_zero_point", "weight_shape", "weight_scale_inv", "weight_scale")
     for part in PARTS[recipe.stored]:
         if part not in parts and part not in optional:
-            raise ModelError(f"{files.folder}: {base} has no {part}")
+            raise _lacks(files, base, parts, f"no {part}")
     if recipe.stored != "awq":
-        _scale_key(base, parts)
+        _scale_key(files, base, parts)
     places = {part: files.place(key) for part, key in parts.items()}
     # What would be done with the tensors, done with their shapes.
     bare = {part: torch.empty(place.shape, dtype=place.dtype, device="meta") for part, place in places.items()}
@@ -179,8 +179,13 @@ def _over(places: range, each: int) -> range:
     return range(places.start // each, -(-places.stop // each))
 
 
-def _scale_key(base: str, parts: Mapping[str, str]) -> str:
+def _scale_key(files: TensorFiles, base: str, parts: Mapping[str, str]) -> str:
     for part in ("weight_scale_inv", "weight_scale"):
         if part in parts:
             return parts[part]
-    raise ModelError(f"{base} has no weight_scale")
+    raise _lacks(files, base, parts, "neither weight_scale_inv nor weight_scale")
+
+
+def _lacks(files: TensorFiles, base: str, parts: Mapping[str, str], what: str) -> ModelError:
+    """Return the error for a missing tensor; what is there shows a config that names another format."""
+    return ModelError(f"{files.folder}: {base} has {what}, expected beside {', '.join(sorted(parts))}")

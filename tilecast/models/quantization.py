@@ -129,7 +129,8 @@ def _awq(found: Mapping[str, Any]) -> Stored:
     if bits != 4 or found.get("zero_point", True) is not True or not fits:
         raise ModelError(
             f"weights are quantised (awq) with bits {bits!r:.20}, group_size {group!r:.20}, zero_point "
-            f"{found.get('zero_point', True)!r:.20}; expected 4, one of {', '.join(map(str, GROUPS))}, and true"
+            f"{found.get('zero_point', True)!r:.20}; expected bits 4, group_size {', '.join(map(str, GROUPS[:-1]))} or "
+            f"{GROUPS[-1]}, zero_point true"
         )
     return Stored(method="awq", format=f"awq_g{group}", ignored=_names(found.get("modules_to_not_convert")))
 

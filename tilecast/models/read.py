@@ -119,7 +119,7 @@ def _stored(outer: Fields, inner: Fields, dtype: str | None, weights: str | None
         stored = read_quantization(found)
     except ModelError as error:
         if dtype is None:
-            raise outer.error(f"{error}; name the dtype they will be dequantised to, such as dtype bf16") from error
+            raise outer.error(f"{error}; or name the dtype, such as bf16, to take the layers as dense") from error
         notes.append(f"{error}; the layers are dense {dtype_name(dtype, outer.what)}")
         return None
     notes.append(f"experts are stored quantised ({stored.method}){f'; {stored.note}' if stored.note else ''}")
