@@ -80,6 +80,13 @@ def test_a_kept_default_is_compared_with_its_own_time() -> None:
         assert found.verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("us", "detail"), [(120.0, "+50.0% against the stored time"), (160_000.0, "2,000.0 × the stored time")]
+)
+def test_how_much_slower_is_said_in_words_that_can_be_read(us: float, detail: str) -> None:
+    assert verified(us, 2 * us).detail == detail
+
+
 def test_a_config_that_fails_has_drifted() -> None:
     found = verified(RuntimeError("no such instruction"), 100.0)
     assert found.verdict == "fails"

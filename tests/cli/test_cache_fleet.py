@@ -174,9 +174,9 @@ def test_coverage_of_every_rank(cli: Command, table: Path) -> None:
     assert len({p["layer"] for p in json.loads(done.out)["points"]}) == 2
 
 
-def measured_table(us: float, default_us: float) -> TuningTable:
+def measured_table(us: float, default_us: float, **fields: object) -> TuningTable:
     """A table that keeps the default in one bucket and claims times for it."""
-    base = table_of(tokens=(1,))
+    base = table_of(tokens=(1,), **fields)  # type: ignore[arg-type]
     (d,) = base.decisions
     up, down = (
         replace(choice_of(gemm, d.choice(gemm.name).config, base.environments[0]), p50_us=us, default_us=default_us)
@@ -220,6 +220,16 @@ def test_verify_says_what_drifted(cli: Command, tmp_path: Path) -> None:
     assert done.code == 4
     assert "1 of 1 config of" in done.err.splitlines()[-1]
     assert [r["verdict"] for r in json.loads(done.out)["results"]] == ["slower"]
+
+
+def test_verify_says_what_else_differs_where_the_table_was_decided(cli: Command, tmp_path: Path) -> None:
+    threads = cpu_environment().threads
+    for there, told in ((threads, False), (threads + 1, True)):
+        path = tmp_path / f"{there}.db"
+        export_table(measured_table(1e8, 1e8, threads=there), path)
+        done = cli("cache", "verify", path, "--rounds", "2", "--sample", "1")
+        line = f"warning: decided where threads: here '{threads}', there '{there}': times may differ for that alone"
+        assert done.code == 0 and (line in done.err) == told, done.err
 
 
 def test_verify_refuses_other_environments(cli: Command, foreign: Path, impossible: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tilecast.engine.bench_result import OURS, BenchResult, Point, Timing
 from tilecast.engine.table_runtime import Runtime
 from tilecast.environment import cpu_environment
 from tilecast.errors import AgreementError, CoverageError
+from tilecast.evidence import TuningTable
 from tilecast.kernels import registry
 from tilecast.kernels.cpu.moe_gemm import MoeGemm
 from tilecast.problem import TileConfig
@@ -69,6 +71,16 @@ def test_show_selects_layers_by_label_or_digest(cli: Command, table: Path) -> No
     for wanted in ("i96", digest[:8]):
         assert len(json.loads(cli("cache", "show", table, wanted, "--json").out)["decisions"]) == 2
     cli("cache", "show", table, "H999").failed(3, "H999", "E4 H64 I96")
+
+
+def test_a_part_of_a_table_is_shown_under_the_tables_own_digest(cli: Command, tmp_path: Path) -> None:
+    one, other = table_of(), table_of(replace(LAYER, hidden=128))
+    path = tmp_path / "two.db"
+    export_table(TuningTable(one.environments, (*one.decisions, *other.decisions)), path)
+    digest = import_table(path).digest
+    assert f"two.db: 2 of 4 decisions, table {digest[:12]}" in cli("cache", "show", path, "H128").out
+    assert f"two.db: 4 decisions, table {digest[:12]}" in cli("cache", "show", path, "E4").out
+    assert json.loads(cli("cache", "show", path, "H128", "--json").out)["digest"] == digest
 
 
 def test_an_empty_table_is_shown(cli: Command, tmp_path: Path) -> None:

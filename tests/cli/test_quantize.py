@@ -34,7 +34,7 @@ def test_a_checkpoint_is_quantised_on_a_text(cli: Command, checkpoint: Path, tmp
 
 def test_fp8_prints_what_was_made(cli: Command, checkpoint: Path, tmp_path: Path) -> None:
     done = cli("quantize", checkpoint, tmp_path / "out", "--format", "fp8")
-    assert done.code == 0 and "24 expert weights as fp8" in done.out and "of what they were" in done.out
+    assert done.code == 0 and "24 expert weights as fp8_block128" in done.out and "of what they were" in done.out
 
 
 @pytest.mark.parametrize(

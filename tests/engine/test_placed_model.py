@@ -253,7 +253,7 @@ def test_the_break_even_of_the_table_is_where_weights_are_sent(
 @pytest.mark.parametrize(
     ("options", "kind", "pattern"),
     [
-        ({"gpu_experts": 9}, InputError, r"layers\.0\.mlp\.experts: number of near experts is 9"),
+        ({"gpu_experts": 9}, InputError, r"gpu_experts is 9, but a layer has 8 experts"),
         ({"gpu_experts": -1}, UsageError, "gpu_experts is -1, expected 0 or above"),
         ({"gpu_experts": {0: [1]}}, InputError, "lacks layer 1 of the model"),
         ({"gpu_experts": {0: [1, 1], 1: []}}, InputError, "near expert 1 is given twice"),
@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_told_in_one_line(
 
 
 def test_a_quantised_checkpoint_tells_what_does_not_fit(awq: tuple[Path, Path]) -> None:
-    with pytest.raises(InputError, match="number of near experts is 9"):
+    with pytest.raises(InputError, match="gpu_experts is 9, but a layer has 8 experts"):
         load_model(awq[0], device="cpu", gpu_experts=9)
 
 

@@ -85,13 +85,19 @@ def judge(decision: Decision, gemm: ExpertGemm, now: Timing, default: Timing) ->
     if choice.config != choice.default and win <= noise(now, default) and (1 + win) * (1 + allowed) < 1 + stored_win:
         verdict, detail = "no win", f"{win:+.1%} over the default now, {stored_win:+.1%} when it was decided"
     elif slower > allowed:
-        verdict, detail = "slower", f"{slower:+.1%} against the stored time"
+        verdict, detail = "slower", _against(now.p50_us, choice.p50_us)
     elif slower < -allowed:
         detail = f"faster than stored: {slower:+.1%}"
     return Verified(
         decision=decision, gemm=gemm, verdict=verdict, detail=detail, p50_us=now.p50_us, default_us=default.p50_us,
         noise=allowed,
     )  # fmt: skip
+
+
+def _against(now_us: float, stored_us: float) -> str:
+    """Return how much slower a time is than the stored one: a percentage, or from twice on a factor."""
+    factor = now_us / stored_us
+    return f"{factor:,.1f} × the stored time" if factor >= 2 else f"{factor - 1:+.1%} against the stored time"
 
 
 def _measurement(

@@ -39,10 +39,13 @@ def show(
     from tilecast import environment
 
     output = Output(json_wanted=json_)
-    table = _only(read_table(source), layers or [], source)
+    whole = read_table(source)
+    table = _only(whole, layers or [], source)
     found = origins(table, environment.seen())
-    output.emit({"command": "cache show", "source": source, **table_json(table)})
-    output.show(f"{source}: {plural(len(table), 'decision')}, table {table.digest[:12]}")
+    # The digest is what other commands call the table, also where only a part of it is shown.
+    output.emit({"command": "cache show", "source": source, **table_json(table), "digest": whole.digest})
+    shown = "" if len(table) == len(whole) else f"{len(table)} of "
+    output.show(f"{source}: {shown}{plural(len(whole), 'decision')}, table {whole.digest[:12]}")
     for origin in found:
         output.show(f"  {origin}")
     output.show(*decision_tables(table.decisions))

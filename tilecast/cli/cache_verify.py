@@ -11,7 +11,7 @@ from tilecast.cli._exit import resumable
 from tilecast.cli._options import JsonOption, ThreadsOption
 from tilecast.cli._output import Output, add_row, microseconds, percent, plural, table
 from tilecast.cli._run import use_threads
-from tilecast.cli._stores import check_configs, read_table
+from tilecast.cli._stores import check_configs, origins, read_table
 from tilecast.cli._tables import config_text
 from tilecast.environment import Environment
 from tilecast.errors import CoverageError, UsageError
@@ -77,6 +77,9 @@ def verify(
     decisions = _of_routing(_usable(found, here, source, policy), profile, source)
     check_configs(TuningTable(found.environments, tuple(decisions)), here, source)
     drawn = sample_decided(decisions, sample, seed)
+    for origin in origins(found, here):
+        if origin.soft and any(decision.environment == origin.environment.digest for decision, _ in drawn):
+            output.warn(f"decided where {'; '.join(origin.soft)}: times may differ for that alone")
     output.note(f"measuring {plural(len(drawn), 'config')} of {2 * len(decisions)} that fit this machine")
     with resumable("no results"), device_lock(here):
         results = _measured(output, drawn, here, rounds, profile)

@@ -198,7 +198,8 @@ def _report(
         }
     )
     who = "this process runs" if ranks == 1 else f"all {ranks} ranks run"
-    output.show(f"{who} table {digest[:12]} ({plural(len(runtime.table), 'decision')}), {runtime.policy}, {mode}")
+    what = f"table {digest[:12]} ({plural(len(runtime.table), 'decision')})" if len(runtime.table) else "no table"
+    output.show(f"{who} {what}, {runtime.policy}, {mode}")
     shown = table(
         "Output bits",
         ("layer", "tokens", "decision", "SHA-256 of the output", "ranks equal", "alone = in batch"),

@@ -73,7 +73,10 @@ def quantize(
         f"{found.bytes_after / 2**20:,.1f} MiB, {share} of what they were",
     )
     if text is not None:
-        output.show(f"inputs scaled in {plural(found.scaled_layers, 'layer')}")
+        which = (
+            f"in {plural(found.scaled_layers, 'layer')}" if found.scaled_layers else "in no layer, so rounded plainly"
+        )
+        output.show(f"inputs of gate and up scaled {which}")
 
 
 def _text(path: Path) -> str:

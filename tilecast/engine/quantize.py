@@ -301,15 +301,19 @@ def _write(
     partial.rename(out)
     report(1.0, "done")
     return Quantized(
-        folder=out, format=form if form == "fp8" else f"awq_g{group}", projections=len(experts), bytes_before=before,
+        folder=out, format=_format(form, group), projections=len(experts), bytes_before=before,
         bytes_after=after, scaled_layers=scaled,
     )  # fmt: skip
 
 
+def _format(form: str, group: int) -> str:
+    """Return the weight format that is written."""
+    return f"awq_g{group}" if form == "awq" else f"fp8_block{BLOCK}"
+
+
 def _stored(weight: torch.Tensor, form: str, group: int) -> dict[str, torch.Tensor]:
     """Return a weight's tensors by part, as checkpoints of its format name them."""
-    name = f"awq_g{group}" if form == "awq" else f"fp8_block{BLOCK}"
-    gemm = _single(weight.shape[0], weight.shape[1], name)
+    gemm = _single(weight.shape[0], weight.shape[1], _format(form, group))
     stack = quantize(weight[None], gemm)
     if form == "awq" and bool((stack.scales < COARSE).any()):
         # float16 has too few numbers there; readers of AWQ take scales of another float type and cast them.
