@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny_models import save_tiny, save_tokenizer, tiny_model
 from tilecast.engine.checkpoint import inspect_checkpoint
-from tilecast.engine.load import available_memory, check_parallel, load_model
+from tilecast.engine.load import available_memory, check_experts, check_parallel, load_model
 from tilecast.engine.pretrained import check_heads, check_loading
 from tilecast.engine.runtime import forget_table
 from tilecast.engine.transformers import _options, register_transformers
@@ -254,6 +254,13 @@ def test_heads_that_differ_from_layer_to_layer_are_all_looked_at() -> None:
 @pytest.mark.parametrize("family", ["jamba", "phimoe"])
 def test_heads_that_no_rank_splits_do_not_matter(family: str) -> None:
     check_heads(tiny_model(family), 3)
+
+
+def test_experts_that_ranks_cannot_share_out_are_told() -> None:
+    for counts, ep in (((8,), 4), ((), 3), ((8, 16), 8), ((60,), 1)):
+        check_experts(counts, ep)
+    with pytest.raises(ModelError, match="ep=3 cannot share out a layer's 8 experts evenly"):
+        check_experts((6, 8), 3)
 
 
 def test_every_kind_of_report_is_an_error() -> None:

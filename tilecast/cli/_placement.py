@@ -34,6 +34,16 @@ GpuExpertsOption = Annotated[
         show_default=False,
     ),
 ]
+GpuExpertCountOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-experts",
+        metavar="N|FILE",
+        help="Experts of each layer that will be on the GPU, the others on the CPU: a number, or a file of ids by "
+        "layer as JSON. What auto comes to, generate says when it loads the model.",
+        show_default=False,
+    ),
+]
 ExpertCountsOption = Annotated[
     Path | None,
     typer.Option(

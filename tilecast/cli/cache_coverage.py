@@ -23,7 +23,7 @@ from tilecast.cli._options import (
     tune_command,
 )
 from tilecast.cli._output import Output, add_row, plural, table
-from tilecast.cli._placement import GpuExpertsOption, parse_gpu_experts, placed_layers
+from tilecast.cli._placement import GpuExpertCountOption, parse_gpu_experts, placed_layers
 from tilecast.cli._routing import asked_routing, tuned_routing
 from tilecast.cli._run import use_threads
 from tilecast.cli._stores import check_configs, read_table, store_location
@@ -54,7 +54,7 @@ def coverage(
     tokens: TokensOption = None,
     dtype: DtypeOption = None,
     policy: PolicyOption = None,
-    gpu_experts: GpuExpertsOption = None,
+    gpu_experts: GpuExpertCountOption = None,
     routing: Annotated[
         str | None,
         typer.Option(

@@ -212,7 +212,7 @@ def _report(
         )  # fmt: skip
     output.show(shown)
     if ranks > 1 and all(point.same_on_all_ranks for point in bits):
-        output.show(f"all {ranks} ranks run the same table and return the same bits")
+        output.show(f"all {ranks} ranks {'run the same table and ' if len(runtime.table) else ''}return the same bits")
 
 
 def _yes(value: bool) -> str:

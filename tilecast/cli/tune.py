@@ -36,7 +36,7 @@ from tilecast.cli._options import (
 )
 from tilecast.cli._output import Output, duration, plural
 from tilecast.cli._placement import (
-    GpuExpertsOption,
+    GpuExpertCountOption,
     PlacedLayers,
     break_even_json,
     break_even_lines,
@@ -74,7 +74,7 @@ def tune(
     budget: BudgetOption = None,
     weights: WeightsOption = None,
     share: ShareOption = "replicate",
-    gpu_experts: GpuExpertsOption = None,
+    gpu_experts: GpuExpertCountOption = None,
     seed: SeedOption = 0,
     store: StoreOption = None,
     export: Annotated[

@@ -7,7 +7,7 @@ agreed on before the first collective.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -89,6 +89,7 @@ def load_model(
         check_parallel(group.world_size, tp, ep)
         settings = _settings(policy, table)
         checkpoint = inspect_checkpoint(folder)
+        check_experts(experts_of(checkpoint.config), ep)
         if choice is not None:
             check_choice(choice, experts_of(checkpoint.config))
         wanted = _dtype(dtype, checkpoint)
@@ -146,6 +147,13 @@ def check_parallel(world_size: int, tp: int, ep: int) -> None:
             f"start with torchrun --nproc-per-node {ranks}" if ranks > 1 else "leave out torchrun, or give --tp or --ep"
         )
         raise UsageError(f"tp={tp} and ep={ep} need {ranks} ranks, but there are {world_size}; {start}")
+
+
+def check_experts(counts: Sequence[int], ep: int) -> None:
+    """Raise ModelError where `ep` ranks cannot keep as many experts each: transformers splits them evenly or not."""
+    for count in counts:
+        if count % ep:
+            raise ModelError(f"ep={ep} cannot share out a layer's {count} experts evenly; use a number that divides it")
 
 
 def _settings(policy: str | None, table: str | None) -> Settings | None:
