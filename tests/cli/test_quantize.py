@@ -55,5 +55,21 @@ def test_what_does_not_fit_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_text_without_a_tokenizer_is_told_before_the_model_is_loaded(cli: Command, tmp_path: Path) -> None:
+    folder, text = (
+        save_tiny("mixtral", tmp_path / "plain", intermediate_size=96, num_hidden_layers=1),
+        tmp_path / "text",
+    )
+    text.write_text("cast once")
+    cli("quantize", folder, tmp_path / "out", "--group", "32", "--calibration", text).failed(3, "has no tokenizer")
+
+
+def test_what_is_quantised_in_another_way_is_quantised_already(cli: Command, tmp_path: Path) -> None:
+    folder = save_tiny("mixtral", tmp_path / "gptq", num_hidden_layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    cli("quantize", folder, tmp_path / "out").failed(3, "gptq is quantised already")
+
+
 def test_a_folder_that_is_there_is_not_written_to(cli: Command, checkpoint: Path, tmp_path: Path) -> None:
     cli("quantize", checkpoint, tmp_path).failed(2, "exists already")

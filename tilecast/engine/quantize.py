@@ -19,7 +19,7 @@ import torch
 
 from tilecast.canonical import Json
 from tilecast.engine.calibration import Seen, own_scales, sequences_of, shared_scales, watch
-from tilecast.engine.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint, inspect_checkpoint
+from tilecast.engine.checkpoint import CONFIG, INDEX, TOKENIZER_FILES, WEIGHTS, Checkpoint, inspect_checkpoint
 from tilecast.engine.quantized import EXPERT, ROLES, recipe_of
 from tilecast.engine.tensor_files import TensorFiles
 from tilecast.errors import InputError, ModelError, UsageError
@@ -98,7 +98,7 @@ def quantize_checkpoint(
     if os.path.lexists(out):  # a link that leads nowhere is something, too
         raise UsageError(f"{out} exists already; name a new folder")
     checkpoint = inspect_checkpoint(folder)
-    if recipe_of(checkpoint.config) is not None or checkpoint.config.get("quantization_config"):
+    if checkpoint.config.get("quantization_config") or recipe_of(checkpoint.config) is not None:
         raise ModelError(f"{folder} is quantised already")
     files = TensorFiles(checkpoint)
     layers = _layers(files)
@@ -179,10 +179,11 @@ def _calibrate(
     from tilecast.engine.quantized_loading import LAYER
     from tilecast.engine.transformers import experts_modules
 
+    if not any((checkpoint.folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{checkpoint.folder} has no tokenizer, which a calibration text needs")
     report(0.0, "loading the model")
     loaded = load_model(checkpoint.folder, experts="eager")
-    if loaded.tokenizer is None:
-        raise InputError(f"{checkpoint.folder} has no tokenizer, which a calibration text needs")
+    assert loaded.tokenizer is not None
     numbered = {int(match[1]): name for name, _ in experts_modules(loaded.model) if (match := LAYER.search(name))}
     if not layers.keys() <= numbered.keys():
         raise ModelError(f"the model has experts in layers {sorted(numbered)}, the files in {sorted(layers)}")
