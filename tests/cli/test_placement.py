@@ -180,7 +180,7 @@ def test_compare_runs_placed_experts(cli: Command, mixtral: Path, files: Path) -
     assert done.code == 0, (done.out, done.err)
     assert [(one["check"], one["verdict"]) for one in json.loads(done.out)["invariance"]] == [("batch", "equal")]
     wrong = cli("compare", mixtral, "--gpu-experts", "9", *options)
-    assert wrong.code == 3 and "number of near experts is 9" in wrong.err.splitlines()[-1]
+    assert wrong.code == 3 and "gpu_experts is 9, but a layer has 8 experts" in wrong.err
     cli("compare", mixtral, "--gpu-experts", "2", "--experts", "eager", *options).failed(2, "needs --experts tilecast")
 
 
