@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,6 +181,19 @@ def test_outputs_are_fresh_and_weights_changed_in_place_are_seen(runs: list[bool
     if not experts.packed:
         w.w2.mul_(2)
         assert torch.equal(experts(*given), 2 * first)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda experts: pickle.loads(pickle.dumps(experts))])
+def test_a_copy_has_memory_of_its_own(copied: Callable[[PreparedExperts], PreparedExperts], runs: list[bool]) -> None:
+    experts = experts_of(SMALL)
+    given = drawn(SMALL, 4)
+    wanted = experts(*given)
+    experts(*given)
+    other = copied(experts)
+    experts._up.data.fill_(torch.nan)
+    assert experts(*given).isnan().all()
+    assert all(torch.equal(other(*given), wanted) for _ in range(2))
+    assert len(runs) == 3
 
 
 def test_another_number_of_threads(runs: list[bool]) -> None:

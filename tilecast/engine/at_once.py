@@ -9,7 +9,7 @@ why it is refused.
 from __future__ import annotations
 
 from threading import get_ident
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -50,11 +50,17 @@ class AtOnce:
         self._known: dict[_Kind, _Known] = {}
         self._by_configs: dict[tuple[TileConfig, TileConfig, torch.dtype], WholeLayer | None] = {}
 
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """Return what a copy is made from: frames point at this one's memory, so a copy learns its own."""
+        return None, {"_layer": self._layer, "_weights": self._weights, "_known": {}, "_by_configs": {}}
+
     def run(
         self, hidden: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor, out_dtype: torch.dtype
     ) -> torch.Tensor | None:
         """Return the layer's result, shaped as hidden, or None where the call has to go the ordinary way."""
-        if not (type(hidden) is type(ids) is type(scales) is torch.Tensor) or recording.active() is not None:
+        if not self._known or recording.active() is not None:
+            return None
+        if not (type(hidden) is type(ids) is type(scales) is torch.Tensor):
             return None
         shape = hidden.shape
         known = self._known.get(

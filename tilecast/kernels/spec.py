@@ -42,6 +42,10 @@ class GemmWeights:
     bias: torch.Tensor | None = None
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made from: plans point at this stack's memory, so a copy makes its own."""
+        return {**self.__dict__, "plans": {}}
+
 
 class Kernel(Protocol):
     """A named implementation that can run expert GEMMs.
