@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests import programs
+from tests.cache_folders import cache_folder
 from tilecast.cache_store.bundle import export_table
 from tilecast.cli.app import app
 from tilecast.engine.runtime import forget_table
@@ -50,8 +51,7 @@ Command = Callable[..., Done]
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    folder = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("TILECAST_CACHE_DIR", str(folder))
+    monkeypatch.setenv("TILECAST_CACHE_DIR", str(cache_folder(tmp_path_factory.getbasetemp() / "cache")))
     for name in VARIABLES:
         monkeypatch.delenv(f"TM_GEMM_{name}", raising=False)
     yield
@@ -74,14 +74,26 @@ def process() -> Command:
     """Run a command in a process of its own."""
 
     def run(*arguments: str | Path, **variables: str) -> Done:
-        done = subprocess.run(
-            [sys.executable, "-m", "tilecast", *map(str, arguments)],
-            env=child_environment({"OMP_NUM_THREADS": "1", **variables}),
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        done = programs.run(
+            "tilecast", *arguments, environment=child_environment({"OMP_NUM_THREADS": "1", **variables})
+        )
         return Done(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+def two_ranks(*each: list[str]) -> list[tuple[int, str, str]]:
+    """Run a command on each of two ranks, as a launcher would that kills nobody; return how they ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    running = []
+    for rank, arguments in enumerate(each):
+        launched = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = child_environment({**launched, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"})
+        running.append(programs.start("tilecast", *arguments, environment=environment))
+    ended = [program.ended(90) for program in running]
+    return [(done.returncode, done.stdout, done.stderr) for done in ended]
 
 
 def choice_of(gemm: ExpertGemm, config: TileConfig, environment: Environment) -> Choice:

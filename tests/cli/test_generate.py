@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Command
+from tests.programs import run
 from tests.tiny_models import save_tiny, save_tokenizer
-from tests.torchrun.launch import ROOT, environment
+from tests.torchrun.launch import environment
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +69,8 @@ def test_sampling_follows_its_seed(cli: Command, mixtral: Path) -> None:
 
 
 def test_standard_input_holds_prompts_in_a_process(mixtral: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tilecast",
-        "generate",
-        str(mixtral),
-        "--experts",
-        "eager",
-        "--max-new-tokens",
-        "2",
-    ]
-    done = subprocess.run(
-        command, input="1,2\n3\n", cwd=ROOT, env=environment(tmp_path), timeout=240, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    words = ("generate", mixtral, "--experts", "eager", "--max-new-tokens", "2")
+    done = run("tilecast", *words, environment=environment(tmp_path), text="1,2\n3\n")
     assert done.returncode == 0, done.stderr
     assert [line[:4] for line in done.stdout.splitlines()] == ["[1] ", "[2] "]
 

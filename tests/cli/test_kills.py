@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Command
+from tests.programs import start
 from tilecast.cache_store.store import open_store
 from tilecast.settings import child_environment
 
 TUNE = ["tune", "E=4,H=256,I=192,k=2", "--tokens", "1,4,16"]
 KILLS = 3
 PATIENCE_S = 90
-WITNESS = """
-import os, sys
-from tilecast.autotune.session import Session
-from tilecast.cli import main
-
-journal = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND)
-keep = Session.keep
-
-def witnessed(self, measurement):
-    os.write(journal, b"m")  # made
-    keep(self, measurement)
-    os.write(journal, b"k")  # kept
-
-Session.keep = witnessed
-main()
-"""
-"""Runs the command line and notes in a file, from outside the store, every measurement made and kept."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +34,15 @@ def tune_and_kill(store: Path, journal: Path, instants: random.Random, *, at_wor
     """Start a tuning and kill it: within seconds of its start, or within a second of its first measurement."""
     before = stored(store)
     journal.write_bytes(b"")
-    running = subprocess.Popen(
-        [sys.executable, "-c", WITNESS, journal, *TUNE, "--store", store],
-        env=child_environment({"OMP_NUM_THREADS": "1"}), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    environment = child_environment({"OMP_NUM_THREADS": "1"})
+    running = start("tests.cli.witness", journal, *TUNE, "--store", store, environment=environment)
     deadline = time.monotonic() + PATIENCE_S
     while at_work and not journal.stat().st_size and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.01)
-    time.sleep(instants.uniform(0, 1) if at_work else instants.uniform(0.5, 5))
+    time.sleep(instants.uniform(0, 1) if at_work else instants.uniform(0, 3))
     running.send_signal(signal.SIGKILL)
-    _, err = running.communicate(timeout=PATIENCE_S)
-    assert running.returncode == -signal.SIGKILL, err
+    done = running.ended(PATIENCE_S)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     noted = journal.read_bytes()
     return Killed(made=noted.count(b"m"), kept=noted.count(b"k"), grown=stored(store) - before)
 

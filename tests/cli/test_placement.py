@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import LAYER, SPEC, Command, table_of
+from tests.cli.conftest import LAYER, SPEC, Command, table_of, two_ranks
 from tests.tiny_models import save_tiny
-from tests.torchrun.launch import ROOT, environment
 from tilecast.cache_store.bundle import export_table, import_table
 from tilecast.cli._layers import sharded
 from tilecast.cli._output import Output
@@ -102,16 +99,11 @@ def test_compare_tells_what_no_layer_has_before_the_reference_runs(
 
 
 @pytest.mark.torchrun
-def test_all_ranks_say_that_one_process_places_experts(mixtral: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tilecast",
-        "generate", str(mixtral), "--tp", "2", "--gpu-experts", "2", "--ids", "1",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(tmp_path), timeout=120, capture_output=True, text=True, check=False
-    )
-    lines = [line for line in done.stderr.splitlines() if "--gpu-experts is for one process" in line]
-    assert done.returncode != 0 and len(lines) == 2, done.stderr
+def test_all_ranks_say_that_one_process_places_experts(mixtral: Path) -> None:
+    words = ["generate", str(mixtral), "--tp", "2", "--gpu-experts", "2", "--ids", "1"]
+    for code, out, err in two_ranks(words, words):
+        assert (code, out) == (2, ""), err
+        assert "--gpu-experts is for one process" in err
 
 
 def test_both_shares_are_tuned_covered_and_run(cli: Command, mixtral: Path, tmp_path: Path) -> None:

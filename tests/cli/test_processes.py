@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import SPEC, Command
+from tests.cli.conftest import SPEC, Command, two_ranks
+from tests.programs import start
 from tilecast.cache_store.store import open_store
 from tilecast.settings import child_environment
 
@@ -30,9 +30,11 @@ def test_help_does_not_import_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_completion_offers_commands_and_presets(process: Command) -> None:
+def test_completion_offers_commands_and_presets() -> None:
     words = {"_TILECAST_COMPLETE": "complete_bash", "COMP_CWORD": "2", "COMP_WORDS": "tilecast tune mixtral-8x2"}
-    assert "mixtral-8x22b" in process(**words).out
+    command, environment = [sys.executable, "-m", "tilecast"], child_environment(words)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert "mixtral-8x22b" in done.stdout
 
 
 @pytest.mark.slow
@@ -57,19 +59,11 @@ def test_the_whole_way(process: Command, tmp_path: Path) -> None:
     assert document["summaries"]
 
 
-def heed_interrupts() -> None:
-    """Undo what a shell does to its background jobs: they, and so their children, ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.mark.slow
 def test_ctrl_c_keeps_measurements_and_the_next_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
-    command = [sys.executable, "-m", "tilecast", "tune", SPEC, "--tokens", "1,2,4,8,16,32,64,128,256", "--store", path]
-    environment = child_environment({"OMP_NUM_THREADS": "1"})
-    running = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
-    )
+    words = ["tune", SPEC, "--tokens", "1,2,4,8,16,32,64,128,256", "--store", path]
+    running = start("tilecast", *words, environment=child_environment({"OMP_NUM_THREADS": "1"}))
     kept = 0
     deadline = time.monotonic() + 60
     while kept == 0 and time.monotonic() < deadline:
@@ -78,11 +72,11 @@ def test_ctrl_c_keeps_measurements_and_the_next_run_goes_on(tmp_path: Path) -> N
             with open_store(path) as store:
                 kept = len(store.measurements())
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=30)
-    assert running.returncode == 130, err
-    assert out == ""
-    assert err.splitlines()[-1].startswith("tilecast: interrupted; measurements made so far are kept")
-    assert "Traceback" not in err
+    done = running.ended(30)
+    assert done.returncode == 130, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("tilecast: interrupted; measurements made so far are kept")
+    assert "Traceback" not in done.stderr
     with open_store(path) as store:
         assert len(store.measurements()) >= kept > 0
 
@@ -114,26 +108,10 @@ def test_a_closed_pipe_is_quiet(table: Path) -> None:
     assert err == ""
 
 
-def _two_ranks(*each: list[str]) -> list[tuple[int, str, str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    running = []
-    for rank, arguments in enumerate(each):
-        launched = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = child_environment({**launched, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"})
-        command = [sys.executable, "-m", "tilecast", *arguments]
-        running.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    written = [process.communicate(timeout=90) for process in running]
-    return [(process.returncode, out, err) for process, (out, err) in zip(running, written, strict=True)]
-
-
 @pytest.mark.torchrun
 def test_ranks_run_one_table_and_return_the_same_bits(table: Path) -> None:
     line = ["check", SPEC, "--tokens", "1,4", "--table", str(table), "--json"]
-    (code, out, err), (other_code, other_out, _) = _two_ranks(line, line)
+    (code, out, err), (other_code, other_out, _) = two_ranks(line, line)
     assert (code, other_code) == (0, 0), err
     assert other_out == ""
     document = json.loads(out)
@@ -144,7 +122,7 @@ def test_ranks_run_one_table_and_return_the_same_bits(table: Path) -> None:
 @pytest.mark.torchrun
 def test_ranks_out_of_step_all_end_with_five(table: Path) -> None:
     line = ["check", SPEC, "--table", str(table), "--tokens"]
-    found = _two_ranks([*line, "1"], [*line, "4"])
+    found = two_ranks([*line, "1"], [*line, "4"])
     assert [code for code, _, _ in found] == [5, 5]
     assert len({err.splitlines()[-1] for _, _, err in found}) == 1
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import tilecast
+from tests.cache_folders import cache_folder
 from tilecast.engine import runtime
 
 
@@ -32,5 +33,6 @@ def registered() -> Iterator[None]:
 @pytest.fixture
 def cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache folder of the test's own."""
-    monkeypatch.setenv("TILECAST_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    folder = cache_folder(tmp_path / "cache")
+    monkeypatch.setenv("TILECAST_CACHE_DIR", str(folder))
+    return folder

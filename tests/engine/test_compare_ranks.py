@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.tiny_models import save_tiny
-from tests.torchrun.launch import torchrun
+from tests.torchrun.launch import reports as reports_of
 
 pytestmark = pytest.mark.torchrun
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.torchrun
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("compared")
     save_tiny("mixtral", folder / "mixtral", torch.float32, 0)
-    return torchrun("compared", folder, 2)
+    return reports_of("compared", folder, 2)
 
 
 def test_two_ranks_have_the_same_bits_and_no_fault(reports: list[dict[str, Any]]) -> None:

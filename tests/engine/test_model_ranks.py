@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 
 from tests.cli.conftest import table_of
 from tests.tiny_models import FAMILIES, LATER_FAMILIES, NAMED_FAMILIES, save_tiny
-from tests.torchrun.launch import ROOT, Ended, environment, processes
+from tests.torchrun.launch import Ended, processes, reports
 from tilecast.cache_store.bundle import export_table
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
@@ -55,16 +53,10 @@ def run(request: pytest.FixtureRequest, checkpoints: Path) -> list[dict]:  # typ
             save_tiny("mixtral", checkpoints / family, intermediate_size=50)
         elif not (checkpoints / family).exists():
             save_tiny(family, checkpoints / family)
-    launch = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    script = ["-m", "tests.torchrun.models", str(checkpoints), mode, *RUNS[request.param]]
-    done = subprocess.run(
-        [sys.executable, *launch, *script],
-        cwd=ROOT, env=environment(checkpoints), timeout=280, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    reports = [json.loads((checkpoints / f"{mode}{ranks}-rank{rank}.json").read_text()) for rank in range(ranks)]
-    assert [set(report) for report in reports] == [set(RUNS[request.param])] * ranks
-    return reports
+    families = RUNS[request.param]
+    found = reports("models", checkpoints, ranks, mode, *families, prefix=f"{mode}{ranks}-", timeout=280)
+    assert [set(report) for report in found] == [set(families)] * ranks
+    return found
 
 
 def test_all_families_give_the_tokens_of_one_process(run) -> None:  # type: ignore[no-untyped-def]
@@ -109,7 +101,7 @@ ENDINGS = ("kill in generate", "kill in load", "error in generate", "error in py
 def ended(prepared: Path) -> dict[str, list[Ended]]:
     # Two at a time: each waits for signs of life that do not come.
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda ending: processes("model_faults", prepared, RANKS, ENDING=ending), ENDINGS)
+        found = pool.map(lambda ending: processes("model_faults", prepared, RANKS, ending), ENDINGS)
         return dict(zip(ENDINGS, found, strict=True))
 
 

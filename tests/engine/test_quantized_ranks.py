@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.test_quantized import FORMS
 from tests.quantized_checkpoints import packed, quantized_twins
-from tests.torchrun.launch import ROOT, Ended, environment, processes
+from tests.torchrun.launch import Ended, processes, reports
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
 
@@ -38,15 +36,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         (folder / form).mkdir()
         # A fourth of it is a whole group, or block.
         quantized_twins(folder / form, "mixtral", quantize, config, intermediate_size=512 if "block" in form else 128)
-    launch = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.torchrun.quantized", str(folder), *cases],
-        cwd=ROOT, env=environment(folder), timeout=280, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    reports = [json.loads((folder / f"{ranks}-rank{rank}.json").read_text()) for rank in range(ranks)]
-    assert [set(report) for report in reports] == [set(cases)] * ranks
-    return reports
+    found = reports("quantized", folder, ranks, *cases, prefix=f"{ranks}-", timeout=280)
+    assert [set(report) for report in found] == [set(cases)] * ranks
+    return found
 
 
 def test_all_ranks_give_the_dequantised_twins_tokens(run: list[dict[str, Any]]) -> None:

@@ -8,7 +8,8 @@ import signal
 
 import pytest
 
-from tests.torchrun.launch import Ended, processes, torchrun
+from tests.torchrun.launch import Ended, processes
+from tests.torchrun.launch import reports as reports_of
 
 pytestmark = pytest.mark.torchrun
 
@@ -17,7 +18,8 @@ RANKS = 4
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:  # type: ignore[type-arg]
-    return torchrun("flows", tmp_path_factory.mktemp("flows"), request.param)
+    # Processes that measure take seconds to start: where all is tested they do.
+    return reports_of("flows", tmp_path_factory.mktemp("flows"), request.param, sandbox=request.param == 4)
 
 
 def test_all_ranks_always_have_the_same_table(reports) -> None:  # type: ignore[no-untyped-def]

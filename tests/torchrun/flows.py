@@ -1,4 +1,4 @@
-"""What ranks do together when all goes well: first start, second start, uneven shards, sums; run by torchrun."""
+"""What ranks do together when all goes well: first start, second start, uneven shards, sums."""
 
 from __future__ import annotations
 
@@ -54,8 +54,6 @@ class Starts:
             import_from=seen,
             export_to=None if export is None else str(self.folder / export),
             tune=None if tune is None else TuneSettings(tokens=tune),
-            # Processes that measure take seconds to start: where all is tested they do.
-            sandbox=self.group.world_size == 4,
         )
         store = self.store if self.rank == 0 else None
         begin = time.monotonic()

@@ -1,7 +1,7 @@
 """Every way in which loading and generating on ranks may fail. Run on ranks without a launcher.
 
 Faults before the first collective come one after the other, each in a group of its own. At the end the command
-itself runs, and the last rank kills itself or fails in it, as ENDING says.
+itself runs, and the last rank kills itself or fails in it, as the second argument says.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def from_python(folder: Path, ranks: int) -> None:
 
 
 def main() -> None:
-    folder, ending = Path(sys.argv[1]), os.environ["ENDING"]
+    folder, ending = Path(sys.argv[1]), sys.argv[2]
     warnings.filterwarnings("ignore")
     found, rank, ranks = next(iter(rendezvous("env://", timeout=timedelta(seconds=60))))
     store = cast(KeyValueStore, found)
