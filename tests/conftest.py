@@ -9,6 +9,11 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+# Read as torch is imported: threads that have nothing to do sleep. Two workers of as many threads as there are cores
+# would otherwise spend more time on waiting for work than on it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from hypothesis import settings
 
@@ -25,6 +30,16 @@ atexit.register(shutil.rmtree, os.environ["TILECAST_LOCK_DIR"], ignore_errors=Tr
 
 settings.register_profile("tilecast", deadline=None)
 settings.load_profile("tilecast")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _undisturbed() -> Iterator[None]:
+    """Tunings in this process go on while the other worker computes: watched, they would measure all again and wait."""
+    from tilecast.autotune import tools, watches
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools, "watch_for", lambda *_, **__: watches.Blind())
+        yield
 
 
 @pytest.fixture(scope="module")

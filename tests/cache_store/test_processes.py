@@ -32,7 +32,7 @@ def test_killed_at_random_instants(tmp_path: Path, operation: str) -> None:
     kill(operation, tmp_path / "work", 12, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_killed_at_fifty_random_instants(tmp_path: Path, operation: str) -> None:
     kill(operation, tmp_path / "work", 50, seed=2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cache_folders import cache_folder
 from tests.engine.tables import decided
 from tests.tiny_models import save_tiny
 from tilecast.cache_store.bundle import export_table, import_table
@@ -86,13 +87,13 @@ def test_a_wrong_variable_is_found_before_the_weights_are_read(model: Path) -> N
 @pytest.mark.parametrize("variables", [{"TM_GEMM_TUNE": "seq=[1],max_iter=1,top_k=2"}], ids=["tune"])
 def test_the_first_start_tunes_and_the_second_does_not(model: Path, tmp_path: Path, variables: dict[str, str]) -> None:
     path = tmp_path / "tuned.db"
-    quick = {"TM_GEMM_SANDBOX": "0", "TILECAST_CACHE_DIR": str(tmp_path / "cache"), **variables}
+    quick = {"TM_GEMM_SANDBOX": "0", "TILECAST_CACHE_DIR": str(cache_folder(tmp_path / "cache")), **variables}
     first = start(model, TM_GEMM_EXPORT=str(path), **quick)
     assert first.returncode == 0, first.stderr
     digest = import_table(path).digest
     assert f"table {digest[:12]}" in first.stderr
     again = {"TM_GEMM_IMPORT": str(path), "TM_GEMM_EXPORT": str(tmp_path / "again.db")}
-    second = start(model, **again, **{**quick, "TILECAST_CACHE_DIR": str(tmp_path / "empty")})
+    second = start(model, **again, **{**quick, "TILECAST_CACHE_DIR": str(cache_folder(tmp_path / "empty"))})
     assert second.returncode == 0, second.stderr
     assert import_table(tmp_path / "again.db").digest == digest
     # Whatever measures keeps what it measured.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -73,10 +74,16 @@ def config_with(**changes: int) -> TileConfig:
     return TileConfig(Grouped.name, {**TILE, "swap": 0, **changes})
 
 
+@cache
+def hopper_bits(dtype: str = "bf16") -> list[torch.Tensor]:
+    """What the plain kernel gives on Hopper for `wide(dtype)`."""
+    return bits(GROUPED, config_with(), wide(dtype), core("cuda:90"))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_hopper_is_one_class_over_blocks_stages_and_warps(dtype: str) -> None:
     given = wide(dtype)
-    first = bits(GROUPED, config_with(), given, core("cuda:90"))
+    first = hopper_bits(dtype)
     classes = set()
     for changes in SHAPES:
         config = config_with(**changes)
@@ -91,9 +98,7 @@ def test_other_kernels_share_the_class(variant: str) -> None:
     kernel, config = VARIANTS[variant]
     for gemm in given.layer.gemms:
         assert numerics_class(kernel, gemm, config, HERE) == numerics_class(GROUPED, gemm, config_with(), HERE)
-    assert equal(
-        bits(kernel, config, given, core("cuda:90")), bits(GROUPED, config_with(), given, core("cuda:90"))
-    )  # fmt: skip
+    assert equal(bits(kernel, config, given, core("cuda:90")), hopper_bits())
 
 
 def test_split_k_is_another_class() -> None:
@@ -102,7 +107,7 @@ def test_split_k_is_another_class() -> None:
     for gemm in given.layer.gemms:
         assert numerics_class(kernel, gemm, config, HERE) != numerics_class(GROUPED, gemm, config_with(), HERE)
     split = bits(kernel, config, given, core("cuda:90"))
-    assert not equal(split, bits(GROUPED, config_with(), given, core("cuda:90")))
+    assert not equal(split, hopper_bits())
     narrow = config.with_params(block_k=32, block_n=32)
     assert equal(split, bits(kernel, narrow, given, core("cuda:90"))), "within its class only the stretch counts"
 
@@ -113,7 +118,7 @@ def test_ampere_and_hopper_are_different_classes(dtype: str) -> None:
     there = AMPERE.environment()
     for gemm in given.layer.gemms:
         assert numerics_class(GROUPED, gemm, config_with(), HERE) != numerics_class(GROUPED, gemm, config_with(), there)
-    hopper, ampere = (bits(GROUPED, config_with(), given, core(name)) for name in ("cuda:90", "cuda:80"))
+    hopper, ampere = hopper_bits(dtype), bits(GROUPED, config_with(), given, core("cuda:80"))
     assert not any(torch.equal(a, b) for a, b in zip(hopper, ampere, strict=True))
     other = bits(GROUPED, config_with(block_k=128, block_n=32), given, core("cuda:80"))
     assert equal(ampere, other), "blocks are neutral there, too"
@@ -126,14 +131,11 @@ def test_swapped_operands_are_a_class_of_their_own_until_a_device_says_otherwise
         claims = {numerics_class(GROUPED, gemm, config, HERE) for config in (config_with(), swapped)}
         assert len(claims) == 2
     # The model knows no difference: products commute.
-    assert equal(
-        bits(GROUPED, swapped, given, core("cuda:90")), bits(GROUPED, config_with(), given, core("cuda:90"))
-    )  # fmt: skip
+    assert equal(bits(GROUPED, swapped, given, core("cuda:90")), hopper_bits())
 
 
 def test_fp32_is_one_chain_of_fused_multiply_adds() -> None:
-    given = wide("fp32")
-    first = bits(GROUPED, config_with(), given, core("cuda:90"))
+    given, first = wide("fp32"), hopper_bits("fp32")
     for changes in ({"block_k": 16}, {"block_n": 32, "block_m": 32}):
         assert equal(bits(GROUPED, config_with(**changes), given, core("cuda:90")), first)
     decode = TileConfig(Decode.name, dict(VARIANTS["decode"][1].params))
@@ -142,7 +144,7 @@ def test_fp32_is_one_chain_of_fused_multiply_adds() -> None:
 
 def test_a_row_alone_has_the_bits_it_has_in_the_batch() -> None:
     given = wide("bf16")
-    whole = bits(GROUPED, config_with(), given, core("cuda:90"))[1]
+    whole = hopper_bits()[1]
     k = given.layer.top_k
     for token in range(TOKENS):
         alone = dataclasses.replace(

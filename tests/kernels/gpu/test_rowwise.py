@@ -102,9 +102,19 @@ def test_functions(kind: str, device: torch.device) -> None:
         assert torch.equal(rowwise.function_of(kind, values.flatten()[cut:]), whole.flatten()[cut:])
 
 
+ATTENTION = ("plain", "window", "bias", "sinks and cap", "no key")
+
+
+def attention_cases() -> Iterator[object]:
+    """The plain case in every dtype, each other one in one of them; the rest is long."""
+    for i, case in enumerate(ATTENTION):
+        for j, dtype in enumerate(DTYPES):
+            marks = [] if case == "plain" or i % len(DTYPES) == j else [pytest.mark.long]
+            yield pytest.param(case, dtype, id=f"{case}-{dtype}".replace("torch.", ""), marks=marks)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["plain", "window", "bias", "sinks and cap", "no key"])
+@pytest.mark.parametrize(("case", "dtype"), list(attention_cases()))
 def test_attention(case: str, dtype: torch.dtype, device: torch.device) -> None:
     query, key, value = (draw(2, h, 11, d, device=device, dtype=dtype) / 4 for h, d in ((4, 24), (2, 24), (2, 40)))
     sinks = draw(4, device=device) if case == "sinks and cap" else None
