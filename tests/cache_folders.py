@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from tilecast.settings import Settings
@@ -13,9 +14,10 @@ kept under all that it depends on; what is said of compiling is tested with fold
 
 def cache_folder(folder: Path) -> Path:
     """Make a folder for TILECAST_CACHE_DIR, if it is not there, and return it."""
-    KERNELS.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # where nothing can be written, kernels are compiled each time, as for users
+        KERNELS.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     kernels = folder / "kernels"
-    if not kernels.exists():
+    if not kernels.is_symlink():
         kernels.symlink_to(KERNELS, target_is_directory=True)
     return folder
