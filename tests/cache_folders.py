@@ -17,7 +17,6 @@ def cache_folder(folder: Path) -> Path:
     with suppress(OSError):  # where nothing can be written, kernels are compiled each time, as for users
         KERNELS.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    kernels = folder / "kernels"
-    if not kernels.is_symlink():
-        kernels.symlink_to(KERNELS, target_is_directory=True)
+    with suppress(FileExistsError):
+        (folder / "kernels").symlink_to(KERNELS, target_is_directory=True)
     return folder
