@@ -153,10 +153,18 @@ def test_a_config_dropped_early_does_not_win_by_few_samples() -> None:
 
 def test_a_choice_without_rivals_has_no_runner_up() -> None:
     _, (choice,) = choose([evidence(steady(DEFAULT, 100))], "reproducible")
-    assert choice.config == DEFAULT and choice.runner_up is None and choice.noise == 0.01
+    assert choice.config == DEFAULT and choice.runner_up is None
 
 
 # Groups over buckets
+
+
+def test_a_single_sample_without_rivals_is_as_noisy_as_any_single_sample() -> None:
+    one = evidence(measured(DEFAULT, 10))
+    (choice,) = choose([one], "reproducible")[1]
+    assert choice.runner_up is None and choice.noise == noise(one.timings[DEFAULT], one.timings[DEFAULT]) > 0.05
+    many = evidence(steady(DEFAULT, 100))
+    assert choose([many], "reproducible")[1][0].noise < choice.noise
 
 
 def test_one_class_and_layout_serve_all_buckets() -> None:

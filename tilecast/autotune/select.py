@@ -320,6 +320,7 @@ def _choice(e: Evidence, timings: Sequence[Timing], policy: str, excluded: Colle
         default_us=default.p50_us,
         runner_up=None if runner_up is None else runner_up.config,
         runner_up_us=None if runner_up is None else runner_up.p50_us,
-        noise=NOISE_FLOOR if rival is None else noise(chosen, rival),
+        # What a second look would differ by, where there is nothing to compare with.
+        noise=noise(chosen, chosen if rival is None else rival),
         numerics=e.candidates[chosen.config].numerics,
     )
