@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -71,7 +72,8 @@ def apart(experts: PreparedExperts, given: Operands, **options: torch.dtype) -> 
 
 def fill_scratch() -> None:
     """Leave NaN where intermediates, sums and sorted slots of the next call will be."""
-    launch.take_scratch("layer", whole_layer.SCRATCH_BYTES).fill_(0xFF)
+    # By address: a buffer that was first taken in inference mode cannot be written to outside of it.
+    ctypes.memset(launch.take_scratch("layer", whole_layer.SCRATCH_BYTES).data_ptr(), 0xFF, whole_layer.SCRATCH_BYTES)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
