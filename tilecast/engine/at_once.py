@@ -75,7 +75,8 @@ class AtOnce:
         frame, missed, narrow = known
         if narrow:
             scales = scales.to(torch.float32)
-        out = torch.empty(shape, dtype=out_dtype)
+        # The shorter way through torch.
+        out = torch.empty_like(hidden) if out_dtype is hidden.dtype else torch.empty(shape, dtype=out_dtype)
         if frame.call(frame.address, hidden.data_ptr(), ids.data_ptr(), scales.data_ptr(), out.data_ptr()) != DONE:
             self._known.clear()
             return None
