@@ -198,6 +198,39 @@ def test_a_copy_has_memory_of_its_own(copied: Callable[[PreparedExperts], Prepar
     assert len(runs) == 3
 
 
+def test_another_default_device_is_not_where_results_go(runs: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = experts_of(SMALL)
+    given = drawn(SMALL, 3)
+    wanted = experts(*given)
+    experts._at_once._known.clear()
+    monkeypatch.setattr(launch, "_buffers", launch._Buffers())
+    with torch.device("meta"):
+        for options in ({}, {}, {"out_dtype": torch.float32}, {"out_dtype": torch.float32}):
+            assert torch.equal(experts(*given, **options).to(wanted.dtype), wanted)
+    assert runs == [True, True]
+
+
+def test_outputs_made_before_are_nobody_elses(runs: list[bool]) -> None:
+    experts, other = experts_of(SMALL), experts_of(replace(SMALL, intermediate=64))
+    given = drawn(SMALL, 3)
+    wanted = experts(*given), other(*given)
+    assert all(
+        torch.equal(one, expected)
+        for _ in range(at_once.SPARES)
+        for one, expected in zip((experts(*given), other(*given)), wanted, strict=True)
+    )
+    held = [each(*given) for _ in range(2 * at_once.SPARES) for each in (experts, other)]
+    assert len({tensor.data_ptr() for tensor in held}) == len(held)
+    assert all(torch.equal(tensor, wanted[place % 2]) for place, tensor in enumerate(held))
+    with torch.inference_mode():
+        experts(*given)
+        assert experts(*given).is_inference()
+    assert not experts(*given).is_inference()
+    assert not [t for kept in at_once._spares.values() for t in kept if any(t is h for h in held)]
+    large = drawn(SMALL, 200)
+    assert torch.equal(experts(*large), experts(*large)) and len(runs) > 4 * at_once.SPARES
+
+
 def test_another_number_of_threads(runs: list[bool]) -> None:
     experts = experts_of(ODD)
     given = drawn(ODD, 9)

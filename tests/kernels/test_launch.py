@@ -72,6 +72,14 @@ def test_a_launch_holds_its_scratch_until_it_has_ended(name: str, monkeypatch: p
     assert launches
 
 
+@pytest.mark.parametrize("name", ["linear", "packed linear", "one row"])
+def test_another_default_device_is_not_where_results_go(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = CALLS[name]()
+    monkeypatch.setattr(launch, "_buffers", launch._Buffers())
+    with torch.device("meta"):
+        assert torch.equal(CALLS[name](), wanted)
+
+
 def test_scratch_has_room_from_a_multiple_of_64_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_buffers", launch._Buffers())
     first = launch.take_scratch("some", 1000)

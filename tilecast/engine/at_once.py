@@ -27,15 +27,28 @@ MAX_TOKENS = 256
 MAX_KINDS = 1024
 """How many kinds of calls a layer remembers, so that a long-lived process cannot grow without bound."""
 
-_Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.Size, torch.dtype, torch.Size, torch.dtype, torch.dtype, int]
+SPARES, SPARE_BYTES = 16, 16 << 10
+"""How many outputs are made at a time, of up to so many bytes each: the first costs what all others together do."""
+
+_Kind: TypeAlias = tuple[
+    torch.Size, torch.dtype, torch.Size, torch.dtype, torch.Size, torch.dtype, torch.dtype, bool, int
+]
+
+_spares: dict[tuple[torch.Size, torch.dtype, bool, int], list[torch.Tensor]] = {}
+"""Outputs that nobody has yet, of all layers, by shape, dtype, whether of inference mode, and Python thread."""
 
 
 class _Known(NamedTuple):
-    """What runs one kind of calls: a frame, what counts a miss of the table, whether weights are made float32 first."""
+    """What runs one kind of calls.
+
+    frame: what is launched; missed: what counts a miss of the table; narrow: whether weights are made float32 first;
+    spares: outputs made before, None where each is made when it is wanted.
+    """
 
     frame: Frame
     missed: Missed | None
     narrow: bool
+    spares: list[torch.Tensor] | None
 
 
 class AtOnce:
@@ -62,21 +75,17 @@ class AtOnce:
             return None
         if not (type(hidden) is type(ids) is type(scales) is torch.Tensor):
             return None
-        shape = hidden.shape
-        known = self._known.get(
-            (shape, hidden.dtype, ids.shape, ids.dtype, scales.shape, scales.dtype, out_dtype, get_ident())
-        )
+        known = self._known.get(_kind(hidden, ids, scales, out_dtype))
         if known is None or hidden.requires_grad or scales.requires_grad:
             return None
         if not (hidden.is_cpu and ids.is_cpu and scales.is_cpu):
             return None
         # Each is itself where nothing has to be done.
         hidden, ids, scales = hidden.contiguous(), ids.contiguous(), scales.contiguous()
-        frame, missed, narrow = known
+        frame, missed, narrow, spares = known
         if narrow:
             scales = scales.to(torch.float32)
-        # The shorter way through torch.
-        out = torch.empty_like(hidden) if out_dtype is hidden.dtype else torch.empty(shape, dtype=out_dtype)
+        out = spares.pop() if spares else _output(hidden, out_dtype, spares)
         if frame.call(frame.address, hidden.data_ptr(), ids.data_ptr(), scales.data_ptr(), out.data_ptr()) != DONE:
             self._known.clear()
             return None
@@ -107,10 +116,8 @@ class AtOnce:
             return
         if len(self._known) >= MAX_KINDS:
             self._known.clear()
-        kind = (
-            hidden.shape, hidden.dtype, ids.shape, ids.dtype, scales.shape, scales.dtype, out_dtype, get_ident(),
-        )  # fmt: skip
-        self._known[kind] = _Known(frame, missed, scales.dtype is not torch.float32)
+        kind = _kind(hidden, ids, scales, out_dtype)
+        self._known[kind] = _Known(frame, missed, scales.dtype is not torch.float32, _spares_of(kind))
 
     def _whole(self, entry: Entry, out_dtype: torch.dtype) -> WholeLayer | None:
         configs = entry.up, entry.down
@@ -119,3 +126,27 @@ class AtOnce:
             kernels = entry.up_kernel, entry.down_kernel
             self._by_configs[key] = whole_layer(self._layer, kernels, configs, self._weights, out_dtype)
         return self._by_configs[key]
+
+
+def _kind(hidden: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor, out_dtype: torch.dtype) -> _Kind:
+    inference = torch.is_inference_mode_enabled()
+    return (
+        hidden.shape, hidden.dtype, ids.shape, ids.dtype, scales.shape, scales.dtype, out_dtype, inference, get_ident(),
+    )  # fmt: skip
+
+
+def _spares_of(kind: _Kind) -> list[torch.Tensor] | None:
+    """Return where a kind's outputs are kept, None if they are too large for it."""
+    shape, *_, out_dtype, inference, thread = kind
+    if shape.numel() * out_dtype.itemsize > SPARE_BYTES:
+        return None
+    if len(_spares) >= MAX_KINDS:
+        _spares.clear()
+    return _spares.setdefault((shape, out_dtype, inference, thread), [])
+
+
+def _output(hidden: torch.Tensor, dtype: torch.dtype, spares: list[torch.Tensor] | None) -> torch.Tensor:
+    """Return a fresh output like hidden, with undefined contents, and make others for later where there is a place."""
+    if spares is not None:
+        spares.extend(torch.empty_like(hidden, dtype=dtype) for _ in range(SPARES - 1))
+    return torch.empty_like(hidden, dtype=dtype)

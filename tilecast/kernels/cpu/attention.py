@@ -63,7 +63,7 @@ def attend(
     without any real key gets zeros. Raises InputError.
     """
     sizes = check_operands("llvm.attention", query, key, value, ranges, sinks)
-    out = torch.empty(sizes.batch, sizes.queries, sizes.query_heads, sizes.width, dtype=query.dtype)
+    out = torch.empty(sizes.batch, sizes.queries, sizes.query_heads, sizes.width, dtype=query.dtype, device="cpu")
     result = out.transpose(1, 2)
     if out.numel() == 0:
         return result

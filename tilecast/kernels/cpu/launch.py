@@ -49,7 +49,7 @@ def take_scratch(name: str, size: int) -> torch.Tensor:
     known = _buffers.by_name.get(name)
     if known is not None and known.numel() >= size + _SPARE:
         return known
-    fresh = torch.empty(size + _SPARE, dtype=torch.uint8)
+    fresh = torch.empty(size + _SPARE, dtype=torch.uint8, device="cpu")
     if size <= KEPT_SCRATCH_BYTES:
         _buffers.by_name[name] = fresh
     return fresh

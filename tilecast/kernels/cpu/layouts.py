@@ -24,7 +24,7 @@ MADV_HUGEPAGE = 14
 
 def column_order(gemm: ExpertGemm, lanes: int) -> torch.Tensor:
     """Return, for each packed column, the plain weight row behind it; -1 for padding. int64 [columns]."""
-    columns = torch.arange(padded_columns(gemm, lanes))
+    columns = torch.arange(padded_columns(gemm, lanes), device="cpu")
     if gemm.name == "down" or not gemm.layer.gated:
         return torch.where(columns < gemm.n, columns, -1)
     width = gemm.layer.intermediate
@@ -43,7 +43,7 @@ def pack_panels(weights: torch.Tensor, gemm: ExpertGemm, panel: int, lanes: int)
     packed = empty_on_large_pages(shape, weights.dtype)
     present, rows = order >= 0, order.clamp(min=0)
     for expert in range(experts):
-        padded = torch.zeros(columns, depth, dtype=weights.dtype)
+        padded = torch.zeros(columns, depth, dtype=weights.dtype, device="cpu")
         padded[:, :k] = weights[expert].index_select(0, rows)
         padded[~present] = 0
         packed[expert] = padded.view(columns // panel, panel, depth // per_step, per_step).transpose(1, 2)
@@ -55,7 +55,7 @@ def unpack_panels(packed: torch.Tensor, gemm: ExpertGemm, lanes: int) -> torch.T
     experts, panels, steps, panel, per_step = packed.shape
     order = column_order(gemm, lanes)
     present = order >= 0
-    plain = torch.empty((experts, gemm.n, gemm.k), dtype=packed.dtype)
+    plain = torch.empty((experts, gemm.n, gemm.k), dtype=packed.dtype, device="cpu")
     for expert in range(experts):
         columns = packed[expert].transpose(1, 2).reshape(panels * panel, steps * per_step)
         plain[expert].index_copy_(0, order[present], columns[present, : gemm.k])
@@ -64,7 +64,7 @@ def unpack_panels(packed: torch.Tensor, gemm: ExpertGemm, lanes: int) -> torch.T
 
 def empty_on_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Allocate, and ask Linux for large pages before the first touch: weights are streamed, page walks cost."""
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     begin = -(-tensor.data_ptr() // PAGE_BYTES) * PAGE_BYTES
     size = tensor.data_ptr() + tensor.numel() * tensor.itemsize - begin
     if sys.platform == "linux" and size > 0:
@@ -89,7 +89,7 @@ def pack_rows(rows: torch.Tensor, lanes: int) -> torch.Tensor:
     # Negative zeros: their products leave every sum as it is, −0 too.
     packed[:, :, chains * length :] = -0.0
     for expert in range(experts):
-        padded = torch.full((count, chains * length), -0.0, dtype=rows.dtype)
+        padded = torch.full((count, chains * length), -0.0, dtype=rows.dtype, device="cpu")
         padded[:, :k] = rows[expert]
         for first, part in _side_by_side(padded.view(count, chains, length), lanes):
             target = packed[expert, :, first * length : first * length + part.numel() // count]
@@ -102,9 +102,9 @@ def unpack_rows(packed: torch.Tensor, k: int, lanes: int) -> torch.Tensor:
     experts, count, _ = packed.shape
     length = chain_length(k)
     chains = interleaved_length(k) // length
-    plain = torch.empty((experts, count, k), dtype=packed.dtype)
+    plain = torch.empty((experts, count, k), dtype=packed.dtype, device="cpu")
     for expert in range(experts):
-        padded = torch.empty((count, chains, length), dtype=packed.dtype)
+        padded = torch.empty((count, chains, length), dtype=packed.dtype, device="cpu")
         for first, part in _side_by_side(padded, lanes):
             source = packed[expert, :, first * length : first * length + part.numel() // count]
             _interleaved(part).copy_(source.view(_interleaved(part).shape))

@@ -48,13 +48,13 @@ def _shape(batch: int, rows: int, n: int, k: int, dtype: str, bias: bool) -> _Sh
     base = kernel.default(layer.up, 1, here).with_params(layout=PLAIN)
     config = kernel.default(layer.up, batch * rows, here, like=base)
     # The plan wants weights to check; what it takes from them is put in at each launch.
-    shape = torch.empty(batch, n, k, dtype=next(d for d, name in DTYPE_NAMES.items() if name == dtype))
+    shape = torch.empty(batch, n, k, dtype=next(d for d, name in DTYPE_NAMES.items() if name == dtype), device="cpu")
     some_bias = shape.new_empty(batch, n) if bias else None
     plan = Plan(kernel.isa, config, GemmWeights(gemm=layer.up, layout=PLAIN, data=shape, bias=some_bias), dtype)
     return _Shape(
         plan=plan, columns=padded_columns(layer.up, kernel.isa.lanes),
-        slots=torch.arange(batch * rows, dtype=torch.int32),
-        offsets=torch.arange(0, batch * rows + 1, rows, dtype=torch.int32),
+        slots=torch.arange(batch * rows, dtype=torch.int32, device="cpu"),
+        offsets=torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device="cpu"),
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def multiply(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | Non
         )
     if bias is not None and bias.shape != (batch, n):
         raise InputError(f"linear: bias is {tuple(bias.shape)}, expected {(batch, n)}")
-    out = torch.empty(batch, count, n, dtype=rows.dtype)
+    out = torch.empty(batch, count, n, dtype=rows.dtype, device="cpu")
     if out.numel() == 0:
         return out
     if k == 0:

@@ -52,7 +52,7 @@ def down(
     """Run the down GEMM and the ordered combine: intermediate [T·k, I] to out [T, H] (its dtype or float32)."""
     scale = topk_weights.reshape(-1, 1)
     with _exact_library():
-        partial = torch.zeros(route.tokens * route.top_k, weights.gemm.n, dtype=torch.float32)
+        partial = torch.zeros(route.tokens * route.top_k, weights.gemm.n, dtype=torch.float32, device="cpu")
         for slots, product in _products(config, intermediate, weights, route, rows_per_token=1):
             partial.index_copy_(0, slots, product * scale[slots])
         by_token = partial.view(route.tokens, route.top_k, weights.gemm.n)

@@ -61,14 +61,14 @@ class PackedLinear:
         layout = self._kernel.layout(gemm, self._config)
         plain = GemmWeights(gemm=gemm, layout=PLAIN, data=weight.detach().contiguous().unsqueeze(0))
         data = self._kernel.pack(plain, layout).data if packed is None else packed
-        unknown = torch.zeros(1, self.columns)
+        unknown = torch.zeros(1, self.columns, device="cpu")
         self._stored = (
             GemmWeights(gemm=gemm, layout=layout, data=data, bias=None),
             GemmWeights(gemm=biased, layout=layout, data=data, bias=unknown),
         )
         self._plans: dict[tuple[int, bool], Plan] = {}
         self._offsets: dict[int, torch.Tensor] = {}
-        self._slots = torch.zeros(1, dtype=torch.int32)
+        self._slots = torch.zeros(1, dtype=torch.int32, device="cpu")
         self._of_one_row: dict[tuple[int, bool], _OneRow] = {}
 
     @property
@@ -85,7 +85,7 @@ class PackedLinear:
         count = rows.shape[0]
         if rows.dtype is not self.dtype or rows.dim() != 2 or rows.shape[1] != self.depth:
             raise InputError(f"rows are {rows.dtype} {tuple(rows.shape)}, expected {self.dtype} [T, {self.depth}]")
-        out = torch.empty(count, self.columns, dtype=self.dtype)
+        out = torch.empty(count, self.columns, dtype=self.dtype, device="cpu")
         if count == 0:
             return out
         rows = rows if rows.is_contiguous() else rows.contiguous()
@@ -115,7 +115,7 @@ class PackedLinear:
         """
         if row.dtype is not self.dtype or row.shape[-1] != self.depth or row.numel() != self.depth:
             raise InputError(f"row is {row.dtype} {tuple(row.shape)}, expected {self.dtype} [..., {self.depth}] of one")
-        out = torch.empty((*row.shape[:-1], self.columns), dtype=self.dtype)
+        out = torch.empty((*row.shape[:-1], self.columns), dtype=self.dtype, device="cpu")
         key = (threading.get_ident(), bool(biases))
         known = self._of_one_row.get(key)
         if known is None or known.available != available_threads():
@@ -143,10 +143,10 @@ class PackedLinear:
     def _layout(self, count: int) -> torch.Tensor:
         """Return where the only expert's rows begin and end, and see to enough slots."""
         if len(self._slots) < count:
-            self._slots = torch.arange(count, dtype=torch.int32)
+            self._slots = torch.arange(count, dtype=torch.int32, device="cpu")
         if len(self._offsets) > 256:
             self._offsets.clear()
-        found = self._offsets[count] = torch.tensor([0, count], dtype=torch.int32)
+        found = self._offsets[count] = torch.tensor([0, count], dtype=torch.int32, device="cpu")
         return found
 
 
@@ -158,8 +158,13 @@ class _OneRow:
     def __init__(self, linear: PackedLinear, biased: bool) -> None:
         plan = linear._plan(1, biased)
         self.available = available_threads()
-        self.bias = torch.zeros(padded_columns(linear._stored[0].gemm, linear._kernel.isa.lanes) if biased else 0)
-        slots, offsets = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+        self.bias = torch.zeros(
+            padded_columns(linear._stored[0].gemm, linear._kernel.isa.lanes) if biased else 0, device="cpu"
+        )
+        slots, offsets = (
+            torch.zeros(1, dtype=torch.int32, device="cpu"),
+            torch.tensor([0, 1], dtype=torch.int32, device="cpu"),
+        )
         self._kept = slots, offsets
         # A buffer may make room for a larger one; this launch goes on with the ones that it has.
         self.launch = Launch(plan, threads_for(linear.columns * linear.depth, WORK_OF_A_THREAD))

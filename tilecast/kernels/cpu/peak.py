@@ -91,7 +91,7 @@ def _sink(emit: Emit, sums: list[Any], thread: Any) -> None:
 
 
 def _seconds(address: int, base: int, amount: int, threads: int, repeats: int = 5) -> float:
-    sink = torch.full((16 * (threads + 1),), 0.5)
+    sink = torch.full((16 * (threads + 1),), 0.5, device="cpu")
     times = []
     for _ in range(repeats):
         block = (ctypes.c_int64 * 4)(0, base, amount, sink.data_ptr())

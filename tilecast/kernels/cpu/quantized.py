@@ -97,7 +97,7 @@ def check_codes(stack: QuantizedStack) -> None:
     """
     if stack.codes.dtype is not torch.float8_e4m3fn:
         return
-    if not keeps_subnormals(host_isa().triple) and not bool(torch.tensor([2.0**-127]) * 2.0**20 > 0):
+    if not keeps_subnormals(host_isa().triple) and not bool(torch.tensor([2.0**-127], device="cpu") * 2.0**20 > 0):
         raise InputError("fp8 weights need subnormal numbers, which are flushed; call torch.set_flush_denormal(False)")
     for expert, codes in enumerate(stack.codes):
         if bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any()):
@@ -115,7 +115,7 @@ def pack_codes(stack: QuantizedStack, gemm: ExpertGemm, panel: int, isa: Isa) ->
     packed = empty_on_large_pages((ROOM + math.prod(shape),), torch.int32)[ROOM:].view(shape)
     plain = stack.codes.view(torch.uint8)
     for expert in range(gemm.layer.experts):
-        padded = torch.zeros(columns, 4 * words, dtype=torch.uint8)
+        padded = torch.zeros(columns, 4 * words, dtype=torch.uint8, device="cpu")
         padded[:, : plain.shape[-1]] = plain[expert].index_select(0, rows)
         padded[~present] = 0
         packed[expert] = padded.view(torch.int32).view(columns // panel, panel, words).transpose(1, 2)
@@ -128,7 +128,7 @@ def unpack_codes(packed: PanelStack, gemm: ExpertGemm, isa: Isa) -> QuantizedSta
     order = column_order(gemm, isa.lanes)
     present = order >= 0
     width = gemm.k // weight_format(gemm.layer.weight_format).codes_per_byte
-    plain = torch.empty((experts, gemm.n, width), dtype=torch.uint8)
+    plain = torch.empty((experts, gemm.n, width), dtype=torch.uint8, device="cpu")
     for expert in range(experts):
         rows = packed.codes[expert].transpose(1, 2).reshape(panels * panel, words).contiguous().view(torch.uint8)
         plain[expert].index_copy_(0, order[present], rows[present, :width])
@@ -169,7 +169,7 @@ def _unpack_scales(scales: Scales, gemm: ExpertGemm, isa: Isa) -> tuple[torch.Te
         if tensor.shape[-1] != scales.panel:
             tensor = tensor.repeat_interleave(isa.lanes, dim=-1)
         by_column = tensor.transpose(2, 3).reshape(tensor.shape[0], -1, tensor.shape[2])
-        found = torch.empty((tensor.shape[0], *scale_shape(gemm)), dtype=tensor.dtype)
+        found = torch.empty((tensor.shape[0], *scale_shape(gemm)), dtype=tensor.dtype, device="cpu")
         found[:, row] = by_column[:, present]
         return found
 

@@ -34,7 +34,7 @@ def row_sum(rows: torch.Tensor) -> torch.Tensor:
         raise InputError(
             f"llvm.rows: rows are {rows.dtype} {tuple(rows.shape)} on {rows.device}, expected contiguous float32"
         )
-    out = torch.empty(rows.shape[:-1], dtype=torch.float32)
+    out = torch.empty(rows.shape[:-1], dtype=torch.float32, device="cpu")
     if rows.numel() == 0:
         return out.zero_()
     PreparedNorm(torch.float32, SUM, rows.shape[-1], 0.0).run(rows, out, 0)
@@ -59,7 +59,7 @@ def rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float, form: str
             f"llvm.rows: rows are {rows.dtype} {tuple(rows.shape)}, weight {weight.dtype} {tuple(weight.shape)}, form "
             f"{form!r}; expected contiguous [..., N] and [N] of one dtype on the CPU, form one of {', '.join(FORMS)}"
         )
-    out = torch.empty(rows.shape, dtype=rows.dtype)
+    out = torch.empty(rows.shape, dtype=rows.dtype, device="cpu")
     if out.numel():
         PreparedNorm(rows.dtype, form, rows.shape[-1], epsilon).run(rows, out, weight.data_ptr())
     return out

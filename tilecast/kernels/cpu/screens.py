@@ -66,8 +66,8 @@ def pack_screened(weights: torch.Tensor, gemm: ExpertGemm, lanes: int) -> Screen
     columns = padded_columns(gate_gemm(gemm), lanes)
     depth = groups_of(k) * GROUP
     codes = empty_on_large_pages((experts, columns, depth), torch.int8)
-    scales = torch.zeros((experts, columns, padded_groups(k, lanes)), dtype=torch.bfloat16)
-    bounds = torch.zeros((experts, columns, 2))
+    scales = torch.zeros((experts, columns, padded_groups(k, lanes)), dtype=torch.bfloat16, device="cpu")
+    bounds = torch.zeros((experts, columns, 2), device="cpu")
     codes[:, width:] = 0
     for expert in range(experts):
         for start in range(0, width, ROWS_AT_ONCE):
@@ -116,7 +116,7 @@ def screen_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     """
     count, k = rows.shape
     groups = groups_of(k)
-    exact = torch.zeros((count, groups * GROUP), dtype=torch.float64)
+    exact = torch.zeros((count, groups * GROUP), dtype=torch.float64, device="cpu")
     exact[:, :k] = rows
     exact = exact.view(count, groups, GROUP)
     largest = exact.abs().amax(2)

@@ -38,9 +38,9 @@ def sort_slots(topk_ids: torch.Tensor, experts: int) -> ExpertLayout:
     count = tokens * top_k
     if count >= 1 << 31:
         raise InputError(f"{tokens} tokens × top-{top_k} are more slots than int32 counts; split the batch")
-    ids = torch.empty((tokens, top_k), dtype=torch.int32)
-    slots = torch.empty(count, dtype=torch.int32)
-    offsets = torch.empty(experts + 1, dtype=torch.int32)
+    ids = torch.empty((tokens, top_k), dtype=torch.int32, device="cpu")
+    slots = torch.empty(count, dtype=torch.int32, device="cpu")
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device="cpu")
     block = _Block(count, experts, given.data_ptr(), ids.data_ptr(), slots.data_ptr(), offsets.data_ptr())
     run(_address(given.dtype), ctypes.addressof(block), 1)
     return ExpertLayout(tokens=tokens, top_k=top_k, experts=experts, ids=ids, slots=slots, offsets=offsets)

@@ -69,7 +69,7 @@ def neuron_order(gemm: ExpertGemm, lanes: int) -> torch.Tensor:
 
     bf16 columns stand in words of (c, c + lanes): a shift and a mask then give two vectors of neighbours.
     """
-    columns = torch.arange(padded_columns(gemm, lanes))
+    columns = torch.arange(padded_columns(gemm, lanes), device="cpu")
     if gemm.layer.dtype != "bf16":
         return columns
     return columns.view(-1, 2, lanes).transpose(1, 2).flatten()
