@@ -107,8 +107,8 @@ class AtOnce:
         missed: what counts the table's misses for so many tokens, None for a hit.
         """
         tokens = hidden.numel() // self._layer.hidden
-        elsewhere = not (hidden.is_cpu and ids.is_cpu and scales.is_cpu)
-        if tokens > MAX_TOKENS or elsewhere or (missed is None and not entry.hit):
+        # All operands are on one device: the ordinary way checked that.
+        if tokens > MAX_TOKENS or not hidden.is_cpu or (missed is None and not entry.hit):
             return
         whole = self._whole(entry, out_dtype)
         frame = None if whole is None else whole.frame(tokens, ids.dtype)

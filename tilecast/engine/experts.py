@@ -82,7 +82,9 @@ class PreparedExperts:
             return torch.empty(hidden.shape, dtype=out_dtype, device=hidden.device)
         entry = self.runtime.lookup(layer, rows.shape[0])
         out = launch(layer, entry, self._up, self._down, rows, ids, scales, out_dtype)
-        self._at_once.learn(hidden, topk_ids, topk_weights, out_dtype, entry, self.runtime.missed(layer, rows.shape[0]))
+        if rows.is_cpu:
+            missed = self.runtime.missed(layer, rows.shape[0])
+            self._at_once.learn(hidden, topk_ids, topk_weights, out_dtype, entry, missed)
         return out if hidden.dim() == 2 else out.view(hidden.shape)
 
     def unpacked(self) -> tuple[GemmWeights, GemmWeights]:
