@@ -147,7 +147,7 @@ def start(
 ) -> Program:
     """Start `python -m MODULE ARGUMENTS` in `folder` with exactly this environment and `text` as standard input."""
     out = tempfile.TemporaryFile("w+", errors="backslashreplace")  # noqa: SIM115  # read and closed when it has ended
-    err = tempfile.TemporaryFile("w+", errors="backslashreplace")  # noqa: SIM115
+    err = tempfile.TemporaryFile("w+", errors="backslashreplace")  # noqa: SIM115  # as above
     words = list(map(str, arguments))
     with tempfile.TemporaryFile("w+") as given:
         given.write(text)

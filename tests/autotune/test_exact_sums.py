@@ -33,7 +33,7 @@ NAMES = ("up", "down")
 
 
 def gemm_of(name: str, **fields: object) -> ExpertGemm:
-    layer = replace(LAYER, **fields)  # type: ignore[arg-type]
+    layer = replace(LAYER, **fields)  # type: ignore[arg-type]  # each case gives fields of a layer
     return layer.up if name == "up" else layer.down
 
 
@@ -83,7 +83,7 @@ def test_where_inputs_hide_what_is_rounded_the_control_says_so(name: str, monkey
     """On rows of few bits nothing is rounded: a class that is broken passes, and its control must not."""
 
     def narrow(*given: object) -> classes._Operands:
-        made = wide_operands(*given)  # type: ignore[arg-type]
+        made = wide_operands(*given)  # type: ignore[arg-type]  # passed on as given
         codes = torch.ones_like(made.weights.data.codes)
         plain = QuantizedStack(format="int8_channel", codes=codes, scales=torch.ones_like(made.weights.data.scales))
         return replace(made, rows=made.rows.sign(), weights=replace(made.weights, data=plain))
@@ -180,7 +180,7 @@ def test_the_other_class_has_the_same_layout_if_it_can_and_rows_of_the_same_type
     assert foreign_config(LAYER.up, kernel.config(), HERE, known) == kernel.config(chunk_k=64)
     turned = kernel.config(chunk_k=64, layout="transposed")
     assert foreign_config(LAYER.up, kernel.config(layout="transposed"), HERE, known) == turned
-    kernel.batch_invariant = lambda gemm, config: False  # type: ignore[method-assign]
+    kernel.batch_invariant = lambda gemm, config: False  # type: ignore[method-assign]  # claims otherwise
     assert foreign_config(LAYER.up, kernel.config(), HERE, known) is None
 
 

@@ -176,7 +176,7 @@ def test_coverage_of_every_rank(cli: Command, table: Path) -> None:
 
 def measured_table(us: float, default_us: float, **fields: object) -> TuningTable:
     """A table that keeps the default in one bucket and claims times for it."""
-    base = table_of(tokens=(1,), **fields)  # type: ignore[arg-type]
+    base = table_of(tokens=(1,), **fields)  # type: ignore[arg-type]  # each case gives options
     (d,) = base.decisions
     up, down = (
         replace(choice_of(gemm, d.choice(gemm.name).config, base.environments[0]), p50_us=us, default_us=default_us)

@@ -23,5 +23,5 @@ def witnessed(self: Session, measurement: Measurement) -> None:
 
 
 if __name__ == "__main__":
-    Session.keep = witnessed  # type: ignore[method-assign]
+    Session.keep = witnessed  # type: ignore[method-assign]  # watched in this process alone
     main()

@@ -311,7 +311,7 @@ def test_a_kernel_that_launches_otherwise_is_asked_every_time(
     class Watched(MoeGemm):
         def launch(self, *given: object) -> None:
             asked.append(self.name)
-            super().launch(*given)  # type: ignore[arg-type]
+            super().launch(*given)  # type: ignore[arg-type]  # passed on as given
 
     use_table(None)
     here = current("cpu")

@@ -64,7 +64,7 @@ class Scenarios:
         return kind(self.store, rank=self.rank, world_size=self.world_size, name=name, **limits)
 
     def settings(self, **options: object) -> Settings:
-        return Settings(cache_dir=self.cache, **options)  # type: ignore[arg-type]
+        return Settings(cache_dir=self.cache, **options)  # type: ignore[arg-type]  # each fault gives settings
 
     def another_device(self, group: Group) -> None:
         agree_on_environment(group, replace(HERE, device="another CPU") if self.rank == 1 else HERE)
