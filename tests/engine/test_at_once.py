@@ -117,6 +117,17 @@ def test_sparse_experts(layout: str, tokens: int, runs: list[bool]) -> None:
     assert torch.equal(experts(*given), wanted) and runs == [True]
 
 
+def test_down_waits_for_all_of_up(runs: list[bool]) -> None:
+    # One job for one of two threads: the other has nothing to do in up, and the rows of down at once.
+    experts = experts_of(ExpertLayer(hidden=4096, intermediate=32, experts=1, top_k=1, dtype="bf16"))
+    given = drawn(experts.layer, 8)
+    wanted = apart(experts, given)
+    for _ in range(20):
+        fill_scratch()
+        assert torch.equal(experts(*given), wanted)
+    assert len(runs) == 20
+
+
 def test_every_kind_of_call_is_learnt_by_itself(runs: list[bool]) -> None:
     layer = replace(ODD, dtype="bf16")
     experts = experts_of(layer)
